@@ -1,0 +1,76 @@
+"""Engine settings: one frozen record, each default stated once, unknown keys refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from echo_rl.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def from_mapping(record: type[T], values: Mapping[str, Any]) -> T:
+    """Build a dataclass from a mapping. Raises `ConfigError` on an unknown key, naming the nearest known one."""
+    known = [f.name for f in dataclasses.fields(record)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(known)}"
+            raise ConfigError(f"{record.__name__} has no key '{key}'{hint}")
+    return record(**values)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to load and run a target with its drafter."""
+
+    model: str = "smollm2"
+    """``smollm2`` (the embedded default) or the path of a Hugging Face folder (Llama, Qwen2, Qwen3)."""
+    drafter: str | None = "default"
+    """``default`` (the shipped drafter of the embedded model), the path of an EAGLE-3 folder, or None."""
+    device: str = "auto"
+    """``auto``, ``cpu`` or ``cuda``."""
+    dtype: str = "auto"
+    """``auto`` (bf16 on CUDA and on CPUs that compute in it natively, else fp32), ``bfloat16``, ``float16``, ``float32``."""
+    block_size: int = 16
+    """Tokens a KV block."""
+    kv_tokens: int = 32_768
+    """Capacity of the KV cache in tokens."""
+    max_batch_size: int = 64
+    """Requests served at once."""
+    max_context: int = 2_048
+    """Longest prompt plus output, in tokens; capped by the model's own limit."""
+    prefill_chunk: int = 256
+    """Most prompt tokens that share one step's forward pass."""
+    max_nodes: int = 64
+    """Most drafted nodes that one request may have verified in a step."""
+    max_expanded: int = 96
+    """Most nodes that the drafter expands for one request in a step."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "kv_tokens", "max_batch_size", "max_context", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
+            raise ConfigError(f"device is '{self.device}'; give auto, cpu, cuda or cuda:N")
+        if self.dtype not in ("auto", "bfloat16", "float32", "float16"):
+            raise ConfigError(f"dtype is '{self.dtype}'; give auto, bfloat16, float16 or float32")
+        if self.max_nodes < 1 or self.max_expanded < 1:
+            raise ConfigError(
+                "max_nodes and max_expanded must be at least 1; use the controller 'none' not to speculate"
+            )
+
+    @property
+    def headroom(self) -> int:
+        """KV positions a request may use beyond its committed tokens while a step is under way."""
+        return max(self.max_nodes, self.max_expanded) + 1
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EngineConfig:
+        return from_mapping(cls, values)

@@ -1,0 +1,249 @@
+"""The records and protocols at which the runtime, the environment and the controllers meet.
+
+Importing this module needs no torch: tensors appear in annotations only. Every record is frozen and
+is written by exactly one stage of a step, so a half-filled object cannot exist.
+
+Shapes: B requests in the batch, M forest nodes a request (padded), N verified rows in all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from echo_rl.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NO_GATE = float("-inf")
+"""A gate threshold that every path passes."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request's tokens are drawn.
+
+    The token at position p is ``argmax(logits / temperature + Gumbel(seed, p))`` after top-k and
+    top-p filtering; temperature 0 is the plain argmax. Raises `RequestError` on values out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches top_p."""
+    seed: int = 0
+    max_new_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    """Strings that end the output; the stop string itself is not returned."""
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise RequestError(f"temperature is {self.temperature}; give a finite number >= 0 (0 is greedy)")
+        if self.top_k < 0:
+            raise RequestError(f"top_k is {self.top_k}; give 0 (off) or a positive count")
+        if not 0.0 < self.top_p <= 1.0:
+            raise RequestError(f"top_p is {self.top_p}; give a number in (0, 1]")
+        if self.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {self.max_new_tokens}; give at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise RequestError(f"seed is {self.seed}; give an integer in [0, 2**63)")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to complete. `prompt` holds target token ids."""
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True)
+class LoadView:
+    """What a controller may know before a step. Scalars only, no hidden states."""
+
+    batch_size: int
+    """Requests that decode in this step (B)."""
+    prefill_tokens: int
+    """Prompt tokens that share this step's forward pass."""
+    waiting: int
+    """Requests queued and not yet admitted."""
+    mean_context: float
+    """Mean committed tokens of the decoding requests."""
+    kv_used: float
+    """Share of KV blocks in use, in [0, 1]."""
+    max_nodes: int
+    """Most drafted nodes that one request may have verified in a step."""
+
+
+@dataclass(frozen=True)
+class SpecPlan:
+    """The knobs of one step.
+
+    `budget` bounds the drafted nodes verified over the *whole batch*; the roots (one a request, the
+    tokens plain decoding would process anyway) are not counted. Budget 0 is plain decoding: the
+    drafter is not run. `gates` maps a depth (0 = the root's children) to the least best-path
+    probability at which a request keeps drafting past that depth.
+    """
+
+    budget: int
+    max_depth: int = 1
+    """Levels of the tree; a chain of d tokens has depth d."""
+    width: int = 1
+    """Nodes expanded a level, and children proposed by each."""
+    gates: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.budget < 0:
+            raise ConfigError(f"budget is {self.budget}; give 0 (plain decoding) or more")
+        if self.budget and (self.max_depth < 1 or self.width < 1):
+            raise ConfigError(f"depth {self.max_depth} and width {self.width} must be at least 1 when budget > 0")
+
+    @property
+    def speculates(self) -> bool:
+        return self.budget > 0
+
+    def gate(self, depth: int) -> float | None:
+        """The threshold at this depth, or None where the plan has no gate."""
+        return dict(self.gates).get(depth)
+
+
+AUTOREGRESSIVE = SpecPlan(budget=0)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The level just drafted, shown to `Controller.extend` at gated depths."""
+
+    depth: int
+    scores: Tensor  # [B, F] cumulative log-probability of the level's candidates, -inf where padded
+    alive: Tensor  # [B] bool, requests that drafted this level
+
+    @property
+    def confidence(self) -> Tensor:
+        """[B] probability of each request's best path (ECHO's c)."""
+        return self.scores.amax(dim=1).exp()
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Every candidate that the drafter proposed, one tree a request, levels in order.
+
+    Parents precede their children within a row and a child's score never exceeds its parent's, so
+    the first K nodes by (score, index) are always closed under ancestors.
+    """
+
+    tokens: Tensor  # [B, M] int64, target vocabulary
+    parents: Tensor  # [B, M] int64, index into the same row; -1 for a child of the root
+    depths: Tensor  # [M] int64, 0 for the root's children
+    scores: Tensor  # [B, M] float32 cumulative log-probability; -inf where the node does not exist
+    stop_depth: Tensor  # [B] int64, depth of the last level that the request drafted
+
+    @property
+    def batch_size(self) -> int:
+        return self.scores.shape[0]
+
+    @property
+    def exists(self) -> Tensor:
+        return self.scores > NO_GATE
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The nodes to verify, packed request by request, parents before children. K = sum(counts)."""
+
+    counts: Tensor  # [B] int64, drafted nodes a request
+    tokens: Tensor  # [K] int64
+    parents: Tensor  # [K] int64, index among the *same request's* selected nodes; -1 = child of the root
+    depths: Tensor  # [K] int64, 0 for the root's children
+
+    @property
+    def size(self) -> int:
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What verification decided for every request that samples (decodes, then prompts that end in this step)."""
+
+    accepted: tuple[tuple[int, ...], ...]  # per request: accepted nodes (index among its selected nodes), root first
+    tokens: tuple[tuple[int, ...], ...]  # per request: the accepted nodes' tokens, then the bonus token
+    failed: frozenset[int] = frozenset()  # requests whose logits were not finite: they got no token
+
+
+@dataclass(frozen=True)
+class PhaseTimes:
+    """Seconds spent in each phase of a step."""
+
+    schedule: float = 0.0
+    plan: float = 0.0
+    draft: float = 0.0
+    select: float = 0.0
+    verify: float = 0.0
+    accept: float = 0.0
+    commit: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.schedule + self.plan + self.draft + self.select + self.verify + self.accept + self.commit
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """New tokens of one request after a step. `finish_reason` is None while it runs."""
+
+    id: str
+    tokens: tuple[int, ...]
+    text: str = ""
+    """Text that became certain in this step; characters that could still change are held back."""
+    finish_reason: str | None = None
+    """``stop`` (EOS or a stop string), ``length``, ``cancelled`` or ``error``."""
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did: the only thing a controller learns from."""
+
+    load: LoadView
+    plan: SpecPlan
+    outputs: tuple[RequestOutput, ...]
+    drafted: int
+    """Nodes that the drafter proposed, over the batch."""
+    verified: int
+    """Drafted nodes that were verified; never more than plan.budget."""
+    accepted: int
+    """Drafted nodes that were accepted."""
+    committed: int
+    """Tokens committed by decoding requests, bonus tokens included (before any cut by a stop)."""
+    reached_by_depth: tuple[int, ...]
+    """At index d: requests with a selected node at depth d whose path was accepted up to depth d - 1."""
+    accepted_by_depth: tuple[int, ...]
+    """At index d: requests that accepted a node at depth d."""
+    times: PhaseTimes
+
+
+@runtime_checkable
+class Controller(Protocol):
+    """Decides a step's speculation. Implementations: `echo_rl.controllers`."""
+
+    name: str
+
+    def plan(self, load: LoadView) -> SpecPlan: ...
+
+    def extend(self, frontier: Frontier, plan: SpecPlan) -> Tensor:
+        """[B] bool: the requests that keep drafting. Called only at the plan's gated depths."""
+        ...
+
+    def select(self, forest: Forest, plan: SpecPlan) -> Selection: ...
+
+    def observe(self, report: StepReport) -> None: ...
+
+
+class Backend(Protocol):
+    """Something that serves steps: the live engine, or a replay of recorded forests."""
+
+    def step(self, controller: Controller) -> StepReport: ...

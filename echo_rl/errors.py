@@ -1,0 +1,41 @@
+"""Typed errors. Each message says what is wrong and what to do about it."""
+
+
+class EchoError(Exception):
+    """Base of every error that this package raises on bad input."""
+
+
+class ConfigError(EchoError, ValueError):
+    """A setting is unknown or out of range."""
+
+
+class RequestError(EchoError, ValueError):
+    """A request cannot be served as it is (prompt too long, bad sampling parameters)."""
+
+
+class WeightsError(EchoError, ValueError):
+    """Model files are missing, corrupt, or of an architecture that is not supported."""
+
+
+class DrafterMismatch(WeightsError):
+    """A drafter that does not fit the target it was asked to draft for."""
+
+
+class UnknownController(ConfigError):
+    """No controller is registered under that name."""
+
+
+class KVExhausted(EchoError, RuntimeError):
+    """The KV cache has no free block where the conservation law promised one."""
+
+
+class NonFiniteLogits(EchoError, RuntimeError):
+    """A forward pass produced NaN or infinite logits."""
+
+
+class IntegrityError(EchoError, RuntimeError):
+    """The KV conservation law is broken: a bug in this package, never the user's fault."""
+
+
+class PlanViolation(EchoError, RuntimeError):
+    """A controller asked for more than its own plan or the engine's limits allow."""

@@ -1,0 +1,100 @@
+"""The EAGLE-3 drafter over flattened rows: one decoder layer that reads target features.
+
+Row i takes the pair (feature of token i, embedding of token i + 1) and predicts token i + 2. Below
+the committed tokens the feature is the target's (`project`ed taps); in the tree it is the drafter's
+own hidden state of the parent row. Source: EAGLE-3 (arXiv 2503.01840). Knows nothing about trees.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from echo_rl.errors import DrafterMismatch
+from echo_rl.runtime.architecture import rope_table
+from echo_rl.runtime.drafter_model import DrafterConfig, load_drafter
+from echo_rl.runtime.kv_cache import AttentionView, KVCache
+from echo_rl.runtime.target import Target
+
+
+class Drafter:
+    """A loaded drafter, bound to the target whose embeddings it uses."""
+
+    def __init__(self, config: DrafterConfig, tensors: dict[str, torch.Tensor], target: Target, positions: int) -> None:
+        _check_fits(config, target)
+        self.config = config
+        self.ops = target.ops
+        self.embed = target.embed
+        device, dtype = target.embed.device, target.embed.dtype
+        w = {name: t.to(device=device, dtype=dtype) for name, t in tensors.items() if t.is_floating_point()}
+        self._fc = w["fc.weight"]
+        self._embed_norm = w["midlayer.input_layernorm.weight"]
+        self._feature_norm = w["midlayer.hidden_norm.weight"]
+        self._qkv = torch.cat([w[f"midlayer.self_attn.{p}_proj.weight"] for p in "qkv"])
+        self._out = w["midlayer.self_attn.o_proj.weight"]
+        self._post_norm = w["midlayer.post_attention_layernorm.weight"]
+        self._gate_up = torch.cat([w["midlayer.mlp.gate_proj.weight"], w["midlayer.mlp.up_proj.weight"]])
+        self._down = w["midlayer.mlp.down_proj.weight"]
+        self._norm = w["norm.weight"]
+        self._lm_head = w["lm_head.weight"]
+        self.vocabulary = tensors["d2t"].to(device) + torch.arange(config.draft_vocab, device=device)  # [V'] target ids
+        cos, sin = rope_table(config.head_dim, config.rope_theta, positions)
+        self._cos, self._sin = cos.to(device), sin.to(device)
+
+    @classmethod
+    def load(cls, folder: Path, target: Target, positions: int) -> Drafter:
+        """Raises `WeightsError` (damaged) or `DrafterMismatch` (made for another target)."""
+        config, tensors = load_drafter(folder)
+        return cls(config, tensors, target, positions)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Target layers after which the features are taken."""
+        return self.config.taps
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """[N, 3 * target hidden] -> [N, hidden]."""
+        return F.linear(features, self._fc)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,  # [N] int64
+        features: torch.Tensor,  # [N, hidden], overwritten
+        positions: torch.Tensor,  # [N] int64
+        cache: KVCache,
+        view: AttentionView,
+    ) -> torch.Tensor:
+        """[N, hidden], before the final norm: the rows' features for their children."""
+        ops, eps = self.ops, self.config.eps
+        embedded = ops.rms_norm(F.embedding(tokens, self.embed), self._embed_norm, eps)
+        x = torch.cat([embedded, ops.rms_norm(features, self._feature_norm, eps)], dim=1)
+        q = ops.rope_store(
+            F.linear(x, self._qkv), self._cos, self._sin, positions, view.slots,
+            cache.draft_k, cache.draft_v, self.config.heads,
+        )  # fmt: skip
+        attended = ops.tree_attention(
+            q, cache.draft_k, cache.draft_v, view.block_tables, view.block_size,
+            view.q_start, view.ctx_lens, view.kv_lens, view.mask, self.config.head_dim**-0.5,
+        )  # fmt: skip
+        x, residual = ops.add_rms_norm(F.linear(attended.flatten(1), self._out), features, self._post_norm, eps)
+        return residual + F.linear(ops.silu_mul(F.linear(x, self._gate_up)), self._down)
+
+    def top(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k most likely next tokens of each row: log-probabilities and target ids, both [N, k]."""
+        logits = F.linear(self.ops.rms_norm(hidden, self._norm, self.config.eps), self._lm_head).float()
+        values, indices = logits.topk(min(k, logits.shape[1]), dim=1)
+        log_probs = (values - logits.logsumexp(dim=1, keepdim=True)).clamp_(max=0.0)
+        return log_probs, self.vocabulary[indices]
+
+
+def _check_fits(config: DrafterConfig, target: Target) -> None:
+    arch = target.arch
+    if config.target_hidden != arch.hidden or config.hidden != arch.hidden:
+        raise DrafterMismatch(
+            f"the drafter is {config.hidden} wide over {config.target_hidden}-wide features, the target {arch.hidden}; "
+            "give a drafter trained for this target, or drafter=None with the controller 'none'"
+        )
+    if max(config.taps) >= arch.layers:
+        raise DrafterMismatch(f"the drafter reads layer {max(config.taps)}, the target has {arch.layers} layers")

@@ -1,0 +1,54 @@
+"""Position-keyed coupled sampling: the token at a position depends on (logits, seed, position) alone.
+
+token = argmax(filtered logits / T + Gumbel(seed, position)), T = 0 being the plain argmax. Whoever
+proposes tokens has no influence, which makes verification lossless by construction (see `verify`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+from echo_kernels import ops_for
+from echo_rl.contracts import SamplingParams
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One token a row: ids [R], and whether the row's logits were finite [R] bool."""
+
+    tokens: torch.Tensor
+    finite: torch.Tensor
+
+
+def draw(logits: torch.Tensor, params: Seq[SamplingParams], positions: Seq[int]) -> Draw:
+    """Draw the token that belongs at each row's position. `logits` is [R, V] float32."""
+    best, tokens = logits.max(dim=1)  # max propagates NaN
+    finite = best.isfinite()
+    noisy = [i for i, p in enumerate(params) if p.temperature > 0]
+    if noisy:
+        rows = torch.tensor(noisy, device=logits.device)
+        chosen = [params[i] for i in noisy]
+        scaled = logits[rows] / logits.new_tensor([[p.temperature] for p in chosen])
+        seeds = torch.tensor([p.seed for p in chosen], device=logits.device)
+        keys = torch.tensor([positions[i] for i in noisy], device=logits.device)
+        noise = ops_for(logits.device).gumbel(seeds, keys, logits.shape[1], logits.device)
+        tokens[rows] = (_filtered(scaled, chosen) + noise).argmax(dim=1)
+    return Draw(tokens, finite)
+
+
+def _filtered(logits: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
+    """Logits with everything outside top-k and top-p at -inf."""
+    if all(p.top_k == 0 and p.top_p >= 1.0 for p in params):
+        return logits
+    vocab = logits.shape[1]
+    ordered, order = logits.sort(dim=1, descending=True, stable=True)
+    rank = torch.arange(vocab, device=logits.device)
+    top_k = torch.tensor([[p.top_k or vocab] for p in params], device=logits.device)
+    ordered = ordered.masked_fill(rank >= top_k, float("-inf"))
+    before = ordered.softmax(dim=1).cumsum(dim=1) - ordered.softmax(dim=1)
+    top_p = logits.new_tensor([[p.top_p] for p in params])
+    ordered = ordered.masked_fill((before >= top_p) & (rank > 0), float("-inf"))
+    return torch.empty_like(logits).scatter_(1, order, ordered)

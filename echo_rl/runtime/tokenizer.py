@@ -1,0 +1,116 @@
+"""Text to ids and back, and the chat template. Knows nothing about the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as FastTokenizer
+
+from echo_rl.errors import RequestError, WeightsError
+
+
+class Tokenizer:
+    """The tokenizer of a Hugging Face folder (`tokenizer.json`), without importing `transformers`."""
+
+    def __init__(self, fast: FastTokenizer, template: str | None, special: dict[str, str]) -> None:
+        self._fast = fast
+        self._special = special
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        self._template = environment.from_string(template) if template else None
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Raises `WeightsError` if `tokenizer.json` is missing or damaged."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise WeightsError(f"{folder} has no tokenizer.json; save the fast tokenizer of the model there")
+        try:
+            fast = FastTokenizer.from_file(str(path))
+        except Exception as e:  # the tokenizers package raises bare Exception
+            raise WeightsError(f"{path} is damaged ({e}); download the model again") from e
+        config_path, template_path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        config = json.loads(config_path.read_text()) if config_path.is_file() else {}
+        template = template_path.read_text() if template_path.is_file() else config.get("chat_template")
+        special = {key: _text(config[key]) for key in ("bos_token", "eos_token") if config.get(key)}
+        return cls(fast, template, special)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._fast.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens; an unfinished character shows as U+FFFD."""
+        return str(self._fast.decode(list(ids), skip_special_tokens=True))
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        """Prompt ids of a conversation, ending where the assistant answers. Raises `RequestError`."""
+        if self._template is None:
+            raise RequestError("this model has no chat template; send a plain prompt instead")
+        try:
+            text = self._template.render(messages=list(messages), add_generation_prompt=True, **self._special)
+        except (TemplateError, KeyError, TypeError) as e:
+            raise RequestError(f"the chat template refuses these messages: {e}") from e
+        return self.encode(text)
+
+
+def _text(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+class TextStream:
+    """Turns tokens into text as they come: holds back unfinished characters and possible stop strings."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._tokens: list[int] = []
+        self._settled = 0  # tokens whose text can no longer change
+        self._settled_text = ""
+        self._sent = 0
+        self._stopped = False
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """Returns (text that became certain, whether a stop string ended the output)."""
+        self._tokens.append(token)
+        text = self._text()
+        for stop in self._stops:
+            at = text.find(stop, max(0, self._sent - len(stop)))
+            if at >= 0:
+                self._stopped = True
+                return self._send(text[:at]), True
+        return self._send(text[: len(text) - self._held_back(text)]), False
+
+    def flush(self) -> str:
+        """What was held back, once the output has ended; nothing after a stop string."""
+        return "" if self._stopped else self._send(self._text())
+
+    def _text(self) -> str:
+        tail = self._tokenizer.decode(self._tokens[self._settled :])
+        text = self._settled_text + tail
+        if len(self._tokens) - self._settled >= 16 and not tail.endswith("\ufffd"):
+            self._settled, self._settled_text = len(self._tokens), text
+        return text
+
+    def _held_back(self, text: str) -> int:
+        if text.endswith("\ufffd"):
+            return len(text) - len(text.rstrip("\ufffd"))
+        return max((_overlap(text, stop) for stop in self._stops), default=0)
+
+    def _send(self, text: str) -> str:
+        new = text[self._sent :]
+        self._sent = max(self._sent, len(text))
+        return new
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,166 @@
+"""Finding, fetching and converting weights, and every way in which files can be wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from echo_rl.config import EngineConfig
+from echo_rl.errors import ConfigError, DrafterMismatch, WeightsError
+from echo_rl.runtime import weights
+from echo_rl.runtime.drafter_model import DrafterConfig, load_drafter, save_drafter
+from echo_rl.runtime.gguf_reader import read_gguf
+from tests import tiny
+
+
+def test_unknown_config_keys_name_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'block_size'"):
+        EngineConfig.from_dict({"blok_size": 8})
+    assert EngineConfig.from_dict({"block_size": 8}).block_size == 8
+
+
+@pytest.mark.parametrize("values", [{"device": "tpu"}, {"dtype": "int4"}, {"block_size": 0}, {"max_nodes": 0}])
+def test_bad_settings_are_refused(values):
+    with pytest.raises(ConfigError, match="give|must"):
+        EngineConfig.from_dict(values)
+
+
+def test_missing_folders_say_what_to_give():
+    with pytest.raises(WeightsError, match="Hugging Face folder"):
+        weights.resolve_model("/nowhere")
+    with pytest.raises(WeightsError, match="EAGLE-3 folder"):
+        weights.resolve_drafter("/nowhere", "smollm2")
+    assert weights.resolve_drafter(None, "smollm2") is None
+    assert weights.resolve_drafter("default", "some/other/model") is None
+
+
+def test_a_failed_download_leaves_nothing_and_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECHO_RL_CACHE", str(tmp_path))
+
+    def fail(*args: object, **kw: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess([], 1, "", "ERROR: no network")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(WeightsError, match="no network"):
+        weights.fetch_smollm2()
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_another_file_than_the_pinned_one_is_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"not it")
+    with pytest.raises(WeightsError, match="sha256"):
+        weights.check_sha256(path, weights.SHA256)
+
+
+def _gguf(path, architecture: str = "llama") -> None:
+    from gguf import GGUFWriter
+
+    w = GGUFWriter(path, architecture)
+    w.add_block_count(1)
+    w.add_embedding_length(8)
+    w.add_feed_forward_length(16)
+    w.add_head_count(2)
+    w.add_head_count_kv(1)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_rope_freq_base(1e4)
+    w.add_context_length(64)
+    w.add_vocab_size(5)
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre("smollm")
+    w.add_token_list(["<end>", "a", "b", "ab", "1"])
+    w.add_token_types([3, 1, 1, 1, 1])
+    w.add_token_merges(["a b"])
+    w.add_bos_token_id(0)
+    w.add_eos_token_id(0)
+    w.add_chat_template("{{ messages[0]['content'] }}")
+    q = np.arange(64, dtype=np.float32).reshape(8, 8)
+    w.add_tensor("token_embd.weight", np.ones((5, 8), dtype=np.float32))
+    w.add_tensor("blk.0.attn_q.weight", q)
+    w.add_tensor("output_norm.weight", np.ones(8, dtype=np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
+def test_gguf_becomes_a_hugging_face_folder(tmp_path):
+    _gguf(tmp_path / "m.gguf")
+    weights.convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["hidden_size"] == 8 and config["tie_word_embeddings"] is True
+    contents = read_gguf(tmp_path / "m.gguf")
+    q = contents.tensors["model.layers.0.self_attn.q_proj.weight"]
+    # head 0's interleaved rows 0 1 2 3 become halves (0, 2), (1, 3)
+    assert q[:4, 0].tolist() == [0.0, 16.0, 8.0, 24.0]
+    from echo_rl.runtime.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert tokenizer.encode("ab11<end>") == (3, 4, 4, 0)
+    assert tokenizer.chat([{"role": "user", "content": "ab"}]) == (3,)
+
+
+def test_other_gguf_architectures_are_refused(tmp_path):
+    _gguf(tmp_path / "m.gguf", "gemma")
+    with pytest.raises(WeightsError, match="gemma"):
+        read_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 200, 1000])
+def test_corrupt_gguf_files_are_refused(tmp_path, keep):
+    _gguf(tmp_path / "m.gguf")
+    content = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(content[:keep])
+    with pytest.raises(WeightsError, match="fetch the model again"):
+        read_gguf(tmp_path / "m.gguf")
+
+
+def test_drafter_round_trip(tmp_path):
+    folder = tiny.drafter_folder(tmp_path / "d")
+    config, tensors = load_drafter(folder)
+    assert config == tiny.drafter_config()
+    for name, tensor in tiny.drafter_tensors(config).items():
+        assert torch.equal(tensors[name], tensor)
+    save_drafter(folder, config, tensors)  # over an existing one
+    assert load_drafter(folder)[0] == config
+
+
+def test_drafters_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(DrafterMismatch, match="48 wide"):
+        tiny.engine(tmp_path, drafter=str(tiny.drafter_folder(tmp_path / "wide", hidden=48)))
+    with pytest.raises(DrafterMismatch, match="layer 7"):
+        tiny.engine(tmp_path, drafter=str(tiny.drafter_folder(tmp_path / "deep", taps=(0, 1, 7))))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda t: t.pop("fc.weight"), "lacks fc.weight"),
+        (lambda t: t.update(extra=torch.zeros(1)), "another architecture: extra"),
+        (lambda t: t.update({"norm.weight": torch.zeros(3)}), "shape"),
+        (lambda t: t.update(d2t=t["d2t"] + tiny.VOCAB), "d2t"),
+    ],
+)
+def test_damaged_drafters_are_refused(spoil, words):
+    config = tiny.drafter_config()
+    tensors = tiny.drafter_tensors(config)
+    spoil(tensors)
+    from echo_rl.runtime.drafter_model import check_tensors
+
+    with pytest.raises(WeightsError, match=words):
+        check_tensors(config, tensors)
+
+
+def test_drafter_folders_of_other_kinds_are_refused(tmp_path):
+    with pytest.raises(WeightsError, match="config.json"):
+        load_drafter(tmp_path)
+    with pytest.raises(WeightsError, match="only EAGLE-3"):
+        DrafterConfig.from_json({"architectures": ["LlamaForCausalLM"]})
+    config = tiny.drafter_config().to_json()
+    del config["eagle_config"]
+    with pytest.raises(WeightsError, match="taps"):
+        DrafterConfig.from_json(config)
