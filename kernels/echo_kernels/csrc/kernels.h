@@ -1,0 +1,56 @@
+// The kernels' entry points: raw pointers and sizes, no torch. T is float or bf16; every array is
+// contiguous unless a stride is given. Value errors throw std::invalid_argument (ValueError in
+// Python) and bad indices std::out_of_range (IndexError), before anything is written.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "vec.h"
+
+// Runs body(begin, end) over [0, n) in pieces of at least `grain`; serial when n <= grain.
+void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
+int thread_count();
+
+// residual may be null; otherwise residual += x first and the norm is taken of it. x, out [n, width].
+template <class T>
+void rms_norm(const T* x, T* residual, const T* weight, T* out, int64_t n, int64_t width, float eps);
+
+template <class T>
+void silu_mul(const T* gate_up, T* out, int64_t n, int64_t width);  // [n, 2 width] -> [n, width]
+
+template <class T>
+struct RopeArgs {
+  const T* qkv;              // [n, (heads + 2 kv_heads) dim]
+  const float *cos, *sin;    // [table_rows, dim]
+  const int64_t *positions;  // [n], rows of the tables
+  const int64_t *slots;      // [n], rows of the caches or -1
+  T *k_cache, *v_cache;      // [cache_rows, kv_heads, dim]
+  T* q;                      // [n, heads, dim], out
+  const T *q_weight, *k_weight;  // [dim] or null
+  float eps;
+  int64_t n, heads, kv_heads, dim, table_rows, cache_rows;
+};
+template <class T>
+void rope_store(const RopeArgs<T>& a);
+
+template <class T>
+struct AttentionArgs {
+  const T* q;                  // [n, heads, dim]
+  const T *k_cache, *v_cache;  // [cache_rows, kv_heads, dim]
+  const int32_t* tables;       // [batch, max_blocks], rows table_stride apart
+  const int32_t *q_start, *ctx_lens, *kv_lens;  // [batch + 1], [batch], [batch]
+  const bool* mask;            // [n, mask_width], rows mask_stride apart
+  T* out;                      // [n, heads, dim]
+  float scale;
+  int64_t n, heads, kv_heads, dim, cache_rows;
+  int64_t batch, max_blocks, table_stride, block_size, mask_width, mask_stride;
+};
+template <class T>
+void tree_attention(const AttentionArgs<T>& a);
+
+// pool [layers, rows, row_bytes]: row dst[i] = row src[i], all read before any is written.
+void compact_rows(char* pool, int64_t layers, int64_t rows, int64_t row_bytes, const int64_t* src, const int64_t* dst,
+                  int64_t count);
+
+void gumbel(const int64_t* seeds, const int64_t* positions, float* out, int64_t n, int64_t vocab);
