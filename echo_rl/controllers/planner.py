@@ -1,0 +1,219 @@
+"""ECHO's budget decision: how many nodes to verify in a step, how deep and how wide to draft for them.
+
+Compares a small ladder of budgets by predicted tokens a second, never past the profile's knee
+K_max(B), and answers "none" where plain decoding is predicted to be as fast. Knows nothing of
+gates, forests or tensors of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from echo_rl.contracts import LoadView, StepReport
+from echo_rl.controllers.acceptance import AcceptanceModel
+from echo_rl.controllers.clock import Pace, ProbeLedger
+from echo_rl.controllers.shapes import affordable
+from echo_rl.errors import ConfigError
+from echo_rl.profile import BREAK_EVEN_ACCEPTANCE, CostProfile
+
+LADDER = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 60.0)
+"""Budgets to compare, in nodes a request; up to ECHO's total at batch 1."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One way to spend a step. Budget 0 is plain decoding."""
+
+    budget: int
+    depth: int = 1
+    width: int = 1
+    nodes: float = 0.0
+    """The ladder's nodes a request that this budget stands for."""
+
+
+PLAIN = Shape(0)
+
+
+@dataclass(frozen=True)
+class PlannerOptions:
+    period: int = 8
+    """Steps for which a decision for a batch size stands."""
+    margin: float = 0.03
+    """Predicted gain that it takes to leave the shape in use; switching off takes none."""
+    theta: float = BREAK_EVEN_ACCEPTANCE
+    """Break-even acceptance that defines K_max, see `CostProfile.knee`."""
+    horizon: float = 256.0
+    """Requests over which acceptance is averaged."""
+    probe_share: float = 0.005
+    """Share of the time that looking at the alternative may cost, see `ProbeLedger`."""
+    probe_period: int = 64
+    """Fewest steps between two looks."""
+
+    def __post_init__(self) -> None:
+        if self.period < 1 or self.probe_period < 1 or not self.horizon > 0:
+            raise ConfigError(f"planner period, probe_period and horizon must be positive, not {self}")
+        if self.margin < 0 or not 0 <= self.probe_share < 1 or not self.theta > 0:
+            raise ConfigError(f"planner needs margin >= 0, 0 <= probe_share < 1 and theta > 0, not {self}")
+
+
+@dataclass(frozen=True)
+class Menu:
+    """The shapes open to one batch size, with what each costs and would yield."""
+
+    shapes: tuple[Shape, ...]
+    plain: float  # seconds of a plain verify pass
+    verify: Tensor  # [O] seconds
+    draft: Tensor  # [O] seconds
+    yields: Tensor  # [S, O, D] see AcceptanceModel
+
+
+@dataclass(frozen=True)
+class Decision:
+    shape: Shape
+    best: Shape
+    """The best shape that speculates, whether or not it pays; PLAIN where there is none."""
+    excess: float
+    """Predicted seconds that `best` takes longer than a plain step."""
+    speedup: float
+    """Predicted tokens a second of `best` over those of plain decoding."""
+    expires: int
+
+
+class BudgetPlanner:
+    """Picks a `Shape` a step from the cost profile and a running estimate of acceptance.
+
+    With B requests and E[L] accepted nodes a request, a shape yields ``B * (E[L] + 1)`` tokens in
+    T_draft + T_verify + overheads (ECHO's objective). While off, a rare probe keeps the estimate of
+    acceptance alive; while on, a rare plain step keeps the price of plain decoding honest. Either costs
+    at most `probe_share` of the time (plus one probe). A step that also prefills uses the decision
+    of one that does not.
+    """
+
+    def __init__(self, profile: CostProfile, options: PlannerOptions, pooled: bool = True) -> None:
+        self._profile, self._options = profile, options
+        self._acceptance = AcceptanceModel(options.horizon, pooled)
+        self._pace = Pace(profile)
+        self._ledger = ProbeLedger(options.probe_share, options.probe_period)
+        self._menus: dict[tuple[int, int, int], Menu] = {}
+        self._decisions: dict[int, Decision] = {}
+        self._in_use = PLAIN
+        self._looking = False  # the step in progress is a probe or a check
+        self._unchecked: dict[int, int] = {}  # batch octave -> speculative steps since a plain one
+        self._step = 0
+        every = [(nodes, depth) for nodes in LADDER for depth in range(1, affordable(nodes)[0] + 1)]
+        self._acceptance.yields(every, batch=2)  # fills the caches, so that no step has to
+
+    def choose(self, load: LoadView) -> Shape:
+        """The shape of the coming step."""
+        self._step += 1
+        decision = self._decisions.get(load.batch_size)
+        if decision is None or decision.expires <= self._step:
+            decision = self._decisions[load.batch_size] = self._decide(load)
+        self._in_use = decision.shape
+        if decision.shape.budget:
+            self._looking = self._worth_checking(load, decision)
+            return PLAIN if self._looking else decision.shape
+        self._looking = self._worth_probing(load, decision)
+        return decision.best if self._looking else PLAIN
+
+    def observe(self, report: StepReport) -> None:
+        speculated, octave, ledger = report.plan.speculates, report.load.batch_size.bit_length(), self._ledger
+        self._pace.observe(report)
+        self._acceptance.observe(report)
+        self._unchecked[octave] = self._unchecked.get(octave, 0) + 1 if speculated else 0
+        if self._looking:
+            self._decisions.clear()
+        if speculated and ledger.steps:
+            drafting = self._profile.draft_seconds(report.load.batch_size, report.plan.width, report.plan.max_depth)
+            ledger.backlog = max(0.0, report.times.draft - drafting * self._pace.draft) / ledger.steps
+        if speculated and self._looking:
+            ledger.spent(report.times.total - self._plain_seconds(report.load))
+        elif speculated:
+            ledger.restart()
+        elif not self._looking:
+            ledger.plain(report.times.total)
+        self._looking = False
+
+    def knee(self, load: LoadView) -> int:
+        """K_max at this load."""
+        return self._profile.knee(load.batch_size, load.mean_context, self._options.theta)
+
+    def _decide(self, load: LoadView) -> Decision:
+        menu = self._menu(load)
+        expires = self._step + self._options.period
+        if not menu.shapes:
+            return Decision(PLAIN, PLAIN, math.inf, 0.0, expires)
+        batch, plain = load.batch_size, self._plain_seconds(load)
+        seconds = self._seconds(menu, batch)
+        rates = ((self._acceptance.expected(menu.yields) + 1.0) * batch / seconds).tolist()
+        best = max(range(len(rates)), key=rates.__getitem__)
+        top, off = rates[best], batch / plain
+        excess = float(seconds[best]) - plain
+        places = {(s.nodes, s.depth): i for i, s in enumerate(menu.shapes)}
+        previous = self._decisions.get(batch)
+        in_use = previous.shape if previous is not None else self._in_use
+        incumbent = places.get((in_use.nodes, in_use.depth))
+        current = rates[incumbent] if incumbent is not None else off
+        if top <= max(off, current * (1.0 + self._options.margin)):  # not worth a move
+            stay = menu.shapes[incumbent] if incumbent is not None and current > off else PLAIN
+            return Decision(stay, menu.shapes[best], excess, top / off, expires)
+        return Decision(menu.shapes[best], menu.shapes[best], excess, top / off, expires)
+
+    def _seconds(self, menu: Menu, batch: int) -> Tensor:
+        pace = self._pace
+        return menu.verify * pace.verify(batch, speculative=True) + menu.draft * pace.draft + pace.spec_overhead
+
+    def _plain_seconds(self, load: LoadView) -> float:
+        return self._menu(load).plain * self._pace.verify(load.batch_size, speculative=False) + self._pace.overhead
+
+    def _worth_checking(self, load: LoadView, decision: Decision) -> bool:
+        """Whether a plain step is due: a loss of ``1 - 1 / speedup`` of a step, spread to stay within the share."""
+        loss = max(0.0, 1.0 - 1.0 / decision.speedup)
+        since = self._unchecked.get(load.batch_size.bit_length(), 0)
+        due = max(self._options.probe_period, loss / max(1e-9, self._options.probe_share))
+        return not load.prefill_tokens and since >= due
+
+    def _worth_probing(self, load: LoadView, decision: Decision) -> bool:
+        """Whether a probe is affordable and could change the decision.
+
+        It could if a drafter with half the misses would pay; the longer ago the drafter was last
+        seen, the less is known of it, so the misses are halved once more every 512 plain steps.
+        """
+        if load.prefill_tokens or not decision.best.budget or not self._ledger.affords(decision.excess):
+            return False
+        menu = self._menu(load)
+        hoped = self._acceptance.expected(menu.yields, miss=0.5 ** (1.0 + self._ledger.steps / 512))
+        return bool(((hoped + 1.0) / self._seconds(menu, load.batch_size)).amax() > 1.0 / self._plain_seconds(load))
+
+    def _menu(self, load: LoadView) -> Menu:
+        """The ladder cut at K_max and at the load's node limit; built once a batch size and context octave half."""
+        octave = round(2.0 * math.log2(load.mean_context + 1.0))
+        key = (load.batch_size, octave, load.max_nodes)
+        if key not in self._menus:
+            self._menus[key] = _build_menu(
+                self._profile, self._acceptance, self.knee(load), load, context=2.0 ** (octave / 2.0) - 1.0
+            )
+        return self._menus[key]
+
+
+def _build_menu(profile: CostProfile, acceptance: AcceptanceModel, k_max: int, load: LoadView, context: float) -> Menu:
+    batch, seen = load.batch_size, set()
+    shapes: list[Shape] = []
+    for nodes in LADDER:
+        budget = round(nodes * batch)
+        if not 0 < budget <= min(k_max, load.max_nodes * batch) or budget in seen:
+            continue
+        seen.add(budget)
+        deepest, width = affordable(nodes)
+        shapes.extend(Shape(budget, depth, width, nodes) for depth in range(1, min(deepest, budget) + 1))
+    return Menu(
+        tuple(shapes),
+        profile.ar_seconds(batch, context),
+        torch.tensor([profile.verify_seconds(batch, batch + s.budget, context) for s in shapes], dtype=torch.float64),
+        torch.tensor([profile.draft_seconds(batch, s.width, s.depth) for s in shapes], dtype=torch.float64),
+        acceptance.yields([(s.nodes, s.depth) for s in shapes], batch) if shapes else torch.empty(0),
+    )

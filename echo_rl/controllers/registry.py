@@ -1,0 +1,80 @@
+"""Every controller by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any
+
+from echo_rl.contracts import Controller
+from echo_rl.controllers.echo import Echo, EchoDense, EchoFixed, EchoFixedOptions, EchoOptions, EchoUnscheduled
+from echo_rl.controllers.fixed import (
+    Chain,
+    ChainOptions,
+    Eagle3,
+    Eagle3Options,
+    NoneOptions,
+    NoSpeculation,
+    Static,
+    StaticOptions,
+)
+from echo_rl.errors import ConfigError, UnknownController
+
+
+@dataclass(frozen=True)
+class Family:
+    """A controller class and the frozen dataclass of its options (whose field docs are their help)."""
+
+    controller: type[Any]
+    options: type[Any]
+
+
+CONTROLLERS: Mapping[str, Family] = MappingProxyType(
+    {
+        family.controller.name: family
+        for family in (
+            Family(NoSpeculation, NoneOptions),
+            Family(Chain, ChainOptions),
+            Family(Static, StaticOptions),
+            Family(Eagle3, Eagle3Options),
+            Family(Echo, EchoOptions),
+            Family(EchoDense, EchoOptions),
+            Family(EchoFixed, EchoFixedOptions),
+            Family(EchoUnscheduled, EchoOptions),
+        )
+    }
+)
+
+
+def names() -> tuple[str, ...]:
+    return tuple(CONTROLLERS)
+
+
+def make(name: str, **options: Any) -> Controller:
+    """A new controller.
+
+    Raises `UnknownController` for a name that is not registered and `ConfigError` for an option that the
+    controller does not have or a value that it refuses.
+    """
+    if name not in CONTROLLERS:
+        raise UnknownController(f"no controller is called {name!r}{_nearest(name, names())}")
+    family = CONTROLLERS[name]
+    known = [field.name for field in fields(family.options)]
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"controller {name!r} has no option {option!r}{_nearest(option, known)}")
+    try:
+        controller: Controller = family.controller(family.options(**options))
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"controller {name!r} cannot use these options: {error}") from error
+    return controller
+
+
+def _nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    close = get_close_matches(word, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} (known: {', '.join(known) or 'none'})"

@@ -1,0 +1,256 @@
+"""What a step costs on one machine: a measured surface, interpolated.
+
+Pure data and arithmetic: it knows nothing of tensors, models or how the numbers were measured
+(`echo_rl.calibrate.cost` measures them). Times are seconds, contexts are committed tokens a request.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from echo_rl.errors import ConfigError
+from echo_rl.packages import cache_root
+
+PROFILE_VERSION = 1
+BREAK_EVEN_ACCEPTANCE = 0.3
+"""Default theta of `CostProfile.knee`: the highest of the ECHO authors' batch-1 gates."""
+
+Axis = tuple[int, ...]
+Surface = tuple[tuple[tuple[float, ...], ...], ...]
+
+
+@dataclass(frozen=True)
+class Hinge:
+    """ECHO's cost model ``T_verify ~= T_ar * (1 + gamma * max(0, K - k_max))`` fitted to a surface."""
+
+    k_max: int
+    """Drafted nodes that are verified for free."""
+    gamma: float
+    """Relative cost of one node past the hinge."""
+    error: float
+    """Root mean square of the fit's relative error."""
+
+
+@dataclass(frozen=True)
+class CostProfile:
+    """The cost of verifying and of drafting, on a grid.
+
+    ``verify[b][r][c]`` is one pass of `rows[r]` verified rows (roots included) for `batches[b]`
+    requests that each hold `contexts[c]` tokens; entries with fewer rows than requests repeat the
+    first real one. ``draft[b][w][d]`` is a whole tree of `depths[d]` levels of `widths[w]`. Both are
+    non-decreasing in rows, context, width and depth, so every interpolation is too. Raises `ConfigError`.
+    """
+
+    device: str
+    dtype: str
+    model: str
+    threads: int
+    batches: Axis
+    rows: Axis
+    contexts: Axis
+    verify: Surface
+    draft_batches: Axis
+    widths: Axis
+    depths: Axis
+    draft: Surface
+    step_overhead: float = 0.0
+    """Fixed seconds of every step outside the verify pass."""
+    spec_overhead: float = 0.0
+    """Further fixed seconds of a speculative step (selection, the accept walk)."""
+    noise: float = 0.0
+    """Standard deviation of log(measured / profile)."""
+    provenance: str = ""
+
+    def __post_init__(self) -> None:
+        _check_surface("verify", self.verify, (self.batches, self.rows, self.contexts))
+        _check_surface("draft", self.draft, (self.draft_batches, self.widths, self.depths))
+        for name in ("step_overhead", "spec_overhead", "noise"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"profile {name} is {getattr(self, name)}; give a finite number >= 0")
+
+    def verify_seconds(self, batch: int, rows: float, context: float = 0.0) -> float:
+        """One verify pass. Linear between knots and past the last row; batch and context are clamped to the grid."""
+        at = (batch, max(rows, batch), context)
+        return _interpolate(self.verify, (self.batches, self.rows, self.contexts), at, (False, True, False))
+
+    def draft_seconds(self, batch: int, width: int, depth: int) -> float:
+        """Drafting a tree of `depth` levels, 0 for none. Linear past the last depth; batch and width are clamped."""
+        if depth <= 0:
+            return 0.0
+        axes = (self.draft_batches, self.widths, self.depths)
+        return _interpolate(self.draft, axes, (batch, width, depth), (False, False, True))
+
+    def ar_seconds(self, batch: int, context: float = 0.0) -> float:
+        """The pass of one plain decoding step: every request verifies its root alone."""
+        return self.verify_seconds(batch, batch, context)
+
+    def step_seconds(self, batch: int, nodes: int, width: int, depth: int, context: float = 0.0) -> float:
+        """A whole step that verifies `nodes` drafted nodes over the batch; 0 nodes is plain decoding."""
+        verify = self.verify_seconds(batch, batch + nodes, context) + self.step_overhead
+        return verify + self.draft_seconds(batch, width, depth) + self.spec_overhead if nodes else verify
+
+    def knee(self, batch: int, context: float = 0.0, theta: float = BREAK_EVEN_ACCEPTANCE) -> int:
+        """K_max: the most drafted nodes for which one more costs at most `theta` plainly decoded tokens.
+
+        Walks the measured segments from the roots on and stops at the first whose seconds a node
+        exceed ``theta * ar_seconds / batch``. Past it, a node that is accepted with probability
+        theta costs more time than plain decoding needs for the tokens it brings, whatever the
+        drafter costs; so theta is the break-even acceptance. Never more than the grid measured.
+        Under ECHO's own model (see `hinge`) with ``gamma * batch > theta`` it is exactly its K_max;
+        where gamma is smaller the nodes past the hinge still pay and the knee lies further out.
+        """
+        price = theta * self.ar_seconds(batch, context) / max(1, batch)
+        reached, cost = batch, self.ar_seconds(batch, context)
+        for rows in (r for r in self.rows if r > batch):
+            following = self.verify_seconds(batch, rows, context)
+            if following - cost > price * (rows - reached) * (1.0 + 1e-9):
+                break
+            reached, cost = rows, following
+        return reached - batch
+
+    def hinge(self, batch: int, context: float = 0.0) -> Hinge:
+        """Least squares fit (relative errors) of ECHO's cost model over the measured knots.
+
+        Source: ECHO, arXiv 2604.09603, which gives the form and neither number.
+        """
+        plain = self.ar_seconds(batch, context)
+        knots = [0, *(r - batch for r in self.rows if r > batch)]
+        ratios = [self.verify_seconds(batch, batch + n, context) / plain for n in knots]
+        return min((_fit_gamma(k, knots, ratios) for k in range(knots[-1] + 1)), key=lambda h: (h.error, h.k_max))
+
+    def save(self, path: str | Path) -> None:
+        write_record(path, "cost profile", PROFILE_VERSION, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> CostProfile:
+        """Read a profile. Raises `ConfigError` when the file is missing, corrupt or of another version."""
+        body = read_record(path, "cost profile", PROFILE_VERSION)
+        unknown = body.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise ConfigError(f"{path} has unknown fields {sorted(unknown)}; calibrate again")
+        try:
+            return cls(**{key: _frozen(value) for key, value in body.items()})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{path} is not a usable cost profile ({error}); calibrate again") from error
+
+    @classmethod
+    def default(cls) -> CostProfile:
+        """This machine's own profile where `echo-rl calibrate` has made one, else the one that ships with the package.
+
+        `provenance` says where the numbers come from.
+        """
+        return cls.load(own_or_packaged("profile.json"))
+
+
+def calibrated(name: str) -> Path:
+    """Path of this machine's own calibration file, whether or not it has been made: in the package's cache folder."""
+    return cache_root() / "calibration" / name
+
+
+def own_or_packaged(name: str) -> Path:
+    """This machine's own calibration file if there is one, else the packaged one."""
+    own = calibrated(name)
+    return own if own.is_file() else packaged(name)
+
+
+def packaged(name: str) -> Path:
+    """Path of a calibration file that ships with the package."""
+    return Path(str(files("echo_rl").joinpath("calibrate", "data", name)))
+
+
+def read_record(path: str | Path, kind: str, version: int) -> dict[str, Any]:
+    """The body of a versioned JSON record. Raises `ConfigError` naming the file and what is wrong with it."""
+    try:
+        record = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the {kind} {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}); calibrate again") from error
+    body = record.get("body") if isinstance(record, dict) and record.get("kind") == kind else None
+    if not isinstance(body, dict):
+        raise ConfigError(f"{path} is not a {kind}")
+    if record.get("version") != version:
+        raise ConfigError(f"{path} has version {record.get('version')}, this release reads {version}; calibrate again")
+    return body
+
+
+def write_record(path: str | Path, kind: str, version: int, body: Mapping[str, Any]) -> None:
+    """Write a versioned JSON record; the file is replaced whole or not at all."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(json.dumps({"kind": kind, "version": version, "body": body}) + "\n")
+    os.replace(partial, target)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+def _fit_gamma(k_max: int, nodes: Sequence[int], ratios: Sequence[float]) -> Hinge:
+    """The gamma >= 0 that fits `ratios` best for a given hinge, errors weighted by 1 / ratio."""
+    xs = [max(0, n - k_max) / r for n, r in zip(nodes, ratios, strict=True)]
+    ys = [(r - 1.0) / r for r in ratios]
+    square = sum(x * x for x in xs)
+    gamma = max(0.0, sum(x * y for x, y in zip(xs, ys, strict=True)) / square) if square else 0.0
+    residual = sum((y - gamma * x) ** 2 for x, y in zip(xs, ys, strict=True)) / len(xs)
+    return Hinge(k_max, gamma, round(math.sqrt(residual), 12))
+
+
+def _check_surface(name: str, surface: Surface, axes: tuple[Axis, Axis, Axis]) -> None:
+    for axis in axes:
+        if not axis or any(b <= a for a, b in pairwise(axis)):
+            raise ConfigError(f"profile axis {axis} of {name} must be increasing and not empty")
+    shape = tuple(len(axis) for axis in axes)
+    if len(surface) != shape[0] or any(
+        len(plane) != shape[1] or any(len(line) != shape[2] for line in plane) for plane in surface
+    ):
+        raise ConfigError(f"profile surface {name} does not have the shape {shape} of its axes")
+    for plane in surface:
+        if not all(0.0 < t < math.inf for line in plane for t in line):
+            raise ConfigError(f"profile surface {name} holds a time that is not positive and finite")
+        columns = list(zip(*plane, strict=True))
+        if any(b < a for line in (*plane, *columns) for a, b in pairwise(line)):
+            raise ConfigError(f"profile surface {name} decreases where work grows; smooth it (calibrate does)")
+
+
+def _locate(axis: Axis, x: float, extrapolate: bool) -> tuple[int, int, float]:
+    """Knots below and above `x` and the position between them; past 1 where extrapolation is asked for."""
+    if len(axis) == 1 or x <= axis[0]:
+        return 0, 0, 0.0
+    if x >= axis[-1] and not extrapolate:
+        return len(axis) - 1, len(axis) - 1, 0.0
+    low = min(bisect_right(axis, x), len(axis) - 1) - 1
+    return low, low + 1, (x - axis[low]) / (axis[low + 1] - axis[low])
+
+
+def _interpolate(
+    surface: Surface,
+    axes: tuple[Axis, Axis, Axis],
+    at: tuple[float, float, float],
+    extrapolate: tuple[bool, bool, bool],
+) -> float:
+    """Trilinear interpolation. At most one axis may extrapolate, which keeps the result monotone along it."""
+    (a0, a1, ta), (b0, b1, tb), (c0, c1, tc) = (
+        _locate(axis, x, e) for axis, x, e in zip(axes, at, extrapolate, strict=True)
+    )
+
+    def line(plane: tuple[tuple[float, ...], ...], b: int) -> float:
+        row = plane[b]
+        return row[c0] + tc * (row[c1] - row[c0])
+
+    def face(a: int) -> float:
+        low = line(surface[a], b0)
+        return low + tb * (line(surface[a], b1) - low) if tb else low
+
+    low = face(a0)
+    return low + ta * (face(a1) - low) if ta else low
