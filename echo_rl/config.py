@@ -35,7 +35,7 @@ class EngineConfig:
     device: str = "auto"
     """``auto``, ``cpu`` or ``cuda``."""
     dtype: str = "auto"
-    """``auto`` (bf16 on CUDA and on CPUs that compute in it natively, else fp32), ``bfloat16``, ``float16``, ``float32``."""
+    """``auto`` (bf16 on CUDA and on CPUs that compute in it, else fp32), ``bfloat16``, ``float16`` or ``float32``."""
     block_size: int = 16
     """Tokens a KV block."""
     kv_tokens: int = 32_768

@@ -13,7 +13,7 @@ from echo_rl.config import EngineConfig
 from echo_rl.runtime.drafter_model import DrafterConfig, save_drafter
 from echo_rl.runtime.engine import Engine
 
-VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 256, 32, 3, 4, 2, 16, 48
+VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 256, 32, 4, 4, 2, 16, 48
 COMMON = range(65, 89)
 """Token ids that carry almost all of the tiny target's probability: a random drafter hits them often."""
 
@@ -89,13 +89,13 @@ def _tokenizer() -> Tokenizer:
 def drafter_config(hidden: int = HIDDEN, taps: tuple[int, ...] = (0, 1, 2)) -> DrafterConfig:
     return DrafterConfig(
         hidden=hidden, target_hidden=hidden, taps=taps, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM,
-        intermediate=INTERMEDIATE, vocab=VOCAB, draft_vocab=len(COMMON), max_positions=512,
+        intermediate=INTERMEDIATE, target_vocab=VOCAB, draft_vocab=len(COMMON), max_positions=512,
     )  # fmt: skip
 
 
 def drafter_tensors(config: DrafterConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
-    tensors = {n: torch.randn(*shape, generator=g) * 0.3 for n, shape in config.shapes().items()}
+    tensors = {n: torch.randn(*shape, generator=g) * 0.3 for n, shape in config.shapes().items() if n != "d2t"}
     tensors["d2t"] = torch.full((config.draft_vocab,), COMMON[0], dtype=torch.int64)
     return tensors
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from echo_rl.errors import DrafterMismatch
 from echo_rl.runtime.architecture import rope_table
-from echo_rl.runtime.drafter_model import DrafterConfig, load_drafter
+from echo_rl.runtime.drafter_model import DrafterConfig, draft_to_target, load_drafter
 from echo_rl.runtime.kv_cache import AttentionView, KVCache
 from echo_rl.runtime.target import Target
 
@@ -23,7 +22,7 @@ class Drafter:
     """A loaded drafter, bound to the target whose embeddings it uses."""
 
     def __init__(self, config: DrafterConfig, tensors: dict[str, torch.Tensor], target: Target, positions: int) -> None:
-        _check_fits(config, target)
+        config.check_target(hidden=target.arch.hidden, vocab=target.arch.vocab, layers=target.arch.layers)
         self.config = config
         self.ops = target.ops
         self.embed = target.embed
@@ -39,14 +38,14 @@ class Drafter:
         self._down = w["midlayer.mlp.down_proj.weight"]
         self._norm = w["norm.weight"]
         self._lm_head = w["lm_head.weight"]
-        self.vocabulary = tensors["d2t"].to(device) + torch.arange(config.draft_vocab, device=device)  # [V'] target ids
+        self.vocabulary = draft_to_target(tensors["d2t"]).to(device)  # [V'] target ids
         cos, sin = rope_table(config.head_dim, config.rope_theta, positions)
         self._cos, self._sin = cos.to(device), sin.to(device)
 
     @classmethod
     def load(cls, folder: Path, target: Target, positions: int) -> Drafter:
         """Raises `WeightsError` (damaged) or `DrafterMismatch` (made for another target)."""
-        config, tensors = load_drafter(folder)
+        config, tensors = load_drafter(folder, target_layers=target.arch.layers)
         return cls(config, tensors, target, positions)
 
     @property
@@ -87,14 +86,3 @@ class Drafter:
         values, indices = logits.topk(min(k, logits.shape[1]), dim=1)
         log_probs = (values - logits.logsumexp(dim=1, keepdim=True)).clamp_(max=0.0)
         return log_probs, self.vocabulary[indices]
-
-
-def _check_fits(config: DrafterConfig, target: Target) -> None:
-    arch = target.arch
-    if config.target_hidden != arch.hidden or config.hidden != arch.hidden:
-        raise DrafterMismatch(
-            f"the drafter is {config.hidden} wide over {config.target_hidden}-wide features, the target {arch.hidden}; "
-            "give a drafter trained for this target, or drafter=None with the controller 'none'"
-        )
-    if max(config.taps) >= arch.layers:
-        raise DrafterMismatch(f"the drafter reads layer {max(config.taps)}, the target has {arch.layers} layers")

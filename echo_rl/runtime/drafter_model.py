@@ -1,77 +1,120 @@
-"""The EAGLE-3 drafter's folder: configuration, tensor names and shapes, saving and checked loading.
+"""The EAGLE-3 drafter as data: its configuration, its tensors, and the folder both live in.
 
-The layout is the common one (`LlamaForCausalLMEagle3`), so a drafter trained here loads in SGLang and
-one made elsewhere loads here. A tensor that is missing, unknown or of another shape is an error here:
-other loaders skip such tensors silently.
+Knows the published EAGLE-3 layout (``config.json`` + ``model.safetensors``) and checks every name and
+shape on the way in and out, because the engines that read this layout skip unknown names silently.
+Knows nothing about how the drafter is run (`echo_rl.runtime.drafter`) or trained (`echo_rl.drafting`).
+
+The model, for a token pair at position i:
+
+* ``f = fc(cat(taps_i))`` where ``taps_i`` are hidden states of the target at position i,
+* ``x = cat(input_layernorm(embed(t_{i+1})), hidden_norm(f))``  (twice as wide as the hidden state),
+* ``h = f + o_proj(attention(q(x), k(x), v(x)))`` with rotary position i,
+* ``h = h + mlp(post_attention_layernorm(h))``,
+* ``logits = lm_head(norm(h))`` over the draft vocabulary: they predict ``t_{i+2}``.
+
+At the next level ``h`` (before ``norm``) takes the place of ``f``; the embedding table is the target's.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from echo_rl.errors import WeightsError
-from echo_rl.runtime.checkpoint import read_tensors
+from echo_rl.errors import DrafterMismatch, WeightsError
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)
 class DrafterConfig:
-    """Shapes and constants of a drafter.
+    """Sizes of a drafter. `taps` names layers of the *target*.
 
-    `taps` are target layers, counted from 0: the features are the hidden states *after* these layers
-    (after the residual addition, before the next layer's norm). In the folder they are stored as
-    `eagle_aux_hidden_state_layer_ids`, with the same meaning.
+    Tap k is the residual stream *after* layer k (layers count from 0), which is what enters layer k + 1.
+    This is the meaning that SGLang gives to ``eagle_aux_hidden_state_layer_ids`` (it adds 1 to each id and
+    captures what enters that layer). The output of the target's last layer enters no layer, so SGLang
+    cannot capture it: an n-layer target has taps 0 .. n - 2, and `check_target` refuses others.
     """
 
     hidden: int
     target_hidden: int
+    target_vocab: int
     taps: tuple[int, ...]
     heads: int
     kv_heads: int
     head_dim: int
     intermediate: int
-    vocab: int
     draft_vocab: int
-    rope_theta: float = 10_000.0
+    rope_theta: float = 10000.0
     eps: float = 1e-5
-    max_positions: int = 2_048
+    max_positions: int = 2048
+
+    def __post_init__(self) -> None:
+        sizes = (self.hidden, self.target_hidden, self.target_vocab, self.heads, self.kv_heads, self.head_dim)
+        if min(*sizes, self.intermediate, self.draft_vocab, self.max_positions) < 1:
+            raise WeightsError(f"every size of a drafter must be positive: {self}")
+        if self.heads % self.kv_heads:
+            raise WeightsError(f"{self.heads} heads cannot share {self.kv_heads} kv heads; use a divisor")
+        if self.head_dim % 2:
+            raise WeightsError(f"head_dim is {self.head_dim}; rotary positions need an even one")
+        if self.draft_vocab > self.target_vocab:
+            raise WeightsError(f"draft vocabulary {self.draft_vocab} exceeds the target's {self.target_vocab}")
+        if not self.taps or min(self.taps) < 0 or list(self.taps) != sorted(set(self.taps)):
+            raise WeightsError(f"taps are {list(self.taps)}; give distinct layers of the target in rising order")
+        if self.hidden != self.target_hidden:
+            raise DrafterMismatch(
+                f"drafter hidden size {self.hidden} differs from the target's {self.target_hidden}; the drafter reads "
+                "the target's embeddings, so train it at the target's width"
+            )
+
+    def check_target(self, *, hidden: int, vocab: int, layers: int) -> None:
+        """Raise `DrafterMismatch` unless this drafter fits a target of these sizes."""
+        remedy = "use a drafter that was trained for this target"
+        if hidden != self.target_hidden:
+            raise DrafterMismatch(f"drafter reads hidden size {self.target_hidden}, the target has {hidden}; {remedy}")
+        if vocab != self.target_vocab:
+            raise DrafterMismatch(f"drafter maps into {self.target_vocab} tokens, the target has {vocab}; {remedy}")
+        if max(self.taps) > layers - 2:
+            raise DrafterMismatch(f"drafter taps layer {max(self.taps)}; the target allows 0..{layers - 2}; {remedy}")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every floating-point tensor by name."""
+        """Name -> shape of every tensor of the folder that is required."""
         h, q, kv = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention, mlp = "midlayer.self_attn.", "midlayer.mlp."
+        layer = {
+            "self_attn.q_proj.weight": (q, 2 * h),
+            "self_attn.k_proj.weight": (kv, 2 * h),
+            "self_attn.v_proj.weight": (kv, 2 * h),
+            "self_attn.o_proj.weight": (h, q),
+            "mlp.gate_proj.weight": (self.intermediate, h),
+            "mlp.up_proj.weight": (self.intermediate, h),
+            "mlp.down_proj.weight": (h, self.intermediate),
+            "input_layernorm.weight": (h,),
+            "hidden_norm.weight": (h,),
+            "post_attention_layernorm.weight": (h,),
+        }
         return {
             "fc.weight": (h, len(self.taps) * self.target_hidden),
-            f"{attention}q_proj.weight": (q, 2 * h),
-            f"{attention}k_proj.weight": (kv, 2 * h),
-            f"{attention}v_proj.weight": (kv, 2 * h),
-            f"{attention}o_proj.weight": (h, q),
-            f"{mlp}gate_proj.weight": (self.intermediate, h),
-            f"{mlp}up_proj.weight": (self.intermediate, h),
-            f"{mlp}down_proj.weight": (h, self.intermediate),
-            "midlayer.input_layernorm.weight": (h,),
-            "midlayer.hidden_norm.weight": (h,),
-            "midlayer.post_attention_layernorm.weight": (h,),
+            **{f"midlayer.{name}": shape for name, shape in layer.items()},
             "norm.weight": (h,),
             "lm_head.weight": (self.draft_vocab, h),
+            "d2t": (self.draft_vocab,),
         }
 
     def to_json(self) -> dict[str, Any]:
+        """The Llama-style ``config.json`` that EAGLE-3 engines read."""
         return {
             "architectures": [ARCHITECTURE],
             "model_type": "llama",
-            "hidden_act": "silu",
             "hidden_size": self.hidden,
             "target_hidden_size": self.target_hidden,
             "intermediate_size": self.intermediate,
@@ -79,106 +122,149 @@ class DrafterConfig:
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_dim,
+            "vocab_size": self.target_vocab,
+            "draft_vocab_size": self.draft_vocab,
+            "hidden_act": "silu",
             "rms_norm_eps": self.eps,
             "rope_theta": self.rope_theta,
             "max_position_embeddings": self.max_positions,
-            "vocab_size": self.vocab,
-            "draft_vocab_size": self.draft_vocab,
             "tie_word_embeddings": False,
+            "attention_bias": False,
+            "mlp_bias": False,
             "torch_dtype": "bfloat16",
-            "eagle_config": {
-                "eagle_aux_hidden_state_layer_ids": list(self.taps),
-                "use_aux_hidden_state": True,
-            },
+            "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(self.taps), "use_aux_hidden_state": True},
         }
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> DrafterConfig:
-        """Raises `WeightsError` for another architecture or a missing key."""
-        name = (config.get("architectures") or ["none"])[0]
-        if name != ARCHITECTURE:
-            raise WeightsError(
-                f"the drafter's architecture is '{name}'; only EAGLE-3 folders ({ARCHITECTURE}) are loaded"
-            )
-        taps = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    def from_json(cls, data: Mapping[str, Any], *, target_layers: int | None = None) -> DrafterConfig:
+        """Read a ``config.json``. `target_layers` is needed only where the file names no taps.
+
+        Raises `WeightsError` for another architecture, a missing key, or a feature that this layout has not.
+        """
+        if data.get("architectures") != [ARCHITECTURE]:
+            raise WeightsError(f"architectures is {data.get('architectures')}; EAGLE-3 has [{ARCHITECTURE!r}]")
+        if data.get("num_hidden_layers", 1) != 1:
+            raise WeightsError(f"num_hidden_layers is {data['num_hidden_layers']}; an EAGLE-3 drafter has 1 layer")
+        if data.get("attention_bias") or data.get("mlp_bias"):
+            raise WeightsError("attention_bias and mlp_bias must be false: the drafter's projections have no bias")
+        taps = (data.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+        if taps is None:
+            taps = default_taps(target_layers)
         try:
-            heads = config["num_attention_heads"]
+            hidden, heads = int(data["hidden_size"]), int(data["num_attention_heads"])
             return cls(
-                hidden=config["hidden_size"],
-                target_hidden=config.get("target_hidden_size") or config["hidden_size"],
-                taps=tuple(taps) if taps else _default_taps(config),
+                hidden=hidden,
+                target_hidden=int(data.get("target_hidden_size") or hidden),
+                target_vocab=int(data["vocab_size"]),
+                taps=tuple(int(tap) for tap in taps),
                 heads=heads,
-                kv_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-                intermediate=config["intermediate_size"],
-                vocab=config["vocab_size"],
-                draft_vocab=config.get("draft_vocab_size") or config["vocab_size"],
-                rope_theta=float(config.get("rope_theta") or 10_000.0),
-                eps=config.get("rms_norm_eps", 1e-5),
-                max_positions=config.get("max_position_embeddings", 2_048),
+                kv_heads=int(data.get("num_key_value_heads") or heads),
+                head_dim=int(data.get("head_dim") or hidden // heads),
+                intermediate=int(data["intermediate_size"]),
+                draft_vocab=int(data["draft_vocab_size"] or data["vocab_size"]),
+                rope_theta=_rope_theta(data),
+                eps=float(data.get("rms_norm_eps", 1e-5)),
+                max_positions=int(data.get("max_position_embeddings", 2048)),
             )
-        except KeyError as e:
-            raise WeightsError(f"the drafter's config.json lacks the key {e}; download or train it again") from e
+        except KeyError as missing:
+            raise WeightsError(f"{CONFIG_FILE} has no {missing}; copy it from the drafter's original folder") from None
+        except WeightsError:
+            raise
+        except (TypeError, ValueError) as broken:
+            raise WeightsError(f"{CONFIG_FILE} holds a value of the wrong type: {broken}") from None
 
 
-def _default_taps(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Without explicit ids the taps enter layers 2, n/2 and n - 3 of an n-layer target, so follow the layers before."""
-    layers = config.get("target_num_hidden_layers")
-    if not layers:
+def _rope_theta(data: Mapping[str, Any]) -> float:
+    """Rotary base from either place that it is kept in. Scaled variants are refused, not ignored."""
+    scaling = data.get("rope_scaling") or data.get("rope_parameters") or {}
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        raise WeightsError(f"rope scaling {scaling} is not supported; use a drafter with plain rotary positions")
+    return float(data.get("rope_theta") or scaling.get("rope_theta") or 10000.0)
+
+
+def default_taps(target_layers: int | None) -> tuple[int, ...]:
+    """The taps of a drafter whose config names none: what enters layers 2, n // 2 and n - 3 of an n-layer target."""
+    if target_layers is None:
+        raise WeightsError(f"{CONFIG_FILE} names no taps; pass target_layers so that the usual ones can be used")
+    return (1, target_layers // 2 - 1, target_layers - 4)
+
+
+def draft_to_target(d2t: Tensor) -> Tensor:
+    """[draft_vocab] int64 target ids of the draft ids, from the stored offsets."""
+    return d2t.long() + torch.arange(d2t.shape[0])
+
+
+def offsets_of(ids: Tensor) -> Tensor:
+    """``d2t`` offsets of ascending target ids: the inverse of `draft_to_target`."""
+    return ids.long() - torch.arange(ids.shape[0])
+
+
+def check_tensors(config: DrafterConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `WeightsError` unless `tensors` holds exactly the drafter's tensors, well shaped and finite."""
+    shapes = config.shapes()
+    missing, unknown = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys() - {"t2d"}
+    if missing or unknown:
         raise WeightsError(
-            "the drafter's config.json names no taps; add eagle_config.eagle_aux_hidden_state_layer_ids "
-            "(the target layers whose outputs it reads)"
+            f"drafter tensors do not match the layout: missing {sorted(missing)}, unknown {sorted(unknown)}; "
+            "export the drafter again in the EAGLE-3 layout"
         )
-    return (1, layers // 2 - 1, layers - 4)
-
-
-def load_drafter(folder: Path) -> tuple[DrafterConfig, dict[str, torch.Tensor]]:
-    """Configuration and tensors, every name and shape checked. Raises `WeightsError`."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise WeightsError(f"{folder} has no config.json; give an EAGLE-3 drafter folder")
-    try:
-        config = DrafterConfig.from_json(json.loads(path.read_text()))
-    except json.JSONDecodeError as e:
-        raise WeightsError(f"{path} is not valid JSON ({e}); download or train the drafter again") from e
-    tensors = read_tensors(folder)
-    tensors.pop("t2d", None)  # derivable from d2t
-    if "d2t" not in tensors and config.draft_vocab == config.vocab:
-        tensors["d2t"] = torch.zeros(config.vocab, dtype=torch.int64)
-    check_tensors(config, tensors)
-    return config, tensors
-
-
-def check_tensors(config: DrafterConfig, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises `WeightsError` unless the tensors are exactly those that the configuration implies."""
-    expected = {**config.shapes(), "d2t": (config.draft_vocab,)}
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise WeightsError(f"the drafter lacks {', '.join(missing)}; download or train it again")
-    if unknown := sorted(tensors.keys() - expected.keys()):
-        raise WeightsError(f"the drafter holds tensors of another architecture: {', '.join(unknown[:4])}")
-    for name, shape in expected.items():
+    for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise WeightsError(
-                f"drafter tensor '{name}' has shape {tuple(tensors[name].shape)}, config.json implies {shape}"
+                f"{name} is {tuple(tensors[name].shape)} but {CONFIG_FILE} implies {shape}; "
+                "the two files are of different drafters"
             )
-    ids = tensors["d2t"].long() + torch.arange(config.draft_vocab)
-    if int(ids.min()) < 0 or int(ids.max()) >= config.vocab:
-        raise WeightsError("the drafter's d2t points outside the target's vocabulary; it belongs to another target")
+        if name != "d2t" and not bool(torch.isfinite(tensors[name]).all()):
+            raise WeightsError(f"{name} holds NaN or infinite values; the checkpoint is damaged, use an earlier one")
+    _check_vocabulary(config, tensors)
 
 
-def save_drafter(folder: Path, config: DrafterConfig, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write the folder atomically. `tensors` are all of `config.shapes()` and ``d2t`` (int64 offsets)."""
+def _check_vocabulary(config: DrafterConfig, tensors: Mapping[str, Tensor]) -> None:
+    if tensors["d2t"].dtype not in (torch.int32, torch.int64):
+        raise WeightsError(f"d2t is {tensors['d2t'].dtype}; it must hold integer offsets")
+    ids = draft_to_target(tensors["d2t"])
+    if bool((ids < 0).any()) or bool((ids >= config.target_vocab).any()) or ids.unique().numel() != ids.numel():
+        raise WeightsError(f"d2t must map to distinct ids below {config.target_vocab}; use this target's drafter")
+    if "t2d" in tensors:
+        expected = torch.zeros(config.target_vocab, dtype=torch.bool).index_fill(0, ids, True)
+        if not torch.equal(tensors["t2d"].bool(), expected):
+            raise WeightsError("t2d contradicts d2t; export the drafter again")
+
+
+def save_drafter(folder: str | Path, config: DrafterConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write the folder atomically, file by file. `t2d` (target vocabulary mask) is added where absent."""
     check_tensors(config, tensors)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-    t2d = torch.zeros(config.vocab, dtype=torch.bool)
-    t2d[tensors["d2t"].long() + torch.arange(config.draft_vocab)] = True
-    save_file({**{n: t.contiguous() for n, t in tensors.items()}, "t2d": t2d}, scratch / "model.safetensors")
-    (scratch / "config.json").write_text(json.dumps(config.to_json(), indent=2))
-    if folder.exists():
-        for file in scratch.iterdir():
-            os.replace(file, folder / file.name)
-        scratch.rmdir()
-    else:
-        scratch.chmod(0o755)
-        shutil.move(scratch, folder)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mask = torch.zeros(config.target_vocab, dtype=torch.bool).index_fill(0, draft_to_target(tensors["d2t"]), True)
+    out = {name: tensor.detach().contiguous() for name, tensor in tensors.items()} | {"t2d": mask}
+    part = folder / f"{WEIGHTS_FILE}.part"
+    save_file(out, part)
+    os.replace(part, folder / WEIGHTS_FILE)
+    part = folder / f"{CONFIG_FILE}.part"
+    part.write_text(json.dumps(config.to_json(), indent=2) + "\n")
+    os.replace(part, folder / CONFIG_FILE)
+
+
+def load_drafter(folder: str | Path, *, target_layers: int | None = None) -> tuple[DrafterConfig, dict[str, Tensor]]:
+    """Read and verify a drafter folder. `target_layers` is needed only where its config names no taps.
+
+    Raises `WeightsError` (missing or broken file, missing or unknown tensor, wrong shape) or
+    `DrafterMismatch` (drafter of another width than its target).
+    """
+    folder = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise WeightsError(f"no {name} in {folder}; point to an EAGLE-3 drafter folder")
+    try:
+        data = json.loads((folder / CONFIG_FILE).read_text())
+    except ValueError as broken:
+        raise WeightsError(f"{folder / CONFIG_FILE} is not valid JSON ({broken}); fetch it again") from None
+    config = DrafterConfig.from_json(data, target_layers=target_layers)
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not iterable)
+    except (SafetensorError, OSError) as broken:
+        raise WeightsError(f"{folder / WEIGHTS_FILE} is truncated or damaged ({broken}); fetch it again") from None
+    check_tensors(config, tensors)
+    return config, tensors

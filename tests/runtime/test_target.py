@@ -90,7 +90,7 @@ def test_taps_are_the_states_after_their_layers(tmp_path):
     local = torch.arange(4)
     count = torch.tensor([4])
     view = layout.view(local, count, layout.kv_lens, count, local[:, None] >= local)
-    cache = KVCache.allocate(4, (3, tiny.KV_HEADS, tiny.HEAD_DIM), None, torch.device("cpu"), torch.float32)
+    cache = KVCache.allocate(4, (tiny.LAYERS, tiny.KV_HEADS, tiny.HEAD_DIM), None, torch.device("cpu"), torch.float32)
     _hidden, taps = target.forward(prompt, local, cache, view, (0, 1))
     torch.testing.assert_close(taps, torch.cat([states[1][0], states[2][0]], 1), atol=1e-4, rtol=1e-4)
 
@@ -103,7 +103,7 @@ def test_taps_are_the_states_after_their_layers(tmp_path):
         ({"use_sliding_window": True}, "sliding"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
         ({"hidden_size": 48}, "shape"),
-        ({"num_hidden_layers": 4}, "no tensor"),
+        ({"num_hidden_layers": 5}, "no tensor"),
         ({"num_hidden_layers": 2}, "ignore"),
     ],
 )

