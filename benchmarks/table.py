@@ -1,0 +1,172 @@
+"""Writes the README's tables from the JSON results, so that no number is typed by hand.
+
+Each table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``. ``--check`` changes nothing and
+exits with 1 where the README is out of date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from common import RESULTS, main
+from echo_rl.errors import ConfigError
+from echo_rl.metrics import Interval
+
+MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+PENDING = "*Not measured yet: run `make bench`.*\n"
+HEADLINE = ("none", "chain", "static", "eagle3", "echo")
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Args:
+    """Render the README's tables."""
+
+    readme: Path = RESULTS.parent.parent / "README.md"
+    results: Path = RESULTS
+    check: bool = False
+    """Only say whether the README is up to date."""
+
+
+def headline(result: Result) -> str:
+    """Tokens/s, MAT and speed-up of the main controllers at each concurrency."""
+    rows = [
+        [
+            str(cell["concurrency"]),
+            f"`{cell['arm']}`",
+            Interval(**cell["throughput"]).text(1),
+            Interval(**cell["speedup"]).text(2, "×") if cell["speedup"] else "1",
+            _number(cell["mat"]),
+        ]
+        for cell in result["cells"]
+        if cell["arm"] in HEADLINE
+    ]
+    return _table(["in flight", "controller", "tokens/s", "speed-up", "MAT"], rows) + _machine(result["environment"])
+
+
+def ablations(result: Result) -> str:
+    """Speed-ups of ECHO and its ablations, one column a concurrency."""
+    loads = sorted({cell["concurrency"] for cell in result["cells"]})
+    arms = [arm for arm in dict.fromkeys(cell["arm"] for cell in result["cells"]) if arm.startswith("echo")]
+    found = {(cell["arm"], cell["concurrency"]): cell for cell in result["cells"]}
+    rows = [[f"`{arm}`", *(Interval(**found[arm, c]["speedup"]).text(2, "×") for c in loads)] for arm in arms]
+    return _table(["speed-up", *(str(c) for c in loads)], rows)
+
+
+def budget(result: Result) -> str:
+    """Share of the node budget used, and time spent deciding, by concurrency."""
+    rows = []
+    for cell in result["cells"]:
+        if cell["arm"] == "echo":
+            phases = cell["phase_seconds"]
+            deciding = (phases["plan"] + phases["select"]) / sum(phases.values())
+            used = cell["budget_utilisation"]
+            rows.append([str(cell["concurrency"]), "-" if used is None else f"{used:.0%}", f"{deciding:.1%}"])
+    return _table(["in flight", "budget used", "time deciding"], rows)
+
+
+def acceptance(result: Result) -> str:
+    rows = [
+        [entry["suite"], f"`{entry['arm']}`", Interval(**entry["mat"]).text(), _depths(entry["acceptance_by_depth"])]
+        for entry in result["entries"]
+    ]
+    return _table(["suite", "shape", "MAT", "acceptance at depth 1, 2, ..."], rows)
+
+
+def plain_decoding(result: Result) -> str:
+    rows = [
+        [
+            str(entry["batch"]),
+            entry["arm"],
+            Interval(**entry["tokens_per_second"]).text(1),
+            "1" if entry["arm"] == "echo-rl" else Interval(**entry["ours_over_it"]).text(2, "×"),
+        ]
+        for entry in result["entries"]
+    ]
+    return _table(["batch", "engine", "tokens/s", "ours over it"], rows) + _machine(result["environment"])
+
+
+def losslessness(result: Result) -> str:
+    rows = [
+        [
+            dtype,
+            str(found["tokens"]),
+            f"{found['diverged_requests']} of {found['requests']}",
+            _gap(found["logit_gap_at_divergence"]),
+            _gap(found["logit_gap_everywhere"]),
+        ]
+        for dtype, found in result["dtypes"].items()
+    ]
+    heads = ["dtype", "tokens compared", "requests that diverge", "median logit gap there", "median gap everywhere"]
+    return _table(heads, rows)
+
+
+TABLES: Mapping[str, tuple[str, Callable[[Result], str]]] = {
+    "headline": ("throughput", headline),
+    "ablations": ("throughput", ablations),
+    "budget": ("throughput", budget),
+    "acceptance": ("acceptance", acceptance),
+    "plain_decoding": ("plain_decoding", plain_decoding),
+    "losslessness": ("losslessness", losslessness),
+}
+
+
+def render(text: str, results: Path) -> str:
+    """The text with every marked table written anew. Raises `ConfigError` for an unknown name."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in TABLES:
+            raise ConfigError(f"there is no table called {name}; known: {', '.join(TABLES)}")
+        file, make = TABLES[name]
+        path = results / f"{file}.json"
+        body = make(json.loads(path.read_text())) if path.is_file() else PENDING
+        return f"{match[1]}\n{body}\n{match[3]}"
+
+    return MARKED.sub(fill, text)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _machine(environment: Mapping[str, str]) -> str:
+    parts = ("cpu", "cores", "device", "dtype", "torch", "model")
+    said = ", ".join(f"{part} {environment[part]}" for part in parts if part in environment)
+    return f"\nMachine: {said}. Intervals: 95 %, bootstrap over paired blocks.\n"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _depths(rates: Sequence[float | None]) -> str:
+    return ", ".join("-" if rate is None else f"{rate:.2f}" for rate in rates)
+
+
+def _gap(quantiles: Mapping[str, float] | None) -> str:
+    return "-" if quantiles is None else f"{quantiles['median']:.3f}"
+
+
+def script() -> None:
+    args = tyro.cli(Args)
+    before = args.readme.read_text()
+    after = render(before, args.results)
+    if args.check and before != after:
+        sys.exit("README.md is out of date; run benchmarks/table.py")
+    if not args.check:
+        args.readme.write_text(after)
+
+
+if __name__ == "__main__":
+    main(script)

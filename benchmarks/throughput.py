@@ -1,0 +1,61 @@
+"""Throughput of every controller, ablations included, against concurrency on real prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import tyro
+
+from common import CONSOLE, EngineOptions, Place, load_engine, main
+from echo_rl import plots
+from echo_rl.bench import run_bench
+from echo_rl.cli.render import equality, table
+from echo_rl.config import EngineConfig
+from echo_rl.controllers import registry
+from echo_rl.prompts import load_prompts
+from echo_rl.results import write_json
+from echo_rl.sweep import BenchConfig, Load
+
+ARMS = ("none", "chain", "static", "eagle3", "echo", "echo_dense", "echo_fixed", "echo_unscheduled")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Sweep controllers over concurrencies."""
+
+    quick: bool = False
+    """Three arms, two loads, two blocks."""
+    arms: tuple[str, ...] = ARMS
+    concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    blocks: int = 6
+    requests: int = 6
+    """Requests a block; twice the concurrency where that is more."""
+    max_new_tokens: int = 96
+    seed: int = 0
+    engine: EngineOptions = field(default_factory=EngineConfig)
+
+    def sized(self) -> Args:
+        if not self.quick:
+            return self
+        return replace(
+            self, arms=("none", "eagle3", "echo"), concurrency=(1, 8), blocks=2, requests=2, max_new_tokens=24
+        )
+
+    def config(self) -> BenchConfig:
+        loads = tuple(Load(c, max(self.requests, 2 * c), self.max_new_tokens, self.blocks) for c in self.concurrency)
+        return BenchConfig(self.arms, loads, seed=self.seed)
+
+
+def script() -> None:
+    args = tyro.cli(Args).sized()
+    place, config = Place("throughput", args.quick), args.config()
+    prompts = load_prompts("all", seed=args.seed)
+    engine, environment = load_engine(args.engine)
+    result = run_bench(engine, config, prompts, registry.make, place.work, environment, CONSOLE)
+    write_json(place.result, result)
+    plots.draw(result, place.result.parent)
+    CONSOLE.print(table(result, CONSOLE.width), equality(result)[1])
+
+
+if __name__ == "__main__":
+    main(script)

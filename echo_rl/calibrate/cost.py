@@ -1,0 +1,199 @@
+"""Measures a machine's cost surface into a `CostProfile`.
+
+Knows how to measure (interleaved repetitions, medians, smoothing, resuming) and not what: the passes
+themselves are callables, so the live engine and a fake with a known surface are measured alike.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from echo_rl.errors import ConfigError
+from echo_rl.profile import Axis, CostProfile, Surface, read_record, write_record
+
+SAMPLES_VERSION = 1
+SAVE_EVERY = 2.0  # seconds between writes of the samples file
+
+VerifyTimer = Callable[[int, int, int], float]
+"""(batch, verified rows in all, context) -> seconds of one verify pass."""
+DraftTimer = Callable[[int, int, int, int], float]
+"""(batch, width, depth, context) -> seconds of drafting one tree of `depth` levels."""
+Point = tuple[str, int, int, int]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a profile is a profile of."""
+
+    device: str
+    dtype: str
+    model: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The points to measure. Rows gain every batch size, so that plain decoding is always measured itself."""
+
+    batches: Axis = (1, 2, 4, 8, 16, 32, 64)
+    rows: Axis = (1, 2, 4, 8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
+    contexts: Axis = (128, 1024)
+    widths: Axis = (1, 3, 6, 10)
+    depths: Axis = (1, 2, 3, 5, 8)
+    draft_context: int = 256
+    """Context of the drafting measurements; its effect on a one-layer drafter is below the noise."""
+    repeats: int = 7
+
+    @property
+    def verify_rows(self) -> Axis:
+        return tuple(sorted({*self.rows, *self.batches}))
+
+    def points(self) -> list[Point]:
+        verify = [("verify", b, r, c) for b in self.batches for r in self.verify_rows if r >= b for c in self.contexts]
+        return verify + [("draft", b, w, d) for b in self.batches for w in self.widths for d in self.depths]
+
+
+def measure(
+    time_verify: VerifyTimer,
+    time_draft: DraftTimer,
+    machine: Machine,
+    grid: Grid,
+    samples: Path | None = None,
+    console: Console | None = None,
+    provenance: str = "",
+) -> CostProfile:
+    """Time every point `grid.repeats` times and fit the profile; overheads are left at 0.
+
+    Every repetition visits all points in a new order, so a slow minute of the machine touches all of
+    them a little and none a lot. `samples` is rewritten as the measurement goes; a later call with
+    the same file continues it. Raises `ConfigError` when that file belongs to another machine or grid.
+    """
+    points = grid.points()
+    taken = _resume(samples, machine, grid)
+    rounds = [point for r in range(grid.repeats) for point in _shuffled(points, r) if len(taken.get(point, [])) <= r]
+    saved = time.monotonic()
+    for point in _shown(rounds, console):
+        kind, a, b, c = point
+        seconds = time_verify(a, b, c) if kind == "verify" else time_draft(a, b, c, grid.draft_context)
+        taken.setdefault(point, []).append(_checked(seconds, point))
+        if samples is not None and time.monotonic() - saved > SAVE_EVERY:
+            _save(samples, machine, grid, taken)
+            saved = time.monotonic()
+    if samples is not None:
+        _save(samples, machine, grid, taken)
+    return fit(taken, machine, grid, provenance)
+
+
+def fit(taken: dict[Point, list[float]], machine: Machine, grid: Grid, provenance: str = "") -> CostProfile:
+    """The profile of the samples: medians, smoothed to be non-decreasing in work, and their residual noise."""
+    medians = {point: statistics.median(seconds) for point, seconds in taken.items()}
+    rows, contexts = grid.verify_rows, grid.contexts
+    verify = []
+    for b in grid.batches:
+        columns = []
+        for c in contexts:
+            real = isotonic([medians["verify", b, r, c] for r in rows if r >= b])
+            columns.append([real[0]] * (len(rows) - len(real)) + real)
+        verify.append(_rising(columns))
+    draft = []
+    for b in grid.batches:
+        lines = _rising([isotonic([medians["draft", b, w, d] for d in grid.depths]) for w in grid.widths])
+        draft.append(tuple(zip(*lines, strict=True)))
+    surfaces = {"verify": tuple(verify), "draft": tuple(draft)}
+    axes = {"verify": (grid.batches, rows, contexts), "draft": (grid.batches, grid.widths, grid.depths)}
+    residuals = [
+        math.log(seconds / _at(surfaces[kind], axes[kind], at))
+        for (kind, *at), measured in taken.items()
+        for seconds in measured
+    ]
+    return CostProfile(
+        **asdict(machine),
+        batches=grid.batches,
+        rows=rows,
+        contexts=contexts,
+        verify=surfaces["verify"],
+        draft_batches=grid.batches,
+        widths=grid.widths,
+        depths=grid.depths,
+        draft=surfaces["draft"],
+        noise=statistics.pstdev(residuals),
+        provenance=provenance,
+    )
+
+
+def isotonic(values: Sequence[float], weights: Sequence[float] | None = None) -> list[float]:
+    """The closest non-decreasing sequence in the (weighted) least squares sense: pool adjacent violators."""
+    blocks: list[tuple[float, float, int]] = []  # (mean, weight, length), means rising
+    for value, own in zip(values, weights or [1.0] * len(values), strict=True):
+        mean, weight, length = value, own, 1
+        while blocks and blocks[-1][0] > mean:
+            before, heavy, count = blocks.pop()
+            mean = (before * heavy + mean * weight) / (heavy + weight)
+            weight, length = weight + heavy, length + count
+        blocks.append((mean, weight, length))
+    return [mean for mean, _, length in blocks for _ in range(length)]
+
+
+def _rising(columns: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    """Columns made non-decreasing from one to the next, transposed: [rows][columns]."""
+    risen = [tuple(columns[0])]
+    for column in columns[1:]:
+        risen.append(tuple(max(a, b) for a, b in zip(risen[-1], column, strict=True)))
+    return tuple(zip(*risen, strict=True))
+
+
+def _at(surface: Surface, axes: tuple[Axis, Axis, Axis], at: Sequence[int]) -> float:
+    a, b, c = (axis.index(x) for axis, x in zip(axes, at, strict=True))
+    return surface[a][b][c]
+
+
+def _checked(seconds: float, point: Point) -> float:
+    if not 0.0 < seconds < math.inf:
+        raise ConfigError(f"timing {point} returned {seconds} seconds; a timer must return a time")
+    return seconds
+
+
+def _shuffled(points: Sequence[Point], seed: int) -> list[Point]:
+    return random.Random(seed).sample(points, len(points))
+
+
+def _shown(points: Sequence[Point], console: Console | None) -> Iterator[Point]:
+    """The points behind a progress bar, or plainly without a console."""
+    if console is None:
+        yield from points
+        return
+    columns = (TextColumn("{task.description}"), *Progress.get_default_columns()[1:2], MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        yield from progress.track(points, description="measuring")
+
+
+def _save(path: Path, machine: Machine, grid: Grid, taken: dict[Point, list[float]]) -> None:
+    listed = [[*point, seconds] for point, seconds in taken.items()]
+    write_record(path, "cost samples", SAMPLES_VERSION, {**_identity(machine, grid), "samples": listed})
+
+
+def _resume(path: Path | None, machine: Machine, grid: Grid) -> dict[Point, list[float]]:
+    if path is None or not path.exists():
+        return {}
+    body = read_record(path, "cost samples", SAMPLES_VERSION)
+    if any(body.get(key) != value for key, value in _identity(machine, grid).items()):
+        raise ConfigError(f"{path} holds samples of another machine or grid; delete it or name another file")
+    try:
+        return {(kind, a, b, c): list(seconds) for kind, a, b, c, seconds in body["samples"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} holds no usable samples ({error}); delete it and measure again") from error
+
+
+def _identity(machine: Machine, grid: Grid) -> dict[str, object]:
+    """What must be equal to continue a measurement, in JSON's own types; the repetitions may grow."""
+    axes = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(grid).items() if key != "repeats"}
+    return {"machine": asdict(machine), "grid": axes}

@@ -1,0 +1,105 @@
+"""Calibrates on a live engine: gates from its own trees, the cost profile from its own passes.
+
+The prompts are this package's own, not a benchmark's, so gates are never tuned on what they are
+judged by later.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from echo_rl.calibrate.cost import Grid, Machine, measure
+from echo_rl.calibrate.gates import GateObservation, GateOptions, best_paths, calibrate
+from echo_rl.contracts import Forest, LoadView, Request, SamplingParams, Selection, SpecPlan, StepReport
+from echo_rl.controllers.base import BaseController
+from echo_rl.controllers.gates import GateCalibration
+from echo_rl.loop import RunRecord, serve
+from echo_rl.profile import CostProfile, packaged
+from echo_rl.runtime.engine import Engine
+from echo_rl.runtime.probe import Probe
+
+DEPTH, WIDTH, NODES = 8, 10, 60  # ECHO's batch-1 set-up: depth 8, top-k 10, 60 nodes
+
+
+class GateObserver(BaseController):
+    """Drafts full trees without gates, every fourth step none at all, and records how the best paths fared."""
+
+    name = "gate-observer"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observations: list[GateObservation] = []
+        self._steps = 0
+        self._forest: Forest | None = None
+
+    def propose(self, load: LoadView) -> SpecPlan:
+        self._steps += 1
+        return SpecPlan(0 if self._steps % 4 == 0 else NODES * load.batch_size, DEPTH, WIDTH)
+
+    def select(self, forest: Forest, plan: SpecPlan) -> Selection:
+        self._forest = forest
+        return super().select(forest, plan)
+
+    def observe(self, report: StepReport) -> None:
+        if self._forest is not None:
+            tokens = [output.tokens for output in report.outputs[: report.load.batch_size]]
+            self.observations.extend(best_paths(self._forest, tokens))
+        self._forest = None
+
+
+def calibration_prompts(limit: int | None = None) -> list[str]:
+    """The package's own user turns (chat, code and arithmetic in turn)."""
+    groups: dict[str, list[str]] = json.loads(packaged("prompts.json").read_text())
+    turns = [turn for row in zip(*groups.values(), strict=True) for turn in row]
+    return turns[:limit]
+
+
+def calibrate_gates(
+    engine: Engine, options: GateOptions, prompts: Sequence[str], max_new_tokens: int, console: Console | None
+) -> tuple[GateCalibration, tuple[float, float]]:
+    """The drafter's gates, and the fixed seconds of a plain step and of a speculative one (see `CostProfile`)."""
+    observer = GateObserver()
+    params = SamplingParams(max_new_tokens=max_new_tokens)
+    requests = [
+        Request(f"gate-{i}", engine.tokenizer.chat([{"role": "user", "content": turn}]), params)
+        for i, turn in enumerate(prompts)
+    ]
+    with Progress(console=console, disable=console is None) as progress:
+        task = progress.add_task("observing trees", total=len(requests))
+        record = serve(engine, observer, requests, 1, lambda o: progress.advance(task, o.finish_reason is not None))
+    provenance = f"{len(requests)} own prompts, {len(observer.observations)} best paths, {engine.config.model}, greedy"
+    return calibrate(observer.observations, options, provenance), overheads(record)
+
+
+def overheads(record: RunRecord) -> tuple[float, float]:
+    """Median seconds outside draft and verify: of plain steps, and what speculative steps add to it."""
+    outside: dict[bool, list[float]] = {True: [], False: []}
+    for step in record.steps:
+        if step.batch_size and not step.prefill_tokens:
+            outside[step.budget > 0].append(step.seconds - step.times.draft - step.times.verify)
+    plain = statistics.median(outside[False]) if outside[False] else 0.0
+    speculative = statistics.median(outside[True]) if outside[True] else plain
+    return max(0.0, plain), max(0.0, speculative - plain)
+
+
+def calibrate_cost(
+    engine: Engine,
+    machine: Machine,
+    grid: Grid,
+    samples: Path | None,
+    extra: tuple[float, float],
+    console: Console | None,
+) -> CostProfile:
+    """The machine's cost profile; `extra` are the overheads that `calibrate_gates` found."""
+    probe = Probe(engine)
+    warm = max(grid.batches)
+    probe.verify(warm, warm, min(grid.contexts))
+    profile = measure(probe.verify, probe.draft, machine, grid, samples, console, "measured by echo-rl calibrate")
+    return replace(profile, step_overhead=extra[0], spec_overhead=extra[1])

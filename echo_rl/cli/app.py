@@ -1,0 +1,68 @@
+"""The tree of subcommands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Annotated, Protocol
+
+import tyro
+
+from echo_rl.cli.bench import Bench
+from echo_rl.cli.demo import Demo
+from echo_rl.cli.generate import Generate
+from echo_rl.cli.version import Version
+from echo_rl.cli.weights import Weights
+
+DESCRIPTION = "Speculative decoding under one batch-wide node budget, with the budget decision as a policy."
+
+
+class Command(Protocol):
+    def run(self) -> int:
+        """Does the work; returns the exit code."""
+        ...
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Measure this machine's costs (cost), or where this drafter's gates should cut (gates)."""
+
+    def run(self) -> int:
+        raise AssertionError("groups are parsed by their own module")
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """Write training conversations (synthesize), or train a drafter on them (train)."""
+
+    def run(self) -> int:
+        raise AssertionError("groups are parsed by their own module")
+
+
+GROUPS = {"calibrate": ("echo_rl.cli.calibrate", Calibrate), "drafter": ("echo_rl.cli.drafter", Drafter)}
+"""Groups whose options are library dataclasses: their modules, which load torch, are imported only when named."""
+
+AnyCommand = (
+    Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
+    | Annotated[Drafter, tyro.conf.subcommand("drafter")]
+    | Annotated[Weights, tyro.conf.subcommand("weights")]
+    | Annotated[Version, tyro.conf.subcommand("version")]
+)
+
+
+def parse(argv: Sequence[str] | None = None) -> Command:
+    """The command that the arguments name. Exits with help or usage as argparse does."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command: Command
+    if arguments and arguments[0] in GROUPS:
+        module, group = GROUPS[arguments[0]]
+        kinds = import_module(module).AnyCommand
+        command = tyro.cli(kinds, args=arguments[1:], prog=f"echo-rl {arguments[0]}", description=group.__doc__)
+    else:
+        command = tyro.cli(AnyCommand, args=arguments, prog="echo-rl", description=DESCRIPTION)
+    return command

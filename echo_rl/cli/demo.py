@@ -1,0 +1,42 @@
+"""``echo-rl demo``: the first thing to run. Fetches the model and the prompts at first use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from echo_rl.cli.options import EngineOptions
+from echo_rl.config import EngineConfig
+
+ARMS = ("none", "eagle3", "echo")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Plain decoding, EAGLE-3 and ECHO on the same real prompts; exits with 1 if float32 outputs differ."""
+
+    out: Path = Path("results/demo")
+    """Where the result and the plots go; what was there of an earlier demo is replaced."""
+    engine: EngineOptions = field(default_factory=EngineConfig)
+
+    def run(self) -> int:
+        from rich.console import Console
+
+        from echo_rl.cli import render
+        from echo_rl.cli.session import run_and_show
+        from echo_rl.runtime.weights import fetch_smollm2
+        from echo_rl.sweep import BenchConfig, Load
+
+        console = Console()
+        if self.engine.model == "smollm2":
+            fetch_smollm2(progress=lambda message: console.print(f"weights: {message}"))
+        for name in ("config.json", "blocks.jsonl"):
+            (self.out / name).unlink(missing_ok=True)
+        alone = Load(concurrency=1, requests=2, max_new_tokens=64, blocks=4)
+        crowd = Load(concurrency=16, requests=16, max_new_tokens=48, blocks=2)
+        result = run_and_show(self.engine, BenchConfig(ARMS, (alone, crowd)), self.out, console)
+        equal, sentence = render.equality(result)
+        console.print(sentence)
+        if equal or result["environment"]["dtype"] != "float32":
+            return 0
+        return 1

@@ -1,0 +1,82 @@
+"""``echo-rl generate``: one prompt, streamed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import tyro
+
+from echo_rl.cli.options import EngineOptions, SamplingOptions
+from echo_rl.config import EngineConfig
+from echo_rl.contracts import Request, RequestOutput, SamplingParams
+from echo_rl.errors import RequestError
+
+if TYPE_CHECKING:
+    from echo_rl.loop import RunRecord
+    from echo_rl.runtime.engine import Engine
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Complete one prompt, streaming the text; speed and mean accepted tokens (MAT) follow on stderr."""
+
+    prompt: tyro.conf.Positional[str | None] = None
+    """What to answer; read from standard input where it is absent."""
+    controller: str = "echo"
+    """Who decides the speculation: ``none``, ``eagle3``, ``echo``, ...; options as ``echo:name=value,name=value``."""
+    raw: bool = False
+    """Continue the prompt as it is, without the chat template."""
+    sampling: SamplingOptions = field(default_factory=SamplingParams)
+    engine: EngineOptions = field(default_factory=EngineConfig)
+
+    def run(self) -> int:
+        prompt = read_prompt(self.prompt)
+
+        from echo_rl.controllers import registry
+        from echo_rl.loop import serve
+        from echo_rl.runtime.engine import Engine
+        from echo_rl.sweep import Arm
+
+        arm = Arm.parse(self.controller)
+        controller = registry.make(arm.controller, **arm.options)
+        engine = Engine.load(self.engine)
+        request = Request("generate", self._ids(engine, prompt), self.sampling)
+        record = serve(engine, controller, [request], concurrency=1, on_output=_show)
+        print(flush=True)
+        print(_speed(record), file=sys.stderr)
+        error = record.requests[0].error
+        if error is not None:
+            raise RequestError(error)
+        return 0
+
+    def _ids(self, engine: Engine, prompt: str) -> tuple[int, ...]:
+        if self.raw:
+            return engine.tokenizer.encode(prompt)
+        return engine.tokenizer.chat([{"role": "user", "content": prompt}])
+
+
+def read_prompt(argument: str | None) -> str:
+    """The argument, or standard input up to its end. Raises `RequestError` where there is neither."""
+    if argument is None and sys.stdin.isatty():
+        raise RequestError("there is no prompt; give one as an argument or on standard input")
+    prompt = sys.stdin.read() if argument is None else argument
+    if not prompt.strip():
+        raise RequestError("the prompt is empty; give at least one word")
+    return prompt
+
+
+def _show(output: RequestOutput) -> None:
+    print(output.text, end="", flush=True)
+
+
+def _speed(record: RunRecord) -> str:
+    from echo_rl import metrics
+
+    mat = metrics.mean_accepted_tokens(record.steps)
+    first = metrics.ttft(record.requests[0])
+    parts = [f"{record.output_tokens} tokens", f"{metrics.tokens_per_second(record):.1f} tokens/s"]
+    parts += [f"MAT {mat:.2f}"] if mat is not None else []
+    parts += [f"first token after {first:.2f} s"] if first is not None else []
+    return ", ".join(parts)

@@ -1,0 +1,86 @@
+"""Hands the live engine and a model folder to `echo_rl.drafting`, which knows neither."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from echo_rl.contracts import Request, SamplingParams
+from echo_rl.controllers import registry
+from echo_rl.drafting.warm_start import TargetParts
+from echo_rl.errors import ConfigError
+from echo_rl.loop import serve
+from echo_rl.runtime.architecture import read_architecture
+from echo_rl.runtime.checkpoint import read_tensors
+from echo_rl.runtime.device import resolve
+from echo_rl.runtime.engine import Engine
+
+
+class EngineGenerator:
+    """Completes token prompts by plain decoding on the live engine.
+
+    Deterministic: a prompt's seed is its place among the prompts of the call and what they all are.
+    """
+
+    def __init__(self, engine: Engine, concurrency: int) -> None:
+        self.engine = engine
+        self.concurrency = concurrency
+
+    def __call__(
+        self, prompts: list[list[int]], temperature: float, max_new: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
+        """New tokens of each prompt without the stop token. Raises `ConfigError` for a stop the engine lacks."""
+        missing = set(stop_ids) - set(self.engine.runner.target.arch.eos)
+        if missing:
+            raise ConfigError(
+                f"the engine does not stop at token ids {sorted(missing)}; use the model's own end of turn"
+            )
+        base = zlib.crc32(np.array([token for prompt in prompts for token in prompt], dtype=np.int64).tobytes())
+        requests = [
+            Request(str(i), tuple(prompt), SamplingParams(temperature, seed=base + i, max_new_tokens=max_new))
+            for i, prompt in enumerate(prompts)
+        ]
+        record = serve(self.engine, registry.make("none"), requests, self.concurrency)
+        return [[token for token in request.tokens if token not in stop_ids] for request in record.requests]
+
+
+def features_of(folder: Path, taps: Sequence[int]) -> Callable[[Tensor], tuple[list[Tensor], Tensor]]:
+    """Padded ids [B, T] -> (hidden states [B, T, hidden] after each tapped layer, those after the final norm)."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def compute(ids: Tensor) -> tuple[list[Tensor], Tensor]:
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states  # [0] is the embedding
+        return [states[tap + 1] for tap in taps], states[-1]
+
+    return compute
+
+
+def target_parts(folder: Path) -> TargetParts:
+    """The weights that a drafter starts from; the embedding, which sets the precision of training, in the
+    machine's own. Raises `WeightsError`."""
+    _, dtype = resolve("cpu", "auto")
+    arch, tensors = read_architecture(folder), read_tensors(folder)
+    last = f"model.layers.{arch.layers - 1}."
+    embedding = tensors["model.embed_tokens.weight"].to(dtype)
+    return TargetParts(
+        embedding=embedding,
+        output=embedding if "lm_head.weight" not in tensors else tensors["lm_head.weight"].float(),
+        norm=tensors["model.norm.weight"].float(),
+        attention_norm=tensors[f"{last}input_layernorm.weight"].float(),
+        mlp_norm=tensors[f"{last}post_attention_layernorm.weight"].float(),
+        q=tensors[f"{last}self_attn.q_proj.weight"].float(),
+        k=tensors[f"{last}self_attn.k_proj.weight"].float(),
+        v=tensors[f"{last}self_attn.v_proj.weight"].float(),
+        o=tensors[f"{last}self_attn.o_proj.weight"].float(),
+        gate=tensors[f"{last}mlp.gate_proj.weight"].float(),
+        up=tensors[f"{last}mlp.up_proj.weight"].float(),
+        head_dim=arch.head_dim,
+    )

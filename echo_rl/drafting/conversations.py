@@ -1,0 +1,102 @@
+"""Conversations as token shards on disk, and the choice of the draft vocabulary from them.
+
+A shard is one ``.npz`` with ``tokens`` (all conversations end to end), ``offsets`` [n + 1], ``starts`` [n] (index
+*within* each conversation of the first token of the assistant's answer) and ``greedy`` [n]. Knows no tokenizer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from echo_rl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Conversations end to end. Conversation i is ``tokens[offsets[i]:offsets[i + 1]]``."""
+
+    tokens: NDArray[np.int64]  # [T]
+    offsets: NDArray[np.int64]  # [n + 1]
+    starts: NDArray[np.int64]  # [n] where the answer begins, relative to the conversation
+    greedy: NDArray[np.bool_]  # [n] the answer is the target's argmax at every position
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def answer(self, index: int) -> NDArray[np.int64]:
+        return self[index][self.starts[index] :]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+    @classmethod
+    def of(cls, items: Sequence[tuple[Sequence[int], int, bool]]) -> Conversations:
+        """From (tokens, start of the answer, greedy) triples."""
+        offsets = np.cumsum([0] + [len(tokens) for tokens, _, _ in items]).astype(np.int64)
+        flat = np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens, _, _ in items] or [np.zeros(0, np.int64)])
+        starts = np.array([start for _, start, _ in items], dtype=np.int64)
+        return cls(flat, offsets, starts, np.array([greedy for _, _, greedy in items], dtype=bool))
+
+    def save(self, path: Path) -> None:
+        """Write atomically; tokens take 2 bytes where the vocabulary allows."""
+        compact = self.tokens.astype(np.uint16 if self.tokens.max(initial=0) < 2**16 else np.uint32)
+        part = path.with_suffix(".part")
+        with open(part, "wb") as file:
+            np.savez(file, tokens=compact, offsets=self.offsets, starts=self.starts, greedy=self.greedy)
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Conversations:
+        """Read one shard. Raises `ConfigError` where a field is missing or the offsets do not add up."""
+        with np.load(path) as data:
+            missing = {"tokens", "offsets", "starts"} - set(data.files)
+            if missing:
+                raise ConfigError(f"{path} lacks {sorted(missing)}; it is not a conversation shard")
+            greedy = data["greedy"].astype(bool) if "greedy" in data.files else np.ones(len(data["starts"]), bool)
+            tokens, offsets, starts = (data[name].astype(np.int64) for name in ("tokens", "offsets", "starts"))
+        out = cls(tokens, offsets, starts, greedy)
+        if len(out.offsets) != len(out) + 1 or out.offsets[-1] != len(out.tokens):
+            raise ConfigError(f"{path} is damaged: its offsets do not match its tokens; generate it again")
+        return out
+
+
+def shards(folder: str | Path) -> list[Path]:
+    """The conversation shards of a folder in order. Raises `ConfigError` where there is none."""
+    found = sorted(Path(folder).glob("*.npz"))
+    if not found:
+        raise ConfigError(f"no conversation shards (*.npz) in {folder}; run the synthesis first")
+    return found
+
+
+def answer_counts(conversations: Iterable[Conversations], vocab: int) -> NDArray[np.int64]:
+    """[vocab] how often each token occurs in answers."""
+    counts = np.zeros(vocab, dtype=np.int64)
+    for shard in conversations:
+        for index in range(len(shard)):
+            counts += np.bincount(shard.answer(index), minlength=vocab)
+    return counts
+
+
+def choose_vocabulary(counts: NDArray[np.int64], size: int, always: Sequence[int] = ()) -> tuple[Tensor, float]:
+    """The `size` most frequent answer tokens (ties by id) with `always` among them.
+
+    Returns ([size] ascending target ids, share of the counted tokens that they cover).
+    """
+    if not len(set(always)) <= size <= len(counts):
+        raise ConfigError(f"draft vocabulary of {size} must lie in {len(set(always))}..{len(counts)}")
+    weight = counts.astype(np.float64)
+    weight[list(always)] = np.inf
+    ids = np.sort(np.argsort(-weight, kind="stable")[:size])
+    return torch.from_numpy(ids), float(counts[ids].sum() / max(counts.sum(), 1))

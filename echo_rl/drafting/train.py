@@ -1,0 +1,318 @@
+"""Training of a drafter from cached features: ``train(config, parts)`` writes an EAGLE-3 folder.
+
+Matrices are trained with Muon, norms and the output layer with AdamW; masters are float32, compute is in the
+config's precision. A run is a pure function of its config, data and `TargetParts`: interrupted and resumed, it
+ends with the same weights. Never runs the target.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from echo_rl.drafting.batches import Batch, Document, collate, documents, plan_epoch
+from echo_rl.drafting.conversations import answer_counts, choose_vocabulary
+from echo_rl.drafting.evaluate import Acceptance, measure
+from echo_rl.drafting.features import FeatureShard, open_features
+from echo_rl.drafting.loss import Columns, soft_cross_entropy, soft_labels
+from echo_rl.drafting.model import DrafterNet, Rotary, Unroll
+from echo_rl.drafting.warm_start import TargetParts, warm_start
+from echo_rl.errors import ConfigError
+from echo_rl.runtime.drafter_model import DrafterConfig, save_drafter
+
+STATE_FILE = "training_state.pt"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a drafter is trained."""
+
+    data: str
+    """Folder of conversation shards."""
+    features: str
+    """Folder of cached features of those shards."""
+    out: str
+    """Folder of the drafter: best checkpoint, manifest, training state, TensorBoard events."""
+    draft_vocab: int = 8192
+    """Tokens that the drafter can propose, the most frequent ones of the answers."""
+    kv_heads: int = 9
+    """Key/value heads; as many as query heads lets the warm start carry the whole embedding."""
+    self_heads: int = 6
+    """Heads that the warm start makes attend to their own position."""
+    intermediate: int = 1536
+    """Width of the MLP."""
+    updates: int = 4000
+    """Optimiser steps in all."""
+    batch_tokens: int = 2400
+    """Tokens a batch, prompts included."""
+    unroll: int = 3
+    """Drafted levels trained at first."""
+    final_unroll: int = 5
+    """Drafted levels trained towards the end, when the first levels are good."""
+    final_share: float = 0.4
+    """Share of the updates that use `final_unroll`."""
+    level_decay: float = 0.85
+    """Weight of each level's loss relative to the one before."""
+    hard_share: float = 0.3
+    """Share of the target's argmax in the labels; the rest is its distribution."""
+    columns: int = 3072
+    """Draft ids that one batch's loss is computed on (5/6 likeliest, 1/6 sampled)."""
+    output_levels: int = 1
+    """Levels whose loss trains `lm_head`; later ones only pass through it."""
+    lr: float = 1.5e-3
+    """Peak rate of Muon (scaled to AdamW's update size) and of the norms."""
+    output_lr: float = 5e-4
+    """Peak rate of `lm_head`."""
+    warmup: int = 30
+    """Updates of linear warm-up; afterwards the rate falls linearly to 2 % of its peak."""
+    regression_rows: int = 150_000
+    """Rows that the closed-form warm start fits; 0 starts from random weights."""
+    validation: int = 60
+    """Held-out conversations with greedy answers."""
+    evaluate_every: int = 250
+    """Updates between validations; the best checkpoint is kept."""
+    rope_theta: float = 100_000.0
+    """Rotary base, the target's."""
+    eps: float = 1e-5
+    """RMS norm epsilon, the target's."""
+    max_positions: int = 2048
+    """Longest context."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the forward and backward passes; master weights are float32."""
+    seed: int = 0
+    """Seed of batches, sampled columns and the held-out set."""
+
+    def __post_init__(self) -> None:
+        if min(self.updates, self.batch_tokens, self.unroll, self.final_unroll, self.columns, self.evaluate_every) < 1:
+            raise ConfigError("updates, batch_tokens, unroll, final_unroll, columns, evaluate_every must be at least 1")
+        if self.precision not in ("bfloat16", "float32"):
+            raise ConfigError(f"precision is {self.precision}; it must be bfloat16 or float32")
+        if not (0 <= self.final_share <= 1 and 0 <= self.hard_share <= 1 and self.level_decay > 0):
+            raise ConfigError("final_share and hard_share must lie in [0, 1], level_decay be positive")
+
+    def levels_at(self, update: int) -> int:
+        return self.final_unroll if update >= round(self.updates * (1 - self.final_share)) else self.unroll
+
+    def rate_at(self, update: int) -> float:
+        """Learning rate of an update as a share of its peak."""
+        return min(1.0, (update + 1) / max(self.warmup, 1)) * (1 - 0.98 * update / self.updates)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Shards, their documents split in two, and the draft vocabulary."""
+
+    shards: list[FeatureShard]
+    training: list[Document]
+    validation: list[Document]
+    vocabulary: Tensor  # [draft_vocab] ascending target ids
+    to_draft: Tensor  # [vocab] draft id or -1
+    coverage: float
+
+    @classmethod
+    def open(cls, config: TrainConfig, vocab: int) -> Corpus:
+        shards = open_features(config.data, config.features)
+        found = documents(shards)
+        greedy = [item for item in found if shards[item.shard].conversations.greedy[item.index]]
+        held = set(random.Random(config.seed).sample(greedy, min(config.validation, len(greedy) // 2)))
+        training = [item for item in found if item not in held]
+        if not training or not held:
+            raise ConfigError(f"{len(found)} usable conversations are too few; generate more")
+        ids, coverage = choose_vocabulary(answer_counts([s.conversations for s in shards], vocab), config.draft_vocab)
+        to_draft = torch.full((vocab,), -1).index_copy(0, ids, torch.arange(len(ids)))
+        return cls(shards, training, sorted(held, key=lambda d: (d.shard, d.index)), ids, to_draft, coverage)
+
+
+def make_optimizers(net: DrafterNet, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices, AdamW for norms and the output layer."""
+    named = dict(net.named_parameters())
+    output = named.pop("lm_head.weight")
+    matrices = [value for value in named.values() if value.ndim == 2]
+    norms = [value for value in named.values() if value.ndim == 1]
+    muon = torch.optim.Muon(matrices, lr=config.lr, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    groups = [{"params": norms, "lr": config.lr}, {"params": [output], "lr": config.output_lr}]
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    for optimizer in (muon, adam):
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return [muon, adam]
+
+
+def batch_loss(
+    net: DrafterNet, batch: Batch, embedding: Tensor, output: Tensor, corpus: Corpus, config: TrainConfig, update: int
+) -> Tensor:
+    """Soft cross-entropy of every level, per row. Rows whose label the drafter cannot say have no weight.
+
+    embedding [vocab, hidden] and output [draft_vocab, hidden] are the target's, in the compute precision.
+    """
+    levels = config.levels_at(update)
+    labelled = [batch.labels(level, corpus.to_draft) for level in range(levels)]
+    needed = torch.zeros(len(batch.tokens), dtype=torch.bool)
+    for index, _, exists in labelled:
+        needed[index[exists] - 1] = True  # the position before a token holds the target's distribution of it
+    place = needed.cumsum(0) - 1
+    soft = soft_labels(batch.final[needed].to(output.dtype), output, config.hard_share)
+    columns = Columns.choose(soft, config.columns, torch.Generator().manual_seed(config.seed * 1_000_003 + update))
+    soft = columns.restrict(soft)
+    weights, rotary = net.weights(embedding.dtype), Rotary.of(net.config, embedding.dtype)
+    own_output = weights["lm_head.weight"][columns.ids]
+    total = torch.zeros(())
+    unroll = Unroll(net.config, weights, embedding, rotary, batch)
+    for level, (hidden, (index, draft, exists)) in enumerate(zip(unroll.steps(levels), labelled, strict=True)):
+        weight = (exists & (draft >= 0)).float() * config.level_decay**level / len(batch.rows)
+        at_output = own_output if level < config.output_levels else own_output.detach()
+        rows = place[index - 1].clamp_min(0)  # rows without a label have weight 0
+        total = total + soft_cross_entropy(hidden, at_output, soft[rows], weight, columns.correction)
+    return total
+
+
+class Run:
+    """The state of one training run: everything that a resume needs."""
+
+    def __init__(self, config: TrainConfig, parts: TargetParts) -> None:
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.embedding = parts.embedding.to(getattr(torch, config.precision))
+        self.corpus = Corpus.open(config, len(parts.embedding))
+        self.output = parts.output[self.corpus.vocabulary].to(self.embedding.dtype)
+        self.net = DrafterNet(drafter_config(config, self.corpus, parts), self.corpus.vocabulary)
+        self.optimizers = make_optimizers(self.net, config)
+        self.update, self.epoch, self.batch_in_epoch, self.seconds = 0, 0, 0, 0.0
+        self.curve: list[dict[str, Any]] = []
+        self.state_path = Path(config.out) / STATE_FILE
+        if self.state_path.exists():
+            self._restore()
+        elif config.regression_rows:
+            warm_start(
+                self.net, self.corpus.shards, self.corpus.training, parts,
+                limit=config.regression_rows, self_heads=config.self_heads, seed=config.seed,
+            )  # fmt: skip
+
+    def _restore(self) -> None:
+        state = torch.load(self.state_path, weights_only=True)
+        ignored = ("out", "updates", "evaluate_every")
+        theirs, ours = (
+            {k: v for k, v in c.items() if k not in ignored} for c in (state["config"], asdict(self.config))
+        )
+        if theirs != ours:
+            changed = sorted(key for key in ours if theirs.get(key) != ours[key])
+            raise ConfigError(
+                f"{self.state_path} was trained with another {', '.join(changed)}; use another out folder"
+            )
+        self.net.load_state_dict(state["net"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.update, self.epoch, self.batch_in_epoch = state["update"], state["epoch"], state["batch_in_epoch"]
+        self.seconds, self.curve = state["seconds"], state["curve"]
+
+    def save_state(self) -> None:
+        state = {
+            "config": asdict(self.config), "net": self.net.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "update": self.update, "epoch": self.epoch, "batch_in_epoch": self.batch_in_epoch,
+            "seconds": self.seconds, "curve": self.curve,
+        }  # fmt: skip
+        part = self.state_path.with_suffix(".part")
+        torch.save(state, part)
+        os.replace(part, self.state_path)
+
+    def batches(self) -> Iterator[Batch]:
+        """Endless, from where the run stands; epoch e's order depends on the seed and e alone."""
+        while True:
+            rng = random.Random(self.config.seed * 7919 + self.epoch)
+            plan = list(plan_epoch(self.corpus.training, self.config.batch_tokens, rng))
+            while self.batch_in_epoch < len(plan):
+                yield collate(self.corpus.shards, plan[self.batch_in_epoch])
+            self.epoch, self.batch_in_epoch = self.epoch + 1, 0
+
+    def step(self, batch: Batch) -> float:
+        """One update; returns the loss."""
+        began = time.perf_counter()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * self.config.rate_at(self.update)
+            optimizer.zero_grad(set_to_none=True)
+        loss = batch_loss(self.net, batch, self.embedding, self.output, self.corpus, self.config, self.update)
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.update, self.batch_in_epoch = self.update + 1, self.batch_in_epoch + 1
+        self.seconds += time.perf_counter() - began
+        return float(loss.detach())
+
+    def measure(self) -> Acceptance:
+        return measure(self.net, self.corpus.shards, self.corpus.validation, self.embedding, self.corpus.to_draft)
+
+
+def drafter_config(config: TrainConfig, corpus: Corpus, parts: TargetParts) -> DrafterConfig:
+    """The drafter's sizes: the target's width and heads, the config's vocabulary, kv heads and MLP."""
+    hidden = parts.embedding.shape[1]
+    taps = tuple(int(tap) for tap in json.loads((Path(config.features) / "taps.json").read_text()))
+    return DrafterConfig(
+        hidden=hidden, target_hidden=hidden, target_vocab=len(parts.embedding), taps=taps,
+        heads=parts.q.shape[0] // parts.head_dim, kv_heads=config.kv_heads, head_dim=parts.head_dim,
+        intermediate=config.intermediate, draft_vocab=len(corpus.vocabulary),
+        rope_theta=config.rope_theta, eps=config.eps, max_positions=config.max_positions,
+    )  # fmt: skip
+
+
+def write_manifest(run: Run, best: dict[str, Any]) -> None:
+    """What the checkpoint is, beside it: config, data, curve and metrics."""
+    training: Sequence[Document] = run.corpus.training
+    manifest = {
+        "config": {k: v for k, v in asdict(run.config).items() if k not in ("data", "features", "out")},
+        "data": {
+            "conversations": len(training), "tokens": sum(item.length for item in training),
+            "rows": sum(item.rows for item in training), "validation_conversations": len(run.corpus.validation),
+            "vocabulary_coverage": round(run.corpus.coverage, 4),
+        },
+        "torch": torch.__version__, "seconds": round(run.seconds), "best": best, "curve": run.curve,
+    }  # fmt: skip
+    part = Path(run.config.out) / "manifest.json.part"
+    part.write_text(json.dumps(manifest, indent=1) + "\n")
+    os.replace(part, part.with_suffix(""))
+
+
+def _evaluate(run: Run, writer: SummaryWriter) -> None:
+    """Validate, keep the best checkpoint, and save the state."""
+    found = run.measure()
+    run.curve.append({"update": run.update, "seconds": round(run.seconds), **found.to_json()})
+    writer.add_scalar("validation/chain_mat", found.chain_mat, run.update)
+    for level, (top1, top8) in enumerate(zip(found.top1, found.top8, strict=True)):
+        writer.add_scalar(f"validation/top1_level{level}", top1, run.update)
+        writer.add_scalar(f"validation/top8_level{level}", top8, run.update)
+    best = max(run.curve, key=lambda point: point["chain_mat"])
+    if best is run.curve[-1]:
+        save_drafter(run.config.out, run.net.config, run.net.export())
+    write_manifest(run, best)
+    run.save_state()
+
+
+def train(config: TrainConfig, parts: TargetParts) -> Run:
+    """Train until `config.updates`, or go on from the state in `config.out`. Returns the finished run."""
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    run = Run(config, parts)
+    with SummaryWriter(str(Path(config.out) / "tensorboard")) as writer, Progress() as progress:
+        task = progress.add_task("updates", total=config.updates, completed=run.update)
+        if not run.curve:
+            _evaluate(run, writer)
+        batches = run.batches()
+        while run.update < config.updates:
+            loss = run.step(next(batches))
+            writer.add_scalar("train/loss", loss, run.update)
+            if run.update % config.evaluate_every == 0 or run.update == config.updates:
+                _evaluate(run, writer)
+            mat = run.curve[-1]["chain_mat"]
+            progress.update(task, completed=run.update, description=f"loss {loss:.3f}, chain MAT {mat:.2f}")
+    return run

@@ -1,0 +1,108 @@
+"""What a benchmark measures, and in which order. Pure descriptions: nothing here runs anything.
+
+A *unit* is one arm serving one block of prompts at one load. Within a block every arm serves the
+same prompts one after the other, in an order that rotates and reverses from block to block (A B, B
+A, ...), so that the machine's drift falls on all arms alike.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from echo_rl.errors import ConfigError
+from echo_rl.metrics import SLO
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A controller with its options, as written: ``echo`` or ``echo:max_depth=4,width=2``."""
+
+    label: str
+    controller: str
+    options: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> Arm:
+        """Values are JSON where they parse as such, else strings. Raises `ConfigError`."""
+        controller, _, tail = text.partition(":")
+        options: dict[str, Any] = {}
+        for item in filter(None, tail.split(",")):
+            key, equals, value = item.partition("=")
+            if not equals or not key:
+                raise ConfigError(f"cannot read {item!r} in the arm {text!r}; write name:option=value,option=value")
+            options[key.strip()] = _value(value.strip())
+        if not controller:
+            raise ConfigError(f"the arm {text!r} names no controller")
+        return cls(text, controller, options)
+
+
+@dataclass(frozen=True)
+class Load:
+    """One point of the sweep. `requests` are served in each block; take at least twice the concurrency
+    where the time allows, so that a full batch dominates the drain at a block's end."""
+
+    concurrency: int
+    requests: int
+    max_new_tokens: int = 128
+    blocks: int = 4
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; give at least 1")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is measured. The first arm is the baseline of speed-ups and of output equality."""
+
+    arms: tuple[str, ...]
+    loads: tuple[Load, ...]
+    suite: str = "all"
+    temperature: float = 0.0
+    seed: int = 0
+    ignore_eos: bool = False
+    slo: SLO | None = None
+
+    def __post_init__(self) -> None:
+        if not self.arms or not self.loads:
+            raise ConfigError("a benchmark needs at least one arm and one load")
+        if len(set(self.arms)) < len(self.arms):
+            raise ConfigError(f"arms repeat: {', '.join(self.arms)}")
+        if len({load.concurrency for load in self.loads}) < len(self.loads):
+            raise ConfigError("two loads have the same concurrency")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One arm's run over one block at one load."""
+
+    block: int
+    concurrency: int
+    arm: str
+
+
+def arm_order(arms: Sequence[str], block: int) -> list[str]:
+    """Pairs of blocks run forwards and backwards, each pair starting one arm later."""
+    shift = (block // 2) % len(arms)
+    order = [*arms[shift:], *arms[:shift]]
+    return order[::-1] if block % 2 else order
+
+
+def schedule(config: BenchConfig) -> Iterator[Unit]:
+    """All units in the order they run: blocks outermost, so that every load is sampled early and late."""
+    for block in range(max(load.blocks for load in config.loads)):
+        for load in config.loads:
+            if block < load.blocks:
+                for arm in arm_order(config.arms, block):
+                    yield Unit(block, load.concurrency, arm)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

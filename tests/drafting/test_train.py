@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from echo_rl.drafting.train import Run, TrainConfig, train
+from echo_rl.drafting.warm_start import TargetParts
+from echo_rl.errors import ConfigError
+from echo_rl.runtime.drafter_model import load_drafter
+
+
+def test_overfits_a_counting_target(world: TrainConfig, parts: TargetParts) -> None:
+    run = train(replace(world, updates=90, evaluate_every=45, draft_vocab=40, columns=40, lr=2e-2), parts)
+    first, last = run.curve[0], run.curve[-1]
+    assert first["chain_mat"] < 1.5
+    assert last["chain_mat"] > 3.0, run.curve
+    assert last["top1"][0] > 0.9 and last["top8"][0] >= last["top1"][0]
+
+
+def test_warm_start_beats_random_weights_at_once(world: TrainConfig, parts: TargetParts, tmp_path: Path) -> None:
+    config = replace(world, draft_vocab=40, out=str(tmp_path / "warm"), regression_rows=500)
+    warm, cold = Run(config, parts), Run(replace(config, regression_rows=0), parts)
+    assert warm.measure().top1[0] > max(0.5, cold.measure().top1[0] + 0.3)
+
+
+def test_resume_gives_the_weights_of_an_uninterrupted_run(
+    world: TrainConfig, parts: TargetParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(world, parts)
+    cut = replace(world, out=str(tmp_path / "cut"))
+    step = Run.step
+
+    def dies_at_five(self: Run, batch: object) -> float:
+        if self.update == 5:
+            raise KeyboardInterrupt
+        return step(self, batch)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "step", dies_at_five)
+        train(cut, parts)
+    resumed = train(cut, parts)
+    assert resumed.update == whole.update == world.updates
+    for name, value in whole.net.named_parameters():
+        assert torch.equal(value, resumed.net.get_parameter(name)), name
+    assert [point["update"] for point in resumed.curve] == [0, 3, 6]
+
+
+def test_output_folder(world: TrainConfig, parts: TargetParts) -> None:
+    run = train(world, parts)
+    config, tensors = load_drafter(world.out)
+    config.check_target(hidden=16, vocab=40, layers=6)
+    assert tensors["lm_head.weight"].dtype == torch.bfloat16
+    manifest = json.loads((Path(world.out) / "manifest.json").read_text())
+    assert manifest["config"]["updates"] == 6 and "out" not in manifest["config"]
+    assert manifest["best"]["chain_mat"] == max(point["chain_mat"] for point in run.curve)
+    assert manifest["data"]["conversations"] == len(run.corpus.training)
+    assert list((Path(world.out) / "tensorboard").iterdir())
+
+
+def test_another_config_does_not_resume(world: TrainConfig, parts: TargetParts) -> None:
+    train(world, parts)
+    with pytest.raises(ConfigError, match="another hard_share"):
+        train(replace(world, hard_share=0.5), parts)
+
+
+def test_bfloat16_learns_too(world: TrainConfig, parts: TargetParts) -> None:
+    config = replace(world, updates=60, evaluate_every=60, draft_vocab=40, columns=40, lr=2e-2, precision="bfloat16")
+    run = train(config, parts)
+    assert run.curve[-1]["top1"][0] > 0.8
+    assert all(value.dtype == torch.float32 for value in run.net.parameters())
+
+
+def test_schedule() -> None:
+    config = TrainConfig("d", "f", "o", updates=100, warmup=10, unroll=3, final_unroll=5, final_share=0.4)
+    assert [config.levels_at(update) for update in (0, 59, 60, 99)] == [3, 3, 5, 5]
+    rates = [config.rate_at(update) for update in range(100)]
+    assert rates[0] < rates[9] and rates[10:] == sorted(rates[10:], reverse=True) and 0 < rates[-1] < 0.05
+
+
+@pytest.mark.parametrize("change", [{"updates": 0}, {"hard_share": 1.5}, {"level_decay": 0.0}, {"precision": "half"}])
+def test_bad_settings(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="must"):
+        TrainConfig("d", "f", "o", **change)

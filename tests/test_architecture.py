@@ -1,0 +1,116 @@
+"""The dependency direction, read from the sources' imports.
+
+contracts, errors <- config, codec, profile, packages <- { runtime | env | controllers } <- loop, bench, ...
+<- server, integrations <- cli. The three in braces never import each other; `echo_kernels` is used by
+`echo_rl.runtime` alone and knows nothing of `echo_rl`.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LEVELS = (
+    {"contracts", "errors"},
+    {"config", "codec", "profile", "packages"},
+    {"runtime", "env", "controllers"},
+    {"loop", "metrics", "prompts", "sweep", "results", "bench", "plots", "train", "ab", "drafting", "calibrate"},
+    {"server", "integrations"},
+    {"cli"},
+)
+RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
+SEPARATE = {"runtime", "env", "controllers"}
+TORCH_FREE = ("contracts", "errors", "config", "profile", "packages", "loop", "metrics", "sweep", "results", "prompts")
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    """The first name under the package: ``echo_rl/runtime/engine.py`` is part of ``runtime``."""
+    return path.relative_to(ROOT / "echo_rl").parts[0].removesuffix(".py")
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def imports(path: Path, for_types: bool = True) -> Iterator[str]:
+    """Absolute names of all modules that a file imports, those inside functions included.
+
+    ``from package import name`` yields ``package.name`` as well: the name may be a module.
+    """
+    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    while pending:
+        node = pending.pop()
+        if is_type_checking(node) and not for_types:
+            pending.extend(node.orelse)  # type: ignore[attr-defined]
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write absolute imports"
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        pending.extend(ast.iter_child_nodes(node))
+
+
+def echo_parts(path: Path) -> set[str]:
+    """The parts of ``echo_rl`` that a file imports."""
+    dotted = [name.split(".") for name in imports(path) if name.startswith("echo_rl.")]
+    return {names[1] for names in dotted} & set(RANK) | {
+        names[1] for names in dotted if (ROOT / "echo_rl" / names[1]).is_dir()
+    }
+
+
+def test_every_part_has_a_place_in_the_order():
+    parts = {part_of(path) for path in sources("echo_rl")} - {"__init__", "__main__"}
+    assert parts <= set(RANK), "give the new part a level here and in the design"
+
+
+@pytest.mark.parametrize("path", sources("echo_rl"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    part = part_of(path)
+    if part == "__init__":
+        part = "cli"  # the package root may export from anywhere
+    for target in echo_parts(path):
+        assert RANK[target] <= RANK[part], f"{part} must not import {target}"
+        assert not ({part, target} <= SEPARATE and part != target), f"{part} and {target} meet in contracts only"
+
+
+def test_kernels_are_used_by_the_runtime_alone():
+    for path in sources("echo_rl"):
+        if part_of(path) != "runtime":
+            assert not any(name.split(".")[0] == "echo_kernels" for name in imports(path)), path
+
+
+def test_kernels_know_nothing_of_the_project():
+    for path in sources("kernels/echo_kernels"):
+        assert not any(name.split(".")[0] == "echo_rl" for name in imports(path)), path
+
+
+@pytest.mark.parametrize("name", ["contracts", "errors", "profile"])
+def test_records_are_readable_without_torch_in_their_source(name):
+    path = ROOT / "echo_rl" / f"{name}.py"
+    assert not any(module.split(".")[0] == "torch" for module in imports(path, for_types=False))
+
+
+@pytest.mark.parametrize("module", [*(f"echo_rl.{name}" for name in TORCH_FREE), "echo_rl.cli.app"])
+def test_importing_loads_no_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr or f"{module} loads torch"
+
+
+def test_type_checking_blocks_are_told_apart(tmp_path):
+    path = tmp_path / "sample.py"
+    path.write_text("import os\nif TYPE_CHECKING:\n    import torch\nelse:\n    import json\ndef f():\n    import re\n")
+    assert set(imports(path)) == {"os", "torch", "json", "re"}
+    assert set(imports(path, for_types=False)) == {"os", "json", "re"}
