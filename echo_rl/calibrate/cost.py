@@ -46,12 +46,12 @@ class Grid:
 
     batches: Axis = (1, 2, 4, 8, 16, 32, 64)
     rows: Axis = (1, 2, 4, 8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
-    contexts: Axis = (128, 1024)
+    contexts: Axis = (64, 512)
     widths: Axis = (1, 3, 6, 10)
     depths: Axis = (1, 2, 3, 5, 8)
     draft_context: int = 256
     """Context of the drafting measurements; its effect on a one-layer drafter is below the noise."""
-    repeats: int = 7
+    repeats: int = 5
 
     @property
     def verify_rows(self) -> Axis:

@@ -13,16 +13,11 @@ from echo_rl.plots import COLOURS, MARKERS, STYLE
 from echo_rl.profile import CostProfile
 
 
-def draw(profile: CostProfile, gates: GateCalibration, out: Path) -> list[Path]:
-    """Writes ``cost.png`` and ``gates.png`` into `out`; returns their paths."""
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / "cost.png", out / "gates.png"]
-    with rc_context(STYLE):
-        cost(profile).savefig(paths[0], bbox_inches="tight")
-        judgement(gates).savefig(paths[1], bbox_inches="tight")
-    return paths
+def save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, bbox_inches="tight")
 
 
+@rc_context(STYLE)
 def cost(profile: CostProfile) -> Figure:
     """Milliseconds of a verify pass against its rows, one line a batch size; a star marks K_max."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -39,6 +34,7 @@ def cost(profile: CostProfile) -> Figure:
     return figure
 
 
+@rc_context(STYLE)
 def judgement(gates: GateCalibration) -> Figure:
     """AUC by depth, and the shares of wrong judgements at the calibrated thresholds, with 95 % intervals."""
     figure = Figure(figsize=(10, 4), layout="constrained")

@@ -26,6 +26,7 @@ from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.probe import Probe
 
 DEPTH, WIDTH, NODES = 8, 10, 60  # ECHO's batch-1 set-up: depth 8, top-k 10, 60 nodes
+OVERHEAD_PROMPTS = 6
 
 
 class GateObserver(BaseController):
@@ -61,10 +62,10 @@ def calibration_prompts(limit: int | None = None) -> list[str]:
     return turns[:limit]
 
 
-def calibrate_gates(
-    engine: Engine, options: GateOptions, prompts: Sequence[str], max_new_tokens: int, console: Console | None
-) -> tuple[GateCalibration, tuple[float, float]]:
-    """The drafter's gates, and the fixed seconds of a plain step and of a speculative one (see `CostProfile`)."""
+def observe(
+    engine: Engine, prompts: Sequence[str], max_new_tokens: int, console: Console | None
+) -> tuple[list[GateObservation], RunRecord]:
+    """Answers the prompts one at a time under a `GateObserver`; what it saw, and the run."""
     observer = GateObserver()
     params = SamplingParams(max_new_tokens=max_new_tokens)
     requests = [
@@ -74,8 +75,16 @@ def calibrate_gates(
     with Progress(console=console, disable=console is None) as progress:
         task = progress.add_task("observing trees", total=len(requests))
         record = serve(engine, observer, requests, 1, lambda o: progress.advance(task, o.finish_reason is not None))
-    provenance = f"{len(requests)} own prompts, {len(observer.observations)} best paths, {engine.config.model}, greedy"
-    return calibrate(observer.observations, options, provenance), overheads(record)
+    return observer.observations, record
+
+
+def calibrate_gates(
+    engine: Engine, options: GateOptions, prompts: Sequence[str], max_new_tokens: int, console: Console | None
+) -> GateCalibration:
+    """The drafter's gates. Raises `ConfigError` where the prompts give too few observations."""
+    observations, _ = observe(engine, prompts, max_new_tokens, console)
+    provenance = f"{len(prompts)} own prompts, {len(observations)} best paths, {engine.config.model}, greedy"
+    return calibrate(observations, options, provenance)
 
 
 def overheads(record: RunRecord) -> tuple[float, float]:
@@ -90,16 +99,11 @@ def overheads(record: RunRecord) -> tuple[float, float]:
 
 
 def calibrate_cost(
-    engine: Engine,
-    machine: Machine,
-    grid: Grid,
-    samples: Path | None,
-    extra: tuple[float, float],
-    console: Console | None,
+    engine: Engine, machine: Machine, grid: Grid, samples: Path | None, console: Console | None, provenance: str
 ) -> CostProfile:
-    """The machine's cost profile; `extra` are the overheads that `calibrate_gates` found."""
+    """The machine's cost profile: single passes on the grid, and the fixed cost of steps from a short live run."""
+    _, record = observe(engine, calibration_prompts(OVERHEAD_PROMPTS), 48, console)
+    plain, speculative = overheads(record)
     probe = Probe(engine)
-    warm = max(grid.batches)
-    probe.verify(warm, warm, min(grid.contexts))
-    profile = measure(probe.verify, probe.draft, machine, grid, samples, console, "measured by echo-rl calibrate")
-    return replace(profile, step_overhead=extra[0], spec_overhead=extra[1])
+    profile = measure(probe.verify, probe.draft, machine, grid, samples, console, provenance)
+    return replace(profile, step_overhead=plain, spec_overhead=speculative)

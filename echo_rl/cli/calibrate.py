@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -12,87 +12,115 @@ from echo_rl.calibrate.cost import Grid
 from echo_rl.calibrate.gates import GateOptions
 from echo_rl.cli.options import EngineOptions
 from echo_rl.config import EngineConfig
+from echo_rl.profile import calibrated
 
-OUT = Path("calibration")
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from echo_rl.controllers.gates import GateCalibration
+    from echo_rl.profile import CostProfile
+
+OUT = calibrated("")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Measure what verifying and drafting cost on this machine; rerun it to go on where it stopped."""
+    """Measure what verifying and drafting cost on this machine; rerun it to go on where it stopped.
+
+    Controllers use the result from then on if it lies in the default folder; else name it, as in
+    ``echo:profile=FILE``.
+    """
 
     out: Path = OUT
-    """Folder of ``profile.json`` and of the samples so far."""
+    """Folder of ``profile.json``, of its plot and of the samples so far."""
     grid: Annotated[Grid, tyro.conf.arg(name="")] = field(default_factory=Grid)
-    engine: EngineOptions = field(default_factory=EngineConfig)
+    engine: EngineOptions = field(default_factory=lambda: EngineConfig(kv_tokens=65_536))
 
     def run(self) -> int:
         from rich.console import Console
 
-        from echo_rl.calibrate.cost import Machine, measure
+        from echo_rl.calibrate import figures
+        from echo_rl.calibrate.cost import Machine
+        from echo_rl.calibrate.live import calibrate_cost
         from echo_rl.cli.session import load_engine
-        from echo_rl.runtime.probe import Probe
 
         console = Console()
         engine, environment = load_engine(self.engine)
         machine = Machine(environment["device"], environment["dtype"], self.engine.model, int(environment["threads"]))
         self.out.mkdir(parents=True, exist_ok=True)
-        probe = Probe(engine)
-        samples = self.out / "samples.json"
         provenance = f"{environment['cpu']}, torch {environment['torch']}"
-        profile = measure(probe.verify, probe.draft, machine, self.grid, samples, console, provenance)
+        profile = calibrate_cost(engine, machine, self.grid, self.out / "samples.json", console, provenance)
         profile.save(self.out / "profile.json")
-        for batch in self.grid.batches:
-            console.print(f"batch {batch}: knee at {profile.knee(batch)} nodes", highlight=False)
-        console.print(f"Written: {self.out / 'profile.json'}", soft_wrap=True)
+        figures.save(figures.cost(profile), self.out / "cost.png")
+        console.print(knee_table(profile))
+        console.print(f"Written: {self.out / 'profile.json'}, {self.out / 'cost.png'}", soft_wrap=True)
         return 0
 
 
 @dataclass(frozen=True)
 class Gates:
-    """Find the depths at which confidence tells good paths from bad, and where to cut, on real prompts."""
+    """Find the depths at which confidence tells good paths from bad, where to cut, and how often that misjudges.
+
+    Controllers use the result from then on if it lies in the default folder; else name it, as in
+    ``echo:calibration=FILE``.
+    """
 
     out: Path = OUT
-    """Folder of ``gates.json``."""
-    suite: Literal["all", "mt_bench", "humaneval", "gsm8k"] = "all"
-    """Which prompts are observed."""
-    requests: int = 64
-    """How many of them."""
+    """Folder of ``gates.json`` and of its plot."""
+    prompts: int | None = None
+    """How many of the package's own prompts are observed; all by default."""
     max_new_tokens: int = 96
-    """Most tokens a request."""
-    concurrency: int = 8
-    """Requests in flight."""
-    controller: str = "eagle3:depth=8"
-    """Who speculates meanwhile; it should draft as deep as the gates reach, without gates of its own."""
+    """Most tokens a prompt."""
     options: Annotated[GateOptions, tyro.conf.arg(name="")] = field(default_factory=GateOptions)
     engine: EngineOptions = field(default_factory=EngineConfig)
 
     def run(self) -> int:
         from rich.console import Console
 
-        from echo_rl.bench import block_requests
-        from echo_rl.calibrate.gates import calibrate
-        from echo_rl.cli.live_calibration import observe_gates
-        from echo_rl.cli.session import load_engine
-        from echo_rl.controllers import registry
-        from echo_rl.prompts import load_prompts
-        from echo_rl.sweep import Arm, BenchConfig, Load
+        from echo_rl.calibrate import figures
+        from echo_rl.calibrate.live import calibrate_gates, calibration_prompts
+        from echo_rl.runtime.engine import Engine
 
         console = Console()
-        arm = Arm.parse(self.controller)
-        controller = registry.make(arm.controller, **arm.options)
-        load = Load(self.concurrency, self.requests, self.max_new_tokens, blocks=1)
-        config = BenchConfig((self.controller,), (load,), suite=self.suite, seed=self.options.seed)
-        prompts = load_prompts(self.suite, seed=config.seed)
-        engine, environment = load_engine(self.engine)
-        with console.status(f"serving {self.requests} prompts"):
-            requests = block_requests(engine, prompts, config, load, 0)
-            observations = observe_gates(engine, controller, requests, self.concurrency)
-        provenance = f"{self.requests} prompts of {self.suite}, {environment['model']}, {environment['drafter']}"
-        calibration = calibrate(observations, self.options, provenance)
+        turns = calibration_prompts(self.prompts)
+        gates = calibrate_gates(Engine.load(self.engine), self.options, turns, self.max_new_tokens, console)
         self.out.mkdir(parents=True, exist_ok=True)
-        calibration.save(self.out / "gates.json")
-        console.print(f"Written: {self.out / 'gates.json'}, from {len(observations)} observations", soft_wrap=True)
+        gates.save(self.out / "gates.json")
+        figures.save(figures.judgement(gates), self.out / "gates.png")
+        console.print(gate_table(gates))
+        console.print(f"Written: {self.out / 'gates.json'}, {self.out / 'gates.png'}", soft_wrap=True)
         return 0
 
 
 AnyCommand = Annotated[Cost, tyro.conf.subcommand("cost")] | Annotated[Gates, tyro.conf.subcommand("gates")]
+
+
+def gate_table(gates: GateCalibration) -> Table:
+    """One row a depth; the chosen (sparse) depths are marked."""
+    from rich.table import Table
+
+    table = Table(title="gates: best-path confidence, accepted against rejected (* chosen)")
+    for column in ("depth", "paths", "AUC", "tau", "false truncation", "false extension"):
+        table.add_column(column, justify="right")
+    for gate in gates.depths:
+        rates = (gate.false_truncation, gate.false_extension)
+        shares = [f"{100 * r.value:.1f} % [{100 * r.low:.1f}, {100 * r.high:.1f}]" if r else "" for r in rates]
+        area = f"{gate.auc.value:.3f} [{gate.auc.low:.3f}, {gate.auc.high:.3f}]" if gate.auc else ""
+        mark = "*" if gate.depth in gates.chosen else ""
+        table.add_row(f"{gate.depth}{mark}", str(gate.samples), area, f"{gate.tau:.3f}", *shares)
+    return table
+
+
+def knee_table(profile: CostProfile) -> Table:
+    """K_max, ECHO's own cost model fitted, and the cost of plain decoding at every measured batch size."""
+    from rich.table import Table
+
+    table = Table(title=f"cost of a pass on {profile.device} {profile.dtype}, {profile.threads} threads")
+    for column in ("batch", "plain pass", "K_max", "free nodes", "gamma", "pass with K_max"):
+        table.add_column(column, justify="right")
+    for batch in profile.batches:
+        knee, hinge = profile.knee(batch), profile.hinge(batch)
+        plain, full = profile.ar_seconds(batch), profile.verify_seconds(batch, batch + knee)
+        times = (f"{1e3 * plain:.1f} ms", str(knee), str(hinge.k_max), f"{hinge.gamma:.4f}", f"{1e3 * full:.1f} ms")
+        table.add_row(str(batch), *times)
+    return table

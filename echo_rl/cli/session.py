@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from echo_rl.config import EngineConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from echo_rl.runtime.engine import Engine
     from echo_rl.sweep import BenchConfig
 
 
@@ -31,17 +33,20 @@ def run_and_show(engine_config: EngineConfig, config: BenchConfig, out: Path, co
     return result
 
 
-def load_engine(config: EngineConfig) -> tuple[Any, dict[str, str]]:
-    """The engine, and what its timings depend on."""
+def load_engine(config: EngineConfig) -> tuple[Engine, dict[str, str]]:
+    """The engine, and what its timings depend on. Raises what `Engine.load` raises."""
     import torch
 
     from echo_rl import __version__
+    from echo_rl.profile import own_or_packaged
     from echo_rl.results import machine
     from echo_rl.runtime.device import resolve
     from echo_rl.runtime.engine import Engine
+    from echo_rl.runtime.weights import resolve_drafter
 
     device, dtype = resolve(config.device, config.dtype)
     engine = Engine.load(config)
+    drafter = resolve_drafter(config.drafter, config.model)
     environment = machine(
         version=__version__,
         torch=torch.__version__,
@@ -49,6 +54,15 @@ def load_engine(config: EngineConfig) -> tuple[Any, dict[str, str]]:
         dtype=str(dtype).removeprefix("torch."),
         threads=str(torch.get_num_threads()),
         model=config.model,
-        drafter=str(config.drafter),
+        drafter=digest(drafter / "model.safetensors") if drafter else "none",
+        calibration=digest(own_or_packaged("profile.json"), own_or_packaged("gates.json")),
     )
     return engine, environment
+
+
+def digest(*paths: Path) -> str:
+    """The first 12 digits of the files' common sha256: enough to tell whether they changed."""
+    state = hashlib.sha256()
+    for path in paths:
+        state.update(path.read_bytes())
+    return state.hexdigest()[:12]
