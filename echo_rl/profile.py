@@ -101,20 +101,22 @@ class CostProfile:
     def knee(self, batch: int, context: float = 0.0, theta: float = BREAK_EVEN_ACCEPTANCE) -> int:
         """K_max: the most drafted nodes for which one more costs at most `theta` plainly decoded tokens.
 
-        Walks the measured segments from the roots on and stops at the first whose seconds a node
-        exceed ``theta * ar_seconds / batch``. Past it, a node that is accepted with probability
+        Walks the lower convex hull of the measured knots from the roots on, so that one noisy knot
+        neither ends nor prolongs the walk, and stops at the first edge whose seconds a node exceed
+        ``theta * ar_seconds / batch``. Past it, a node that is accepted with probability
         theta costs more time than plain decoding needs for the tokens it brings, whatever the
         drafter costs; so theta is the break-even acceptance. Never more than the grid measured.
         Under ECHO's own model (see `hinge`) with ``gamma * batch > theta`` it is exactly its K_max;
         where gamma is smaller the nodes past the hinge still pay and the knee lies further out.
         """
         price = theta * self.ar_seconds(batch, context) / max(1, batch)
-        reached, cost = batch, self.ar_seconds(batch, context)
-        for rows in (r for r in self.rows if r > batch):
-            following = self.verify_seconds(batch, rows, context)
-            if following - cost > price * (rows - reached) * (1.0 + 1e-9):
+        rows = [batch, *(r for r in self.rows if r > batch)]
+        hull = _lower_hull([(r, self.verify_seconds(batch, r, context)) for r in rows])
+        reached = batch
+        for (low, cheap), (high, dear) in pairwise(hull):
+            if dear - cheap > price * (high - low) * (1.0 + 1e-9):
                 break
-            reached, cost = rows, following
+            reached = high
         return reached - batch
 
     def hinge(self, batch: int, context: float = 0.0) -> Hinge:
@@ -194,6 +196,19 @@ def write_record(path: str | Path, kind: str, version: int, body: Mapping[str, A
 
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+def _lower_hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The corners of the convex curve under the points, from the first to the last; x must increase."""
+    hull: list[tuple[int, float]] = []
+    for x, y in points:
+        while len(hull) > 1:
+            (x0, y0), (x1, y1) = hull[-2:]
+            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
+                break
+            hull.pop()
+        hull.append((x, y))
+    return hull
 
 
 def _fit_gamma(k_max: int, nodes: Sequence[int], ratios: Sequence[float]) -> Hinge:

@@ -1,6 +1,6 @@
 """Measures a machine's cost surface into a `CostProfile`.
 
-Knows how to measure (interleaved repetitions, medians, smoothing, resuming) and not what: the passes
+Knows how to measure (interleaved repetitions, quartiles, smoothing, resuming) and not what: the passes
 themselves are callables, so the live engine and a fake with a known surface are measured alike.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -45,7 +46,7 @@ class Grid:
     """The points to measure. Rows gain every batch size, so that plain decoding is always measured itself."""
 
     batches: Axis = (1, 2, 4, 8, 16, 32, 64)
-    rows: Axis = (1, 2, 4, 8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
+    rows: Axis = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256)
     contexts: Axis = (64, 512)
     widths: Axis = (1, 3, 6, 10)
     depths: Axis = (1, 2, 3, 5, 8)
@@ -94,19 +95,23 @@ def measure(
 
 
 def fit(taken: dict[Point, list[float]], machine: Machine, grid: Grid, provenance: str = "") -> CostProfile:
-    """The profile of the samples: medians, smoothed to be non-decreasing in work, and their residual noise."""
-    medians = {point: statistics.median(seconds) for point, seconds in taken.items()}
+    """The profile of the samples, smoothed to be non-decreasing in work, and their residual noise.
+
+    A point's cost is its lower quartile: machines have slow spells, and a ratio of two points means
+    something only when both were measured outside one.
+    """
+    usual = {point: float(np.quantile(seconds, 0.25)) for point, seconds in taken.items()}
     rows, contexts = grid.verify_rows, grid.contexts
     verify = []
     for b in grid.batches:
         columns = []
         for c in contexts:
-            real = isotonic([medians["verify", b, r, c] for r in rows if r >= b])
+            real = isotonic([usual["verify", b, r, c] for r in rows if r >= b])
             columns.append([real[0]] * (len(rows) - len(real)) + real)
         verify.append(_rising(columns))
     draft = []
     for b in grid.batches:
-        lines = _rising([isotonic([medians["draft", b, w, d] for d in grid.depths]) for w in grid.widths])
+        lines = _rising([isotonic([usual["draft", b, w, d] for d in grid.depths]) for w in grid.widths])
         draft.append(tuple(zip(*lines, strict=True)))
     surfaces = {"verify": tuple(verify), "draft": tuple(draft)}
     axes = {"verify": (grid.batches, rows, contexts), "draft": (grid.batches, grid.widths, grid.depths)}

@@ -20,8 +20,9 @@ from echo_rl.controllers.shapes import affordable
 from echo_rl.errors import ConfigError
 from echo_rl.profile import BREAK_EVEN_ACCEPTANCE, CostProfile
 
-LADDER = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 60.0)
-"""Budgets to compare, in nodes a request; up to ECHO's total at batch 1."""
+LADDER = (0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 9.0, 11.0, 15.0, 23.0, 31.0, 47.0, 60.0)
+"""Budgets to compare, in nodes a request, up to ECHO's total at batch 1. With its root a request then
+verifies a round number of rows, where matrix products are cheapest a row."""
 
 
 @dataclass(frozen=True)
