@@ -12,6 +12,9 @@ from echo_rl.metrics import Interval
 WIDE = 130
 """Terminal columns that the whole table needs."""
 
+MOST_LINES = 8
+"""Differing requests that are named one by one."""
+
 
 def table(result: Mapping[str, Any], width: int = WIDE) -> Table:
     """One row per load and arm, loads in sections; a narrow terminal gets the main columns only."""
@@ -69,4 +72,5 @@ def equality(result: Mapping[str, Any]) -> tuple[bool, str]:
         return True, f"Outputs are equal: {tokens} tokens match those of {result['baseline']}."
     requests = sum(cell["outputs"]["requests"] for cell in others)
     head = f"Outputs differ from those of {result['baseline']} in {len(lines)} of {requests} requests:"
-    return False, "\n".join([head, *lines])
+    more = [f"  and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
+    return False, "\n".join([head, *lines[:MOST_LINES], *more])
