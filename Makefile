@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: setup ## plain decoding, EAGLE-3 and ECHO on the same real prompts (a few minutes)
+demo: setup ## plain decoding, EAGLE-3 and ECHO on the same real prompts
 	$(BIN)/echo-rl demo
 
 test: setup ## the whole test suite
