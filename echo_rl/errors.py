@@ -29,10 +29,6 @@ class KVExhausted(EchoError, RuntimeError):
     """The KV cache has no free block where the conservation law promised one."""
 
 
-class NonFiniteLogits(EchoError, RuntimeError):
-    """A forward pass produced NaN or infinite logits."""
-
-
 class IntegrityError(EchoError, RuntimeError):
     """The KV conservation law is broken: a bug in this package, never the user's fault."""
 

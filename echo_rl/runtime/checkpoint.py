@@ -24,11 +24,16 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         path = folder / file
         if not path.is_file():
             raise WeightsError(f"{path} is missing; only safetensors weights are loaded, download or convert the model")
-        try:
-            tensors.update(load_file(path))
-        except (SafetensorError, OSError) as e:
-            raise WeightsError(f"{path} is damaged ({e}); delete it and download the model again") from e
+        tensors.update(read_file(path))
     return tensors
+
+
+def read_file(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one safetensors file. Raises `WeightsError` where it can't be read."""
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as e:
+        raise WeightsError(f"{path} is truncated or damaged ({e}); delete it and fetch it again") from e
 
 
 class TensorReader:

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from echo_rl.errors import DrafterMismatch, WeightsError
+from echo_rl.runtime.checkpoint import read_file
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 WEIGHTS_FILE = "model.safetensors"
@@ -261,10 +261,6 @@ def load_drafter(folder: str | Path, *, target_layers: int | None = None) -> tup
     except ValueError as broken:
         raise WeightsError(f"{folder / CONFIG_FILE} is not valid JSON ({broken}); fetch it again") from None
     config = DrafterConfig.from_json(data, target_layers=target_layers)
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not iterable)
-    except (SafetensorError, OSError) as broken:
-        raise WeightsError(f"{folder / WEIGHTS_FILE} is truncated or damaged ({broken}); fetch it again") from None
+    tensors = read_file(folder / WEIGHTS_FILE)
     check_tensors(config, tensors)
     return config, tensors

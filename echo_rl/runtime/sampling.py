@@ -48,7 +48,8 @@ def _filtered(logits: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor
     rank = torch.arange(vocab, device=logits.device)
     top_k = torch.tensor([[p.top_k or vocab] for p in params], device=logits.device)
     ordered = ordered.masked_fill(rank >= top_k, float("-inf"))
-    before = ordered.softmax(dim=1).cumsum(dim=1) - ordered.softmax(dim=1)
+    probability = ordered.softmax(dim=1)
+    before = probability.cumsum(dim=1) - probability
     top_p = logits.new_tensor([[p.top_p] for p in params])
     ordered = ordered.masked_fill((before >= top_p) & (rank > 0), float("-inf"))
     return torch.empty_like(logits).scatter_(1, order, ordered)

@@ -34,18 +34,18 @@ def flatten(batch: Batch, selection: Selection, layout: Layout) -> SuperTree:
     """Lay the batch's roots, selected nodes and prompt chunks out as rows."""
     counts, owner, local, start = _rows(batch, selection, layout)
     nodes = int((selection.counts + 1).sum()) if batch.decodes else 0  # rows that belong to trees
-    parents, depth = _tree_rows(batch, selection, local[:nodes], layout)
+    parents, depth = _tree_rows(selection, local[:nodes])
+    parent_rows = parents + start[owner[:nodes]]
     tokens = _tokens(batch, selection, local[:nodes], layout)
     kv = layout.kv_lens
     positions = kv[owner] + torch.cat([depth, local[nodes:]])
-    mask = _mask(parents + start[owner[:nodes]], depth, local, int(counts.max()))
+    mask = _mask(parent_rows, depth, local, int(counts.max()))
     slots = layout.slots(owner, kv[owner] + local)
     ends = start + counts - 1
     finishing = [len(batch.decodes) + i for i, chunk in enumerate(batch.chunks) if chunk.last]
     roots = start[: len(batch.decodes)].tolist() + ends[finishing].tolist()
-    parent_rows = (parents + start[owner[:nodes]]).tolist()
-    node_tokens, node_local = tokens[:nodes].tolist(), local[:nodes].tolist()
-    children = {(parent_rows[i], node_tokens[i]): i for i in range(nodes) if node_local[i]}
+    tree = zip(parent_rows.tolist(), tokens[:nodes].tolist(), local[:nodes].tolist(), strict=True)
+    children = {(parent, token): row for row, (parent, token, place) in enumerate(tree) if place}
     return SuperTree(tokens, positions, layout.view(slots, counts, kv, counts, mask), tuple(roots), children)
 
 
@@ -56,9 +56,7 @@ def _rows(batch: Batch, selection: Selection, layout: Layout) -> tuple[torch.Ten
     return counts, owner, local, counts.cumsum(0) - counts
 
 
-def _tree_rows(
-    batch: Batch, selection: Selection, local: torch.Tensor, layout: Layout
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _tree_rows(selection: Selection, local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Parent (local row, roots point at themselves) and depth (0 = root) of every tree row."""
     parents, depth = torch.zeros_like(local), torch.zeros_like(local)
     parents[local > 0] = selection.parents + 1
