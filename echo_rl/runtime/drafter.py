@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from echo_rl.runtime.architecture import rope_table
 from echo_rl.runtime.drafter_model import DrafterConfig, draft_to_target, load_drafter
 from echo_rl.runtime.kv_cache import AttentionView, KVCache
+from echo_rl.runtime.linear import Linear
 from echo_rl.runtime.target import Target
 
 
@@ -28,16 +29,16 @@ class Drafter:
         self.embed = target.embed
         device, dtype = target.embed.device, target.embed.dtype
         w = {name: t.to(device=device, dtype=dtype) for name, t in tensors.items() if t.is_floating_point()}
-        self._fc = w["fc.weight"]
+        self._fc = Linear(w["fc.weight"])
         self._embed_norm = w["midlayer.input_layernorm.weight"]
         self._feature_norm = w["midlayer.hidden_norm.weight"]
-        self._qkv = torch.cat([w[f"midlayer.self_attn.{p}_proj.weight"] for p in "qkv"])
-        self._out = w["midlayer.self_attn.o_proj.weight"]
+        self._qkv = Linear(torch.cat([w[f"midlayer.self_attn.{p}_proj.weight"] for p in "qkv"]))
+        self._out = Linear(w["midlayer.self_attn.o_proj.weight"])
         self._post_norm = w["midlayer.post_attention_layernorm.weight"]
-        self._gate_up = torch.cat([w["midlayer.mlp.gate_proj.weight"], w["midlayer.mlp.up_proj.weight"]])
-        self._down = w["midlayer.mlp.down_proj.weight"]
+        self._gate_up = Linear(torch.cat([w["midlayer.mlp.gate_proj.weight"], w["midlayer.mlp.up_proj.weight"]]))
+        self._down = Linear(w["midlayer.mlp.down_proj.weight"])
         self._norm = w["norm.weight"]
-        self._lm_head = w["lm_head.weight"]
+        self._lm_head = Linear(w["lm_head.weight"])
         self.vocabulary = draft_to_target(tensors["d2t"]).to(device)  # [V'] target ids
         cos, sin = rope_table(config.head_dim, config.rope_theta, positions)
         self._cos, self._sin = cos.to(device), sin.to(device)
@@ -55,7 +56,7 @@ class Drafter:
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """[N, 3 * target hidden] -> [N, hidden]."""
-        return F.linear(features, self._fc)
+        return self._fc(features)
 
     def forward(
         self,
@@ -70,19 +71,19 @@ class Drafter:
         embedded = ops.rms_norm(F.embedding(tokens, self.embed), self._embed_norm, eps)
         x = torch.cat([embedded, ops.rms_norm(features, self._feature_norm, eps)], dim=1)
         q = ops.rope_store(
-            F.linear(x, self._qkv), self._cos, self._sin, positions, view.slots,
+            self._qkv(x), self._cos, self._sin, positions, view.slots,
             cache.draft_k, cache.draft_v, self.config.heads,
         )  # fmt: skip
         attended = ops.tree_attention(
             q, cache.draft_k, cache.draft_v, view.block_tables, view.block_size,
             view.q_start, view.ctx_lens, view.kv_lens, view.mask, self.config.head_dim**-0.5,
         )  # fmt: skip
-        x, residual = ops.add_rms_norm(F.linear(attended.flatten(1), self._out), features, self._post_norm, eps)
-        return residual + F.linear(ops.silu_mul(F.linear(x, self._gate_up)), self._down)
+        x, residual = ops.add_rms_norm(self._out(attended.flatten(1)), features, self._post_norm, eps)
+        return residual + self._down(ops.silu_mul(self._gate_up(x)))
 
     def top(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The k most likely next tokens of each row: log-probabilities and target ids, both [N, k]."""
-        logits = F.linear(self.ops.rms_norm(hidden, self._norm, self.config.eps), self._lm_head).float()
+        logits = self._lm_head(self.ops.rms_norm(hidden, self._norm, self.config.eps)).float()
         values, indices = logits.topk(min(k, logits.shape[1]), dim=1)
         log_probs = (values - logits.logsumexp(dim=1, keepdim=True)).clamp_(max=0.0)
         return log_probs, self.vocabulary[indices]

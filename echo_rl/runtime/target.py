@@ -16,6 +16,7 @@ from echo_rl.errors import WeightsError
 from echo_rl.runtime.architecture import Architecture, read_architecture, rope_table
 from echo_rl.runtime.checkpoint import TensorReader, read_tensors
 from echo_rl.runtime.kv_cache import AttentionView, KVCache
+from echo_rl.runtime.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,13 @@ class Layer:
     """One decoder layer, projections that share an input fused into one matrix."""
 
     input_norm: torch.Tensor
-    qkv: torch.Tensor  # [(H + 2 KV) D, hidden]
-    qkv_bias: torch.Tensor | None
+    qkv: Linear  # hidden -> (H + 2 KV) D
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    out: torch.Tensor  # [hidden, H D]
-    out_bias: torch.Tensor | None
+    out: Linear  # H D -> hidden
     post_norm: torch.Tensor
-    gate_up: torch.Tensor  # [2 I, hidden]
-    down: torch.Tensor  # [hidden, I]
+    gate_up: Linear  # hidden -> 2 I
+    down: Linear  # I -> hidden
 
 
 class Target:
@@ -43,7 +42,7 @@ class Target:
         self.embed = reader.take("model.embed_tokens.weight", arch.vocab, arch.hidden)
         self.norm = reader.take("model.norm.weight", arch.hidden)
         tied = arch.tied or "lm_head.weight" not in reader
-        self.lm_head = self.embed if tied else reader.take("lm_head.weight", arch.vocab, arch.hidden)
+        self.lm_head = Linear(self.embed if tied else reader.take("lm_head.weight", arch.vocab, arch.hidden))
         self.layers = [_read_layer(arch, reader, i) for i in range(arch.layers)]
         unknown = {n for n in reader.unread if not n.endswith("rotary_emb.inv_freq") and n != "lm_head.weight"}
         if unknown:
@@ -75,16 +74,16 @@ class Target:
         kept: dict[int, torch.Tensor] = {}
         for i, layer in enumerate(self.layers):
             q = ops.rope_store(
-                F.linear(x, layer.qkv, layer.qkv_bias), self.cos, self.sin, positions, view.slots,
+                layer.qkv(x), self.cos, self.sin, positions, view.slots,
                 cache.k[i], cache.v[i], self.arch.heads, layer.q_norm, layer.k_norm, eps,
             )  # fmt: skip
             attended = ops.tree_attention(
                 q, cache.k[i], cache.v[i], view.block_tables, view.block_size,
                 view.q_start, view.ctx_lens, view.kv_lens, view.mask, scale,
             )  # fmt: skip
-            x = F.linear(attended.flatten(1), layer.out, layer.out_bias)
+            x = layer.out(attended.flatten(1))
             x, residual = ops.add_rms_norm(x, residual, layer.post_norm, eps)
-            x = F.linear(ops.silu_mul(F.linear(x, layer.gate_up)), layer.down)
+            x = layer.down(ops.silu_mul(layer.gate_up(x)))
             if i + 1 < len(self.layers):
                 x, residual = ops.add_rms_norm(x, residual, self.layers[i + 1].input_norm, eps)
             else:
@@ -95,7 +94,7 @@ class Target:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden] before the final norm -> [R, vocab] in the model's dtype."""
-        return F.linear(self.ops.rms_norm(hidden, self.norm, self.arch.eps), self.lm_head)
+        return self.lm_head(self.ops.rms_norm(hidden, self.norm, self.arch.eps))
 
 
 def _read_layer(arch: Architecture, reader: TensorReader, index: int) -> Layer:
@@ -108,15 +107,17 @@ def _read_layer(arch: Architecture, reader: TensorReader, index: int) -> Layer:
     heads = (("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv))
     gates = (("mlp.gate_proj", arch.intermediate), ("mlp.up_proj", arch.intermediate))
     biases = [reader.take_if_there(f"{p}{name}.bias", rows) for name, rows in heads]
+    bias = torch.cat(biases) if all(b is not None for b in biases) else None  # type: ignore[arg-type]
     return Layer(
         input_norm=reader.take(f"{p}input_layernorm.weight", arch.hidden),
-        qkv=fused(heads, arch.hidden),
-        qkv_bias=torch.cat(biases) if all(b is not None for b in biases) else None,  # type: ignore[arg-type]
+        qkv=Linear(fused(heads, arch.hidden), bias),
         q_norm=reader.take_if_there(f"{p}self_attn.q_norm.weight", arch.head_dim),
         k_norm=reader.take_if_there(f"{p}self_attn.k_norm.weight", arch.head_dim),
-        out=reader.take(f"{p}self_attn.o_proj.weight", arch.hidden, q),
-        out_bias=reader.take_if_there(f"{p}self_attn.o_proj.bias", arch.hidden),
+        out=Linear(
+            reader.take(f"{p}self_attn.o_proj.weight", arch.hidden, q),
+            reader.take_if_there(f"{p}self_attn.o_proj.bias", arch.hidden),
+        ),
         post_norm=reader.take(f"{p}post_attention_layernorm.weight", arch.hidden),
-        gate_up=fused(gates, arch.hidden),
-        down=reader.take(f"{p}mlp.down_proj.weight", arch.hidden, arch.intermediate),
+        gate_up=Linear(fused(gates, arch.hidden)),
+        down=Linear(reader.take(f"{p}mlp.down_proj.weight", arch.hidden, arch.intermediate)),
     )

