@@ -14,9 +14,9 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from echo_rl.contracts import Controller, Request, SamplingParams
+from echo_rl.contracts import Backend, Controller, Request, SamplingParams
 from echo_rl.errors import ConfigError
-from echo_rl.loop import RunRecord, ServingEngine, serve
+from echo_rl.loop import RunRecord, serve
 from echo_rl.prompts import Message, Prompt
 from echo_rl.results import BlockStore, machine, report, write_json
 from echo_rl.sweep import Arm, BenchConfig, Load, Unit, schedule
@@ -30,7 +30,7 @@ class ChatTokenizer(Protocol):
     def chat(self, messages: list[Message]) -> tuple[int, ...]: ...
 
 
-class BenchEngine(ServingEngine, Protocol):
+class BenchEngine(Backend, Protocol):
     """A serving engine that can turn chat messages into prompt ids."""
 
     @property

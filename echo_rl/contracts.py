@@ -77,6 +77,8 @@ class LoadView:
     """Share of KV blocks in use, in [0, 1]."""
     max_nodes: int
     """Most drafted nodes that one request may have verified in a step."""
+    arrived: int = 0
+    """Requests added since the step before."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class SpecPlan:
     width: int = 1
     """Nodes expanded a level, and children proposed by each."""
     gates: tuple[tuple[int, float], ...] = ()
+    nested: bool = False
+    """Expand also what every narrower width would expand, so that the forest contains theirs (recording)."""
 
     def __post_init__(self) -> None:
         if self.budget < 0:
@@ -105,6 +109,12 @@ class SpecPlan:
     @property
     def speculates(self) -> bool:
         return self.budget > 0
+
+    @property
+    def expanded(self) -> int:
+        """Most nodes that the drafter runs on for one request."""
+        level = self.width * (self.width + 1) // 2 if self.nested else self.width
+        return level * (self.max_depth - 1) if self.speculates else 0
 
     def gate(self, depth: int) -> float | None:
         """The threshold at this depth, or None where the plan has no gate."""
@@ -224,6 +234,10 @@ class StepReport:
     accepted_by_depth: tuple[int, ...]
     """At index d: requests that accepted a node at depth d."""
     times: PhaseTimes
+    drafting: tuple[int, ...] = ()
+    """At index d: requests that drafted depth d."""
+    confidence: tuple[float, ...] = ()
+    """Per decoding request, the drafter's probability of its likeliest first token; empty in a plain step."""
 
 
 @runtime_checkable
@@ -245,5 +259,14 @@ class Controller(Protocol):
 
 class Backend(Protocol):
     """Something that serves steps: the live engine, or a replay of recorded forests."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises `RequestError` where it could never be served."""
+        ...
+
+    def cancel(self, request_id: str) -> None: ...
 
     def step(self, controller: Controller) -> StepReport: ...

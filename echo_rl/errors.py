@@ -21,6 +21,10 @@ class DrafterMismatch(WeightsError):
     """A drafter that does not fit the target it was asked to draft for."""
 
 
+class TraceError(EchoError, ValueError):
+    """A recording is missing, damaged, of another version, or doesn't hold what is asked of it."""
+
+
 class UnknownController(ConfigError):
     """No controller is registered under that name."""
 

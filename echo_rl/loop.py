@@ -1,7 +1,6 @@
-"""Drives an engine in a closed loop at fixed concurrency and records what happened.
+"""Drives a backend in a closed loop at fixed concurrency and records what happened.
 
-Knows nothing about models, prompts or files: an engine is anything with `add`, `cancel`, `has_work`
-and `step`. All times in the records are seconds since the run began.
+Knows nothing about models, prompts or files. All times in the records are seconds since the run began.
 """
 
 from __future__ import annotations
@@ -9,23 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any
 
-from echo_rl.contracts import Controller, PhaseTimes, Request, RequestOutput, StepReport
+from echo_rl.contracts import Backend, Controller, PhaseTimes, Request, RequestOutput, StepReport
 from echo_rl.errors import ConfigError
-
-
-class ServingEngine(Protocol):
-    """What the loop needs of an engine."""
-
-    @property
-    def has_work(self) -> bool: ...
-
-    def add(self, request: Request) -> None: ...
-
-    def cancel(self, request_id: str) -> None: ...
-
-    def step(self, controller: Controller) -> StepReport: ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +36,11 @@ class StepRecord:
     seconds: float
     batch_size: int
     prefill_tokens: int
+    waiting: int
+    context: float
     budget: int
+    depth: int
+    width: int
     drafted: int
     verified: int
     accepted: int
@@ -67,7 +57,11 @@ class StepRecord:
             seconds=seconds,
             batch_size=report.load.batch_size,
             prefill_tokens=report.load.prefill_tokens,
+            waiting=report.load.waiting,
+            context=report.load.mean_context,
             budget=report.plan.budget,
+            depth=report.plan.max_depth if report.plan.speculates else 0,
+            width=report.plan.width if report.plan.speculates else 0,
             drafted=report.drafted,
             verified=report.verified,
             accepted=report.accepted,
@@ -176,7 +170,7 @@ class _InFlight:
 
 
 def serve(
-    engine: ServingEngine,
+    engine: Backend,
     controller: Controller,
     requests: Iterable[Request],
     concurrency: int,
@@ -202,7 +196,7 @@ class _ClosedLoop:
 
     def __init__(
         self,
-        engine: ServingEngine,
+        engine: Backend,
         controller: Controller,
         arrivals: Iterator[Request],
         concurrency: int,

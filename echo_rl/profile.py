@@ -20,7 +20,7 @@ from typing import Any
 from echo_rl.errors import ConfigError
 from echo_rl.packages import cache_root
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 BREAK_EVEN_ACCEPTANCE = 0.3
 """Default theta of `CostProfile.knee`: the highest of the ECHO authors' batch-1 gates."""
 
@@ -66,6 +66,14 @@ class CostProfile:
     """Fixed seconds of every step outside the verify pass."""
     spec_overhead: float = 0.0
     """Further fixed seconds of a speculative step (selection, the accept walk)."""
+    request_overhead: float = 0.0
+    """Seconds that each decoding request adds to a step outside its passes."""
+    node_overhead: float = 0.0
+    """Seconds that each verified node adds to a step outside its passes."""
+    catch_up: float = 0.0
+    """Drafting seconds for each committed token past the usual two a request that the drafter hasn't seen."""
+    prefill_weight: float = 1.0
+    """Verified rows that one prompt token costs as much as (it needs no logits)."""
     noise: float = 0.0
     """Standard deviation of log(measured / profile)."""
     provenance: str = ""
@@ -73,7 +81,8 @@ class CostProfile:
     def __post_init__(self) -> None:
         _check_surface("verify", self.verify, (self.batches, self.rows, self.contexts))
         _check_surface("draft", self.draft, (self.draft_batches, self.widths, self.depths))
-        for name in ("step_overhead", "spec_overhead", "noise"):
+        scalars = ("step_overhead", "spec_overhead", "request_overhead", "node_overhead", "catch_up")
+        for name in (*scalars, "prefill_weight", "noise"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"profile {name} is {getattr(self, name)}; give a finite number >= 0")
 
@@ -95,8 +104,13 @@ class CostProfile:
 
     def step_seconds(self, batch: int, nodes: int, width: int, depth: int, context: float = 0.0) -> float:
         """A whole step that verifies `nodes` drafted nodes over the batch; 0 nodes is plain decoding."""
-        verify = self.verify_seconds(batch, batch + nodes, context) + self.step_overhead
-        return verify + self.draft_seconds(batch, width, depth) + self.spec_overhead if nodes else verify
+        verify = self.verify_seconds(batch, batch + nodes, context) + self.overhead_seconds(batch, nodes, nodes > 0)
+        return verify + self.draft_seconds(batch, width, depth) if nodes else verify
+
+    def overhead_seconds(self, batch: int, nodes: int = 0, speculative: bool = False) -> float:
+        """What a step spends outside drafting and verifying."""
+        extra = self.spec_overhead + self.node_overhead * nodes if speculative else 0.0
+        return self.step_overhead + self.request_overhead * batch + extra
 
     def knee(self, batch: int, context: float = 0.0, theta: float = BREAK_EVEN_ACCEPTANCE) -> int:
         """K_max: the most drafted nodes for which one more costs at most `theta` plainly decoded tokens.

@@ -7,9 +7,7 @@ judged by later.
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -17,16 +15,17 @@ from rich.progress import Progress
 
 from echo_rl.calibrate.cost import Grid, Machine, measure
 from echo_rl.calibrate.gates import GateObservation, GateOptions, best_paths, calibrate
+from echo_rl.calibrate.in_situ import correct, observe_steps
 from echo_rl.contracts import Forest, LoadView, Request, SamplingParams, Selection, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.gates import GateCalibration
-from echo_rl.loop import RunRecord, serve
+from echo_rl.loop import serve
 from echo_rl.profile import CostProfile, packaged
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.probe import Probe
 
 DEPTH, WIDTH, NODES = 8, 10, 60  # ECHO's batch-1 set-up: depth 8, top-k 10, 60 nodes
-OVERHEAD_PROMPTS = 6
+LIVE_REQUESTS, LIVE_TOKENS, MOST_LIVE = 10, 64, 32  # of the live run that corrects the cost profile
 
 
 class GateObserver(BaseController):
@@ -64,46 +63,48 @@ def calibration_prompts(limit: int | None = None) -> list[str]:
 
 def observe(
     engine: Engine, prompts: Sequence[str], max_new_tokens: int, console: Console | None
-) -> tuple[list[GateObservation], RunRecord]:
-    """Answers the prompts one at a time under a `GateObserver`; what it saw, and the run."""
+) -> list[GateObservation]:
+    """Answers the prompts one at a time under a `GateObserver`; what it saw."""
     observer = GateObserver()
-    params = SamplingParams(max_new_tokens=max_new_tokens)
-    requests = [
-        Request(f"gate-{i}", engine.tokenizer.chat([{"role": "user", "content": turn}]), params)
-        for i, turn in enumerate(prompts)
-    ]
+    requests = _requests(engine, prompts, max_new_tokens)
     with Progress(console=console, disable=console is None) as progress:
         task = progress.add_task("observing trees", total=len(requests))
-        record = serve(engine, observer, requests, 1, lambda o: progress.advance(task, o.finish_reason is not None))
-    return observer.observations, record
+        serve(engine, observer, requests, 1, lambda o: progress.advance(task, o.finish_reason is not None))
+    return observer.observations
 
 
 def calibrate_gates(
     engine: Engine, options: GateOptions, prompts: Sequence[str], max_new_tokens: int, console: Console | None
 ) -> GateCalibration:
     """The drafter's gates. Raises `ConfigError` where the prompts give too few observations."""
-    observations, _ = observe(engine, prompts, max_new_tokens, console)
+    observations = observe(engine, prompts, max_new_tokens, console)
     provenance = f"{len(prompts)} own prompts, {len(observations)} best paths, {engine.config.model}, greedy"
     return calibrate(observations, options, provenance)
-
-
-def overheads(record: RunRecord) -> tuple[float, float]:
-    """Median seconds outside draft and verify: of plain steps, and what speculative steps add to it."""
-    outside: dict[bool, list[float]] = {True: [], False: []}
-    for step in record.steps:
-        if step.batch_size and not step.prefill_tokens:
-            outside[step.budget > 0].append(step.seconds - step.times.draft - step.times.verify)
-    plain = statistics.median(outside[False]) if outside[False] else 0.0
-    speculative = statistics.median(outside[True]) if outside[True] else plain
-    return max(0.0, plain), max(0.0, speculative - plain)
 
 
 def calibrate_cost(
     engine: Engine, machine: Machine, grid: Grid, samples: Path | None, console: Console | None, provenance: str
 ) -> CostProfile:
-    """The machine's cost profile: single passes on the grid, and the fixed cost of steps from a short live run."""
-    _, record = observe(engine, calibration_prompts(OVERHEAD_PROMPTS), 48, console)
-    plain, speculative = overheads(record)
+    """The machine's cost profile: single passes on the grid, corrected by what live steps took."""
+    turns = calibration_prompts()
+
+    def requests(concurrency: int) -> list[Request]:
+        return _requests(
+            engine, [turns[i % len(turns)] for i in range(max(LIVE_REQUESTS, 3 * concurrency))], LIVE_TOKENS
+        )
+
     probe = Probe(engine)
     profile = measure(probe.verify, probe.draft, machine, grid, samples, console, provenance)
-    return replace(profile, step_overhead=plain, spec_overhead=speculative)
+    concurrencies = [batch for batch in grid.batches if batch <= MOST_LIVE]
+    with Progress(console=console, disable=console is None) as progress:
+        task = progress.add_task("serving under random plans", total=len(concurrencies))
+        steps = observe_steps(engine, requests, concurrencies, lambda: progress.advance(task))
+    return correct(profile, steps)
+
+
+def _requests(engine: Engine, turns: Sequence[str], max_new_tokens: int) -> list[Request]:
+    params = SamplingParams(max_new_tokens=max_new_tokens)
+    return [
+        Request(f"own-{i}", engine.tokenizer.chat([{"role": "user", "content": turn}]), params)
+        for i, turn in enumerate(turns)
+    ]

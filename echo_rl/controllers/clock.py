@@ -31,10 +31,8 @@ class Pace:
         self._contrast: dict[int, tuple[float, int]] = {}  # batch octave -> (plain / speculative ratio, switches seen)
         self._last: tuple[bool, int] | None = None
         self.draft = 1.0
-        self.overhead = profile.step_overhead
-        """Seconds of a plain step outside the verify pass."""
-        self.spec_overhead = profile.step_overhead + profile.spec_overhead
-        """Seconds of a speculative step outside drafting and verifying."""
+        self.rest = {False: 1.0, True: 1.0}
+        """Measured over predicted seconds outside the passes, of plain and of speculative steps."""
 
     def verify(self, batch: int, speculative: bool) -> float:
         """Measured over predicted seconds of a verify pass."""
@@ -47,12 +45,11 @@ class Pace:
         kind, before = (plan.speculates, load.batch_size.bit_length()), self._last
         self._last = kind
         self._observe_verify(report, kind, before)
-        rest = max(0.0, times.total - times.verify - times.draft)
-        if not plan.speculates:
-            self.overhead += RATE * (rest - self.overhead)
-            return
-        self.spec_overhead += RATE * (rest - self.spec_overhead)
-        if before is None or before[0]:
+        usual = self._profile.overhead_seconds(load.batch_size, report.verified, plan.speculates)
+        if usual > 0.0:
+            rest = times.total - times.verify - times.draft
+            self.rest[plan.speculates] = _follow(self.rest[plan.speculates], rest / usual)
+        if plan.speculates and (before is None or before[0]):
             drafted = self._profile.draft_seconds(load.batch_size, plan.width, plan.max_depth)
             self.draft = _follow(self.draft, times.draft / drafted)
 
@@ -68,6 +65,27 @@ class Pace:
         measured = self.verify(load.batch_size, before[0]) / ratio if speculative else ratio / self._common
         rate = max(0.25, 1.0 / (seen + 2))
         self._contrast[octave] = (_follow(contrast, measured, rate), seen + 1)
+
+
+class PromptShare:
+    """Prompt tokens for each output token, lately: what a speculating server must let its drafter read on top.
+
+    Starts from one for one, worth `MEMORY` tokens of evidence, and forgets at that rate.
+    """
+
+    MEMORY = 2_000.0
+
+    def __init__(self) -> None:
+        self._prompt = self._output = self.MEMORY
+
+    @property
+    def ratio(self) -> float:
+        return self._prompt / self._output
+
+    def observe(self, report: StepReport) -> None:
+        kept = math.exp(-report.committed / self.MEMORY)
+        self._prompt = self._prompt * kept + report.load.prefill_tokens
+        self._output = self._output * kept + report.committed
 
 
 def _follow(average: float, ratio: float, rate: float = RATE) -> float:

@@ -60,6 +60,32 @@ class Chain(BaseController):
 
 
 @dataclass(frozen=True)
+class FixedOptions:
+    nodes: float = 7.0
+    """Verified nodes a request, averaged over the batch; 0 is plain decoding."""
+    depth: int = 4
+    width: int = 3
+
+    def __post_init__(self) -> None:
+        if self.nodes < 0 or min(self.depth, self.width) < 1:
+            raise ConfigError(f"fixed nodes {self.nodes}, depth {self.depth}, width {self.width}: give >= 0, >= 1, >= 1")
+
+
+class Fixed(BaseController):
+    """One plan for every step, whatever the load; the batch's likeliest nodes are verified."""
+
+    name = "fixed"
+
+    def __init__(self, options: FixedOptions) -> None:
+        super().__init__()
+        self.options = options
+
+    def propose(self, load: LoadView) -> SpecPlan:
+        options = self.options
+        return SpecPlan(round(options.nodes * load.batch_size), options.depth, options.width)
+
+
+@dataclass(frozen=True)
 class Eagle3Options:
     """EAGLE-3's defaults. `total` counts drafted nodes (the authors' figure includes the root)."""
 

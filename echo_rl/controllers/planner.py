@@ -15,7 +15,7 @@ from torch import Tensor
 
 from echo_rl.contracts import LoadView, StepReport
 from echo_rl.controllers.acceptance import AcceptanceModel
-from echo_rl.controllers.clock import Pace, ProbeLedger
+from echo_rl.controllers.clock import Pace, ProbeLedger, PromptShare
 from echo_rl.controllers.shapes import affordable
 from echo_rl.errors import ConfigError
 from echo_rl.profile import BREAK_EVEN_ACCEPTANCE, CostProfile
@@ -69,6 +69,7 @@ class Menu:
     plain: float  # seconds of a plain verify pass
     verify: Tensor  # [O] seconds
     draft: Tensor  # [O] seconds
+    rest: Tensor  # [O] seconds outside the passes
     yields: Tensor  # [S, O, D] see AcceptanceModel
 
 
@@ -98,6 +99,7 @@ class BudgetPlanner:
         self._profile, self._options = profile, options
         self._acceptance = AcceptanceModel(options.horizon, pooled)
         self._pace = Pace(profile)
+        self._prompts = PromptShare()
         self._ledger = ProbeLedger(options.probe_share, options.probe_period)
         self._menus: dict[tuple[int, int, int], Menu] = {}
         self._decisions: dict[int, Decision] = {}
@@ -125,6 +127,7 @@ class BudgetPlanner:
         speculated, octave, ledger = report.plan.speculates, report.load.batch_size.bit_length(), self._ledger
         self._pace.observe(report)
         self._acceptance.observe(report)
+        self._prompts.observe(report)
         self._unchecked[octave] = self._unchecked.get(octave, 0) + 1 if speculated else 0
         if self._looking:
             self._decisions.clear()
@@ -149,8 +152,9 @@ class BudgetPlanner:
         if not menu.shapes:
             return Decision(PLAIN, PLAIN, math.inf, 0.0, expires)
         batch, plain = load.batch_size, self._plain_seconds(load)
-        seconds = self._seconds(menu, batch)
-        rates = ((self._acceptance.expected(menu.yields) + 1.0) * batch / seconds).tolist()
+        tokens = (self._acceptance.expected(menu.yields) + 1.0) * batch
+        seconds = self._seconds(menu, batch, tokens)
+        rates = (tokens / seconds).tolist()
         best = max(range(len(rates)), key=rates.__getitem__)
         top, off = rates[best], batch / plain
         excess = float(seconds[best]) - plain
@@ -164,12 +168,16 @@ class BudgetPlanner:
             return Decision(stay, menu.shapes[best], excess, top / off, expires)
         return Decision(menu.shapes[best], menu.shapes[best], excess, top / off, expires)
 
-    def _seconds(self, menu: Menu, batch: int) -> Tensor:
+    def _seconds(self, menu: Menu, batch: int, tokens: Tensor) -> Tensor:
+        """[O] a step of each shape, with its share of letting the drafter read the prompts."""
         pace = self._pace
-        return menu.verify * pace.verify(batch, speculative=True) + menu.draft * pace.draft + pace.spec_overhead
+        reading = tokens * self._prompts.ratio * self._profile.catch_up * pace.draft
+        passes = menu.verify * pace.verify(batch, speculative=True) + menu.draft * pace.draft
+        return passes + menu.rest * pace.rest[True] + reading
 
     def _plain_seconds(self, load: LoadView) -> float:
-        return self._menu(load).plain * self._pace.verify(load.batch_size, speculative=False) + self._pace.overhead
+        rest = self._profile.overhead_seconds(load.batch_size) * self._pace.rest[False]
+        return self._menu(load).plain * self._pace.verify(load.batch_size, speculative=False) + rest
 
     def _worth_checking(self, load: LoadView, decision: Decision) -> bool:
         """Whether a plain step is due: a loss of ``1 - 1 / speedup`` of a step, spread to stay within the share."""
@@ -188,7 +196,9 @@ class BudgetPlanner:
             return False
         menu = self._menu(load)
         hoped = self._acceptance.expected(menu.yields, miss=0.5 ** (1.0 + self._ledger.steps / 512))
-        return bool(((hoped + 1.0) / self._seconds(menu, load.batch_size)).amax() > 1.0 / self._plain_seconds(load))
+        tokens = (hoped + 1.0) * load.batch_size
+        fastest = (tokens / self._seconds(menu, load.batch_size, tokens)).amax()
+        return bool(fastest > load.batch_size / self._plain_seconds(load))
 
     def _menu(self, load: LoadView) -> Menu:
         """The ladder cut at K_max and at the load's node limit; built once a batch size and context octave half."""
@@ -216,5 +226,6 @@ def _build_menu(profile: CostProfile, acceptance: AcceptanceModel, k_max: int, l
         profile.ar_seconds(batch, context),
         torch.tensor([profile.verify_seconds(batch, batch + s.budget, context) for s in shapes], dtype=torch.float64),
         torch.tensor([profile.draft_seconds(batch, s.width, s.depth) for s in shapes], dtype=torch.float64),
+        torch.tensor([profile.overhead_seconds(batch, s.budget, True) for s in shapes], dtype=torch.float64),
         acceptance.yields([(s.nodes, s.depth) for s in shapes], batch) if shapes else torch.empty(0),
     )

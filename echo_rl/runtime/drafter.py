@@ -32,7 +32,8 @@ class Drafter:
         self._fc = Linear(w["fc.weight"])
         self._embed_norm = w["midlayer.input_layernorm.weight"]
         self._feature_norm = w["midlayer.hidden_norm.weight"]
-        self._qkv = Linear(torch.cat([w[f"midlayer.self_attn.{p}_proj.weight"] for p in "qkv"]))
+        q, k, v = (w[f"midlayer.self_attn.{p}_proj.weight"] for p in "qkv")
+        self._qkv, self._kv = Linear(torch.cat([q, k, v])), Linear(torch.cat([k, v]))
         self._out = Linear(w["midlayer.self_attn.o_proj.weight"])
         self._post_norm = w["midlayer.post_attention_layernorm.weight"]
         self._gate_up = Linear(torch.cat([w["midlayer.mlp.gate_proj.weight"], w["midlayer.mlp.up_proj.weight"]]))
@@ -67,9 +68,8 @@ class Drafter:
         view: AttentionView,
     ) -> torch.Tensor:
         """[N, hidden], before the final norm: the rows' features for their children."""
-        ops, eps = self.ops, self.config.eps
-        embedded = ops.rms_norm(F.embedding(tokens, self.embed), self._embed_norm, eps)
-        x = torch.cat([embedded, ops.rms_norm(features, self._feature_norm, eps)], dim=1)
+        ops = self.ops
+        x = self._input(tokens, features)
         q = ops.rope_store(
             self._qkv(x), self._cos, self._sin, positions, view.slots,
             cache.draft_k, cache.draft_v, self.config.heads,
@@ -78,8 +78,27 @@ class Drafter:
             q, cache.draft_k, cache.draft_v, view.block_tables, view.block_size,
             view.q_start, view.ctx_lens, view.kv_lens, view.mask, self.config.head_dim**-0.5,
         )  # fmt: skip
-        x, residual = ops.add_rms_norm(self._out(attended.flatten(1)), features, self._post_norm, eps)
+        x, residual = ops.add_rms_norm(self._out(attended.flatten(1)), features, self._post_norm, self.config.eps)
         return residual + self._down(ops.silu_mul(self._gate_up(x)))
+
+    def absorb(
+        self, tokens: torch.Tensor, features: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor
+    ) -> None:
+        """Keys and values of rows whose output nobody needs; arguments as `forward`'s, slots [N].
+
+        One layer's keys and values depend on their own row alone, so this is all that a committed
+        pair other than the last leaves behind.
+        """
+        self.ops.rope_store(
+            self._kv(self._input(tokens, features)), self._cos, self._sin, positions, slots,
+            cache.draft_k, cache.draft_v, 0,
+        )  # fmt: skip
+
+    def _input(self, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """[N, 2 * hidden]: the normed embedding beside the normed feature."""
+        ops, eps = self.ops, self.config.eps
+        embedded = ops.rms_norm(F.embedding(tokens, self.embed), self._embed_norm, eps)
+        return torch.cat([embedded, ops.rms_norm(features, self._feature_norm, eps)], dim=1)
 
     def top(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The k most likely next tokens of each row: log-probabilities and target ids, both [N, k]."""

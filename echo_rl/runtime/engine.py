@@ -48,6 +48,7 @@ class Engine:
         eos = frozenset(target.arch.eos)
         self.scheduler = Scheduler(self.block_manager, config.max_batch_size, config.prefill_chunk, eos)
         self._sequences: dict[str, Sequence] = {}
+        self._arrived = 0  # since the last step
         self._max_context = min(config.max_context, target.arch.max_positions)
 
     @classmethod
@@ -88,6 +89,7 @@ class Engine:
             )
         self._sequences[request.id] = sequence
         self.scheduler.add(sequence)
+        self._arrived += 1
 
     def cancel(self, request_id: str) -> None:
         """Drop a request and free its KV at once. Unknown and finished ids are ignored."""
@@ -129,6 +131,7 @@ class Engine:
 
     def _load(self, batch: Batch) -> LoadView:
         lengths = [s.kv_len for s in batch.decodes]
+        arrived, self._arrived = self._arrived, 0
         return LoadView(
             batch_size=len(lengths),
             prefill_tokens=batch.prefill_tokens,
@@ -136,11 +139,12 @@ class Engine:
             mean_context=sum(lengths) / len(lengths) if lengths else 0.0,
             kv_used=self.block_manager.used_share,
             max_nodes=self.config.max_nodes,
+            arrived=arrived,
         )
 
     def _reserve(self, batch: Batch, plan: SpecPlan) -> Layout:
         """Blocks for everything that this step writes, and the tables that address them."""
-        expanded = plan.width * (plan.max_depth - 1) if plan.speculates else 0
+        expanded = plan.expanded
         if expanded > self.config.max_expanded:
             raise PlanViolation(
                 f"width {plan.width} x depth {plan.max_depth} expands {expanded} nodes a request, "
@@ -226,4 +230,14 @@ def _report(
         reached_by_depth=tuple(sum(len(p) >= d and (r, d) in has for r, p in enumerate(paths)) for d in range(deepest)),
         accepted_by_depth=tuple(sum(len(p) > d for p in paths) for d in range(deepest)),
         times=times,
+        drafting=_drafting(forest),
+        confidence=tuple(forest.scores[:, forest.depths == 0].amax(1).exp().tolist()) if forest is not None else (),
     )
+
+
+def _drafting(forest: Forest | None) -> tuple[int, ...]:
+    """How many requests drafted each depth."""
+    if forest is None:
+        return ()
+    stops = forest.stop_depth.tolist()
+    return tuple(sum(stop >= depth for stop in stops) for depth in range(max(stops) + 1))

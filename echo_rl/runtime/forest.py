@@ -1,7 +1,9 @@
 """Tree growth: the drafter proposes level by level for the whole batch, gates stop hopeless requests.
 
 Each level expands the `width` best candidates of the level before and pools all their children
-(EAGLE-2's dynamic tree). Requests that a gate stopped keep the candidates they have.
+(EAGLE-2's dynamic tree). Requests that a gate stopped keep the candidates they have. A *nested*
+forest expands the union of what every width up to the plan's would have expanded, so that each
+narrower forest is a part of it: a recording needs one pass for all widths.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class _Expansion:
     scores: torch.Tensor  # [A, F]
     features: torch.Tensor  # [A, F, hidden], the parents' hidden states
     mask: torch.Tensor  # [A, F, E], expanded ancestors so far
+    beams: torch.Tensor  # [W, A, F] bool, whose beam the node is in: of the plan's width, or of each width up to it
 
 
 def grow(
@@ -56,6 +59,7 @@ def grow(
         scores=log_probs,
         features=roots[:, None].expand(-1, tokens.shape[1], -1),
         mask=torch.zeros(batch, tokens.shape[1], 0, dtype=torch.bool, device=roots.device),
+        beams=_first_beams(batch, tokens.shape[1], plan),
     )
     first_node = tokens.shape[1]
     for depth in range(1, plan.max_depth):
@@ -63,7 +67,7 @@ def grow(
         if not len(front.requests):
             break
         hidden, mask = _run(drafter, cache, layout, front)
-        level, front = _branch(drafter, front, hidden, mask, plan.width, batch, first_node)
+        level, front = _branch(drafter, front, hidden, mask, plan, batch, first_node)
         levels.append(level)
         stop_depth[front.requests] = depth
         first_node += level.tokens.shape[1]
@@ -78,8 +82,11 @@ def _gate(
         return front, alive
     alive = alive & extend(Frontier(depth, level.scores, alive), plan)
     keep = alive[front.requests]
-    parts = (front.requests, front.nodes, front.tokens, front.scores, front.features, front.mask)
-    return _Expansion(*(part[keep] for part in parts)), alive
+    kept = _Expansion(
+        front.requests[keep], front.nodes[keep], front.tokens[keep], front.scores[keep], front.features[keep],
+        front.mask[keep], front.beams[:, keep],
+    )  # fmt: skip
+    return kept, alive
 
 
 def _run(drafter: Drafter, cache: KVCache, layout: Layout, front: _Expansion) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,23 +116,23 @@ def _branch(
     front: _Expansion,
     hidden: torch.Tensor,
     mask: torch.Tensor,
-    width: int,
+    plan: SpecPlan,
     batch: int,
     first_node: int,
 ) -> tuple[_Level, _Expansion]:
-    """Children of the expanded nodes, and the best `width` of them as the next expansion."""
+    """Children of the expanded nodes, and the best of them as the next expansion."""
     alive, expanded = front.tokens.shape
-    log_probs, tokens = drafter.top(hidden.reshape(alive * expanded, -1), width)
+    log_probs, tokens = drafter.top(hidden.reshape(alive * expanded, -1), plan.width)
     fan = tokens.shape[1]
     scores = (front.scores[:, :, None] + log_probs.view(alive, expanded, fan)).reshape(alive, -1)
     tokens = tokens.reshape(alive, -1)
     parents = front.nodes.repeat_interleave(fan, dim=1)
-    best_scores, best = scores.topk(min(width, scores.shape[1]), dim=1)
+    best_scores, best, beams = _best(scores, front.beams, fan, plan)
     parent_row = best // fan
     rows = torch.arange(alive, device=best.device)[:, None]
     following = _Expansion(
         front.requests, first_node + best, tokens.gather(1, best), best_scores, hidden[rows, parent_row],
-        mask[rows, parent_row],
+        mask[rows, parent_row], beams,
     )  # fmt: skip
     if alive == batch:
         return _Level(tokens, scores, parents), following
@@ -135,6 +142,33 @@ def _branch(
         scores.new_full((batch, scores.shape[1]), NO_GATE).index_copy(0, front.requests, scores),
         full.index_copy(0, front.requests, parents),
     ), following
+
+
+def _first_beams(batch: int, width: int, plan: SpecPlan) -> torch.Tensor:
+    """[W, B, width]: the root's first w children are the first beam of width w."""
+    if not plan.nested:
+        return torch.ones(1, batch, width, dtype=torch.bool)
+    places = torch.arange(width)
+    return (places < torch.arange(1, plan.width + 1)[:, None])[:, None].expand(-1, batch, -1)
+
+
+def _best(
+    scores: torch.Tensor, beams: torch.Tensor, fan: int, plan: SpecPlan
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The candidates to expand next: their scores and places in `scores` [A, F * fan], and the beams they are in."""
+    if not plan.nested:
+        best_scores, best = scores.topk(min(plan.width, scores.shape[1]), dim=1)
+        return best_scores, best, beams[:, :, :1].expand(-1, -1, best.shape[1])
+    rank = torch.arange(scores.shape[1], device=scores.device) % fan
+    inside = []
+    for width, beam in enumerate(beams.to(scores.device), 1):
+        open_to = beam.repeat_interleave(fan, dim=1) & (rank < width)  # [A, F * fan]
+        top = scores.masked_fill(~open_to, NO_GATE).topk(min(width, scores.shape[1]), dim=1)
+        inside.append(torch.zeros_like(open_to).scatter_(1, top.indices, top.values > NO_GATE))
+    union = torch.stack(inside)  # [W, A, F * fan]
+    wanted = union.any(0)
+    best = scores.masked_fill(~wanted, NO_GATE).topk(int(wanted.sum(1).amax()), dim=1).indices
+    return scores.gather(1, best), best, union.gather(2, best.expand(len(union), -1, -1))
 
 
 def _forest(levels: list[_Level], stop_depth: torch.Tensor) -> Forest:

@@ -19,8 +19,8 @@ from echo_rl.runtime.sequence import Sequence
 from echo_rl.runtime.target import Target
 from echo_rl.runtime.verify import SuperTree, flatten
 
-CATCH_UP_ROWS = 1_024
-"""Most rows of one drafter pass over committed tokens."""
+ABSORB_REQUESTS = 16
+"""Requests whose committed tokens the drafter reads in one pass."""
 
 
 @dataclass(frozen=True)
@@ -67,38 +67,36 @@ class Runner:
         return grow(self.drafter, self.cache, layout, roots, plan, extend)
 
     def _catch_up(self, drafter: Drafter, sequences: Seq[Sequence], layout: Layout) -> torch.Tensor:
-        """Run the drafter over pairs (feature i, token i + 1) it hasn't seen; [B, hidden] at each last pair."""
-        done: list[torch.Tensor | None] = [None] * len(sequences)
-        share = max(1, CATCH_UP_ROWS // len(sequences))
-        while behind := [i for i, s in enumerate(sequences) if done[i] is None]:
-            spans = [
-                (i, sequences[i].draft_len, min(sequences[i].draft_len + share, sequences[i].kv_len)) for i in behind
-            ]
-            hidden = self._pairs(drafter, sequences, layout, spans)
-            row = -1
-            for i, begin, end in spans:
-                row += end - begin
-                sequences[i].draft_len = end
-                if end == sequences[i].kv_len:
-                    done[i] = hidden[row]
-        return torch.stack([h for h in done if h is not None])
+        """Show the drafter the pairs (feature i, token i + 1) it hasn't seen; [B, hidden] at each last pair."""
+        for begin in range(0, len(sequences), ABSORB_REQUESTS):
+            group = range(begin, min(begin + ABSORB_REQUESTS, len(sequences)))
+            self._absorb(drafter, sequences, layout, group)
+        kv_lens = layout.kv_lens[: len(sequences)]
+        owner, last = torch.arange(len(sequences), device=self.device), kv_lens - 1
+        slots, one = layout.slots(owner, last), torch.ones_like(kv_lens)
+        tokens = torch.tensor([s.tokens[s.kv_len] for s in sequences], device=self.device)
+        seen = torch.ones(len(sequences), 1, dtype=torch.bool, device=self.device)
+        view = layout.view(slots, one, last, one, seen, owner)
+        for sequence in sequences:
+            sequence.draft_len = sequence.kv_len
+        return drafter.forward(tokens, drafter.project(self.cache.features[slots]), last, self.cache, view)
 
-    def _pairs(
-        self, drafter: Drafter, sequences: Seq[Sequence], layout: Layout, spans: list[tuple[int, int, int]]
-    ) -> torch.Tensor:
-        """One causal drafter pass over the pairs [begin, end) of each span's sequence; hidden [N, hidden]."""
+    def _absorb(self, drafter: Drafter, sequences: Seq[Sequence], layout: Layout, group: range) -> None:
+        """All unseen pairs of these requests but the last of each."""
+        spans = [(i, sequences[i].draft_len, sequences[i].kv_len - 1) for i in group]
+        spans = [(i, begin, end) for i, begin, end in spans if begin < end]
+        if not spans:
+            return
+        tokens = [t for i, begin, end in spans for t in sequences[i].tokens[begin + 1 : end + 1]]
         requests, begins, counts = (
             torch.tensor(column, device=self.device)
-            for column in zip(*((i, b, e - b) for i, b, e in spans), strict=True)
+            for column in zip(*((i, begin, end - begin) for i, begin, end in spans), strict=True)
         )
         owner, local = spread(counts)
         position = begins[owner] + local
         slots = layout.slots(requests[owner], position)
-        tokens = [t for i, b, e in spans for t in sequences[i].tokens[b + 1 : e + 1]]
-        mask = local[:, None] >= torch.arange(int(counts.max()), device=self.device)
-        view = layout.view(slots, counts, begins, counts, mask, requests)
         features = drafter.project(self.cache.features[slots])
-        return drafter.forward(torch.tensor(tokens, device=self.device), features, position, self.cache, view)
+        drafter.absorb(torch.tensor(tokens, device=self.device), features, position, self.cache, slots)
 
     @torch.inference_mode()
     def verify(self, batch: Batch, selection: Selection, layout: Layout) -> Verified:

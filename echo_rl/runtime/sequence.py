@@ -38,7 +38,8 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        return self.pending == 1 and self.kv_len > 0
+        """Whether it has its first token; until then its prompt is processed."""
+        return self.output_len > 0
 
     @property
     def output_len(self) -> int:

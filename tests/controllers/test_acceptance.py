@@ -98,14 +98,19 @@ def test_fewer_misses_would_yield_more():
 def test_pace_tells_drafting_from_the_whole_machine(make_profile):
     profile = make_profile()
     pace = Pace(profile)
-    slow = PhaseTimes(draft=3 * profile.draft_seconds(8, 3, 3), verify=2 * profile.verify_seconds(8, 40, 128.0))
+    verified = report_of((1, 1, 1)).verified
+    slow = PhaseTimes(
+        draft=3 * profile.draft_seconds(8, 3, 3),
+        verify=2 * profile.verify_seconds(8, 8 + verified, 128.0),
+        commit=1.5 * profile.overhead_seconds(8, verified, True),
+    )
     for _ in range(400):
         pace.observe(report_of((1, 1, 1), times=slow))
     assert pace.draft == pytest.approx(3.0, rel=0.01)
     assert pace.verify(8, True) == pytest.approx(2.0, rel=0.01)
     assert pace.verify(8, False) == pace.verify(8, True)  # a slow machine is slow for everyone
-    assert pace.overhead == profile.step_overhead  # no plain step was seen
-    assert pace.spec_overhead == pytest.approx(0.0, abs=1e-6)
+    assert pace.rest[False] == 1.0  # no plain step was seen
+    assert pace.rest[True] == pytest.approx(1.5, rel=0.01)
 
 
 def test_pace_learns_a_misjudged_plain_pass_at_the_switch(make_profile):
