@@ -1,0 +1,206 @@
+"""Many replayed servers side by side: the coded action in, tokens and seconds out. Knows no SB3 and no reward.
+
+Every lane has its own requests and arrivals; costs and statistics are computed for all lanes at
+once. One `step` is one serving step of every lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from echo_rl.codec import CONFIDENCE, DEPTHS, Knobs, Loads, Outcomes
+from echo_rl.contracts import LoadView
+from echo_rl.costs import CostArrays, Scaling
+from echo_rl.env.lane import Gain, Lane, LaneOptions, Turn
+from echo_rl.env.timing import Phases, Work, noise, step_phases
+from echo_rl.env.trace import Trace
+from echo_rl.env.verdicts import Table, Verdict
+from echo_rl.env.workload import Arrivals, Workload
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Gates = tuple[tuple[int, float], ...]
+IDLE_STEPS = 10_000
+"""Steps without a decoding request after which a workload counts as broken."""
+
+
+@dataclass(frozen=True)
+class FleetStep:
+    """One serving step of every lane, [E] each."""
+
+    outcomes: Outcomes
+    tokens: Floats  # got by requests, first tokens included
+    seconds: Floats
+    plain_seconds: Floats  # predicted time of a plain step at the same load
+    kept: tuple[Ints, ...]  # per lane: tokens of each decoding request
+
+
+class Fleet:
+    """E lanes over one trace. `reset` a lane before its first step; `loads` is what the next step decides on."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        costs: CostArrays,
+        widths: Sequence[int],
+        gates: Gates,
+        score_power: Sequence[float],
+        lanes: int,
+        limits: LaneOptions | None = None,
+        noisy: bool = True,
+    ) -> None:
+        self._costs, self._gates, self._noisy = costs, gates, noisy
+        self._limits = limits or LaneOptions()
+        self._tables = {width: Table(trace.restricted(width), score_power) for width in widths}
+        self._suites = {"": np.arange(len(trace.responses))} | {
+            suite: np.array([i for i, r in enumerate(trace.responses) if r.suite == suite]) for suite in trace.suites
+        }
+        self._lanes = [Lane(trace, self._limits) for _ in range(lanes)]
+        self._arrivals: list[Arrivals | None] = [None] * lanes
+        self._generators = [np.random.default_rng(0) for _ in range(lanes)]
+        self.now = np.zeros(lanes)
+        self.scaling = Scaling(*np.ones((4, lanes)))
+        self._turns: list[Turn] = [lane.turn() for lane in self._lanes]
+        self._views: list[LoadView] = [lane.load(turn) for lane, turn in zip(self._lanes, self._turns, strict=True)]
+
+    @property
+    def lanes(self) -> int:
+        return len(self._lanes)
+
+    def reset(self, lane: int, workload: Workload, seed: int) -> None:
+        """Empty a lane and serve this workload from time 0, up to its first step with a decoding request."""
+        self._lanes[lane].clear()
+        self._generators[lane] = np.random.default_rng(seed)
+        self._arrivals[lane] = Arrivals(workload, seed)
+        self.now[lane] = 0.0
+        self._advance(lane)
+
+    def loads(self) -> Loads:
+        """[E] what the coming step is decided on."""
+        rows = [(v.batch_size, v.prefill_tokens, v.waiting, v.mean_context, v.kv_used, v.arrived) for v in self._views]
+        return Loads(*np.array(rows, dtype=np.float64).T)
+
+    def step(self, knobs: Knobs) -> FleetStep:
+        """Serve one step in every lane and move on to the next step with a decoding request."""
+        loads = self.loads()
+        batch = loads.batch.astype(np.int64)
+        budgets = np.minimum(knobs.budget(batch), batch * self._limits.max_nodes)
+        tally = _Tally(self.lanes)
+        turns = list(self._turns)
+        gains = [self._serve(lane, knobs, int(budgets[lane]), tally) for lane in range(self.lanes)]
+        work = Work(
+            batch=loads.batch,
+            context=loads.context,
+            prefill=loads.prefill,
+            verified=tally.verified,
+            width=knobs.width.astype(np.float64),
+            drafting=tally.drafting,
+            unseen=np.array([float(turn.unseen) for turn in turns]),
+        )
+        phases, plain = self._times(work)
+        self.now += phases.total
+        tokens = np.array([float(g.kept.sum() + len(t.prompts)) for g, t in zip(gains, turns, strict=True)])
+        outcomes = Outcomes(
+            loads=loads,
+            budget=budgets.astype(np.float64),
+            depth=np.where(budgets > 0, knobs.depth, 0).astype(np.float64),
+            width=np.where(budgets > 0, knobs.width, 0).astype(np.float64),
+            verified=tally.verified,
+            committed=tally.committed,
+            reached=tally.reached,
+            accepted=tally.hits,
+            confidence=tally.confidence,
+            verify_seconds=phases.verify,
+            draft_seconds=phases.draft,
+        )
+        for lane in range(self.lanes):
+            self._advance(lane)
+        return FleetStep(outcomes, tokens, phases.total, plain.total, tuple(gain.kept for gain in gains))
+
+    def _serve(self, lane: int, knobs: Knobs, budget: int, tally: _Tally) -> Gain:
+        """Decide and commit one lane's step."""
+        turn = self._turns[lane]
+        accepted = np.zeros(len(turn.decoding), dtype=np.int64)
+        if budget:
+            scale = float(knobs.gate_scale[lane])
+            gates = [(d, min(1.0, tau * scale)) for d, tau in self._gates] if scale else []
+            table = self._tables[int(knobs.width[lane])]
+            verdict = table.decide(turn.positions, budget, int(knobs.depth[lane]), gates, self._limits.max_nodes)
+            tally.take(lane, verdict)
+            accepted = verdict.accepted
+        tally.committed[lane] = accepted.sum() + len(accepted)
+        return self._lanes[lane].commit(turn, accepted, budget > 0)
+
+    def _times(self, work: Work) -> tuple[Phases, Phases]:
+        """What the steps take, and what plain ones would have taken without noise."""
+        phases = step_phases(self._costs, self.scaling, work)
+        nothing = np.zeros(self.lanes)
+        plain = Work(work.batch, work.context, work.prefill, nothing, work.width, work.drafting * 0.0, nothing)
+        if self._noisy:
+            sigma = self._costs.profile.noise
+            phases = phases.times(np.concatenate([noise(g, sigma, 1) for g in self._generators]))
+        return phases, step_phases(self._costs, self.scaling, plain)
+
+    def _advance(self, lane: int) -> None:
+        """Take arrivals and serve prompts alone until some request decodes."""
+        server, arrivals = self._lanes[lane], self._arrivals[lane]
+        assert arrivals is not None, "reset the lane first"
+        for _ in range(IDLE_STEPS):
+            for suite in arrivals.due(float(self.now[lane]), server.in_flight):
+                server.add(int(self._generators[lane].choice(self._suites[suite])))
+            if server.in_flight:
+                turn = server.turn()
+                view = server.load(turn)
+                if len(turn.decoding):
+                    self._turns[lane], self._views[lane] = turn, view
+                    return
+                server.commit(turn, np.zeros(0, dtype=np.int64), drafted=False)
+                self.now[lane] += self._prompt_seconds(turn, lane)
+                continue
+            upcoming = arrivals.next_time(float(self.now[lane]))
+            assert upcoming is not None, "a workload must go on"
+            self.now[lane] = max(self.now[lane], upcoming)
+        raise RuntimeError("no request decodes; the workload brings none")
+
+    def _prompt_seconds(self, turn: Turn, lane: int) -> float:
+        profile = self._costs.profile
+        rows = profile.prefill_weight * turn.prefill
+        return float(self.scaling.fixed[lane]) * profile.verify_seconds(1, rows) + profile.step_overhead
+
+
+@dataclass
+class _Tally:
+    """Counts of one step over lanes, written lane by lane."""
+
+    lanes: int
+
+    def __post_init__(self) -> None:
+        self.verified = np.zeros(self.lanes)
+        self.committed = np.zeros(self.lanes)
+        self.drafting, self.reached, self.hits = np.zeros((3, self.lanes, DEPTHS))
+        self.confidence = np.full((self.lanes, len(CONFIDENCE)), np.nan)
+
+    def take(self, lane: int, verdict: Verdict) -> None:
+        depth = len(verdict.drafting)
+        self.verified[lane] = verdict.verified
+        self.drafting[lane, :depth] = verdict.drafting
+        self.reached[lane, :depth] = verdict.reached
+        self.hits[lane, :depth] = verdict.hits
+        self.confidence[lane] = _quantiles(verdict.confidence)
+
+
+_AT = np.array(CONFIDENCE)
+
+
+def _quantiles(values: NDArray[np.float32]) -> Floats:
+    """`np.quantile(values, CONFIDENCE)` without its overhead."""
+    ordered = np.sort(values)
+    place = _AT * (len(ordered) - 1)
+    low = place.astype(np.int64)
+    high = np.minimum(low + 1, len(ordered) - 1)
+    result: Floats = ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    return result

@@ -1,0 +1,211 @@
+"""Replay of a trace as a backend: exact acceptance for any controller, measured costs for time.
+
+One step asks the controller exactly what the live engine asks it, with the forests that the
+drafter really proposed; only seconds are simulated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from echo_rl.contracts import (
+    AUTOREGRESSIVE,
+    NO_GATE,
+    Controller,
+    Forest,
+    Frontier,
+    PhaseTimes,
+    Request,
+    RequestOutput,
+    Selection,
+    SpecPlan,
+    StepReport,
+)
+from echo_rl.costs import CostArrays, Scaling
+from echo_rl.env.lane import Gain, Lane, LaneOptions, Turn
+from echo_rl.env.timing import Work, noise, step_phases
+from echo_rl.env.trace import Trace, key
+from echo_rl.errors import ConfigError, PlanViolation, RequestError, TraceError
+
+OFF_PATH = -1
+"""The token of every node that the target didn't choose: which one it was has no effect on anything."""
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    limits: LaneOptions = field(default_factory=LaneOptions)
+    noise: bool = True
+    """Draw each step's time around the profile's, with its measured residual noise."""
+
+
+class ReplayBackend:
+    """A server in simulated time. Deterministic for a seed."""
+
+    def __init__(self, trace: Trace, costs: CostArrays, options: ReplayOptions | None = None, seed: int = 0) -> None:
+        self.trace = trace
+        self._costs, self._options = costs, options or ReplayOptions()
+        self._lane = Lane(trace, self._options.limits)
+        self._scaling = Scaling.none(1)
+        self._generator = np.random.default_rng(seed)
+        self._tickets: dict[str, int] = {}  # request id -> ticket
+        self._names: dict[int, str] = {}  # and back
+        self._now = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        return self._lane.in_flight > 0
+
+    def clock(self) -> float:
+        """Simulated seconds."""
+        return self._now
+
+    def idle(self, until: float) -> None:
+        """Let time pass without work."""
+        self._now = max(self._now, until)
+
+    def add(self, request: Request) -> None:
+        """Queue a recorded request. Raises `RequestError` where the trace doesn't hold it."""
+        response = self.trace.index.get(key(request.prompt, request.params))
+        if response is None:
+            raise RequestError(f"request '{request.id}' is not in the trace; use `Trace.requests` or record it")
+        if request.id in self._tickets:
+            raise RequestError(f"request id '{request.id}' is in use; give every request its own")
+        ticket = self._tickets[request.id] = self._lane.add(response)
+        self._names[ticket] = request.id
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request. Unknown and finished ids are ignored."""
+        ticket = self._tickets.pop(request_id, None)
+        if ticket is not None:
+            del self._names[ticket]
+            self._lane.drop(ticket)
+
+    def step(self, controller: Controller) -> StepReport:
+        """Serve one step. Raises `ConfigError` where there is no work, `PlanViolation` as the live engine does."""
+        if not self.has_work:
+            raise ConfigError("step() was called with no request queued or running; add one first")
+        turn = self._lane.turn()
+        load = self._lane.load(turn)
+        plan = controller.plan(load) if load.batch_size else AUTOREGRESSIVE
+        forest = self._grow(turn, plan, controller) if plan.speculates else None
+        selection = _select(controller, forest, plan, load.batch_size, load.max_nodes)
+        accepted = _accepted(selection)
+        gain = self._lane.commit(turn, accepted.numpy(), plan.speculates)
+        drafting = _drafting(forest)
+        report = StepReport(
+            load=load,
+            plan=plan,
+            outputs=self._outputs(turn, gain),
+            drafted=int(forest.exists.sum()) if forest is not None else 0,
+            verified=selection.size,
+            accepted=int(accepted.sum()),
+            committed=int(accepted.sum()) + load.batch_size,
+            reached_by_depth=_reached(selection, accepted),
+            accepted_by_depth=tuple(int((accepted > d).sum()) for d in range(_deepest(selection))),
+            times=self._times(turn, load.mean_context, plan, selection.size, drafting),
+            drafting=drafting,
+            confidence=tuple(forest.scores[:, forest.depths == 0].amax(1).exp().tolist()) if forest is not None else (),
+        )
+        self._now += report.times.total
+        controller.observe(report)
+        return report
+
+    def _grow(self, turn: Turn, plan: SpecPlan, controller: Controller) -> Forest:
+        """The recorded forest of this plan, cut where the controller's gates stop a request."""
+        if plan.max_depth > self.trace.max_depth:
+            raise TraceError(f"the trace holds {self.trace.max_depth} levels, the plan wants {plan.max_depth}")
+        recorded = self.trace.restricted(plan.width)
+        rows = torch.from_numpy(turn.positions)
+        scores = torch.from_numpy(recorded.scores[turn.positions, : recorded.nodes(plan.max_depth)])
+        alive, depth = torch.ones(len(rows), dtype=torch.bool), 1
+        stop = torch.zeros(len(rows), dtype=torch.int64)
+        while depth < plan.max_depth:
+            begin, end = recorded.nodes(depth - 1), recorded.nodes(depth)
+            if plan.gate(depth - 1) is not None:
+                shown = scores[:, begin:end].masked_fill(~alive[:, None], NO_GATE)
+                alive = alive & controller.extend(Frontier(depth - 1, shown, alive), plan)
+            if not bool(alive.any()):
+                break
+            stop[alive] = depth
+            depth += 1
+        size = recorded.nodes(depth)
+        depths = torch.from_numpy(recorded.depths[:size])
+        return Forest(
+            tokens=self._tokens(turn, recorded.path[turn.positions, :depth], size),
+            parents=torch.from_numpy(recorded.parents[turn.positions, :size]),
+            depths=depths,
+            scores=scores[:, :size].masked_fill(depths > stop[:, None], NO_GATE),
+            stop_depth=stop,
+        )
+
+    def _tokens(self, turn: Turn, path: np.ndarray, size: int) -> torch.Tensor:
+        """[B, size] the target's tokens on the path, `OFF_PATH` elsewhere."""
+        tokens = np.full((len(path), size), OFF_PATH, dtype=np.int64)
+        for row, (response, t) in enumerate(zip(turn.responses, turn.emitted, strict=True)):
+            nodes = path[row][path[row] >= 0]
+            tokens[row, nodes] = self.trace.responses[response].tokens[t : t + len(nodes)]
+        return torch.from_numpy(tokens)
+
+    def _times(
+        self, turn: Turn, context: float, plan: SpecPlan, verified: int, drafting: tuple[int, ...]
+    ) -> PhaseTimes:
+        levels = np.zeros((1, self.trace.max_depth))
+        levels[0, : len(drafting)] = drafting
+        numbers = (len(turn.decoding), context, turn.prefill, verified, plan.width)
+        work = Work(*(np.array([float(x)]) for x in numbers), levels, np.array([float(turn.unseen)]))
+        phases = step_phases(self._costs, self._scaling, work)
+        if self._options.noise:
+            phases = phases.times(noise(self._generator, self._costs.profile.noise, 1))
+        return PhaseTimes(
+            draft=float(phases.draft[0]), verify=float(phases.verify[0]), commit=float(phases.overhead[0])
+        )
+
+    def _outputs(self, turn: Turn, gain: Gain) -> tuple[RequestOutput, ...]:
+        spans = list(zip(*(a.tolist() for a in (turn.tickets, turn.responses, turn.emitted, gain.kept)), strict=True))
+        spans += [(ticket, response, 0, 1) for ticket, response in turn.prompts]
+        outputs = []
+        for ticket, response, begin, count in spans:
+            recorded, name = self.trace.responses[response], self._names[ticket]
+            reason = recorded.finish_reason if ticket in gain.ended else None
+            outputs.append(RequestOutput(name, recorded.tokens[begin : begin + count], finish_reason=reason))
+            if reason:
+                del self._tickets[name], self._names[ticket]
+        return tuple(outputs)
+
+
+def _select(controller: Controller, forest: Forest | None, plan: SpecPlan, batch: int, max_nodes: int) -> Selection:
+    if forest is None:
+        empty = torch.zeros(0, dtype=torch.int64)
+        return Selection(empty.new_zeros(batch), empty, empty, empty)
+    selection = controller.select(forest, plan)
+    if selection.size > plan.budget or int(selection.counts.max()) > max_nodes:
+        raise PlanViolation(f"controller '{controller.name}' selected {selection.size} nodes of {plan.budget} allowed")
+    return selection
+
+
+def _accepted(selection: Selection) -> torch.Tensor:
+    """[B] accepted nodes: selected nodes on the target's path (a selection holds its nodes' ancestors)."""
+    owner = torch.repeat_interleave(torch.arange(len(selection.counts)), selection.counts)
+    return torch.bincount(owner[selection.tokens != OFF_PATH], minlength=len(selection.counts))
+
+
+def _deepest(selection: Selection) -> int:
+    return int(selection.depths.max()) + 1 if selection.size else 0
+
+
+def _reached(selection: Selection, accepted: torch.Tensor) -> tuple[int, ...]:
+    """Per depth: requests with a selected node there whose path was accepted up to it."""
+    owner = torch.repeat_interleave(torch.arange(len(selection.counts)), selection.counts)
+    has = torch.zeros(len(accepted), _deepest(selection), dtype=torch.bool)
+    has[owner, selection.depths] = True
+    return tuple(int((has[:, d] & (accepted >= d)).sum()) for d in range(has.shape[1]))
+
+
+def _drafting(forest: Forest | None) -> tuple[int, ...]:
+    if forest is None:
+        return ()
+    stops = forest.stop_depth
+    return tuple(int((stops >= d).sum()) for d in range(int(stops.max()) + 1))

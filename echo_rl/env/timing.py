@@ -1,0 +1,70 @@
+"""How long a simulated step takes: the measured cost surface applied to what the step did. Over lanes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from echo_rl.costs import CostArrays, Scaling
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What E steps did, [E] each."""
+
+    batch: Floats
+    context: Floats
+    prefill: Floats
+    verified: Floats
+    width: Floats
+    drafting: Floats  # [E, D] requests that drafted each depth
+    unseen: Floats  # tokens that the drafter caught up on, past two a request
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Seconds, [E] each."""
+
+    verify: Floats
+    draft: Floats
+    overhead: Floats
+
+    @property
+    def total(self) -> Floats:
+        return self.verify + self.draft + self.overhead
+
+    def times(self, factor: Floats) -> Phases:
+        return Phases(self.verify * factor, self.draft * factor, self.overhead * factor)
+
+
+def step_phases(costs: CostArrays, scaling: Scaling, work: Work) -> Phases:
+    """Noise-free seconds of the steps."""
+    batch = np.maximum(work.batch, 1.0)
+    plain = costs.verify(batch, batch, work.context)
+    rows = work.batch + work.verified + costs.profile.prefill_weight * work.prefill
+    verify = scaling.fixed * plain + scaling.row * (costs.verify(batch, rows, work.context) - plain)
+    speculative = work.drafting[:, 0] > 0
+    overhead = scaling.overhead * costs.overhead(work.batch, work.verified, speculative)
+    return Phases(verify, _draft(costs, scaling, work, speculative), overhead)
+
+
+def noise(generator: np.random.Generator, sigma: float, lanes: int) -> Floats:
+    """[E] lognormal factors of mean 1."""
+    return np.exp(sigma * generator.standard_normal(lanes) - 0.5 * sigma * sigma)
+
+
+def _draft(costs: CostArrays, scaling: Scaling, work: Work, speculative: NDArray[np.bool_]) -> Floats:
+    """Level by level, each at the cost of the requests that drafted it."""
+    if not speculative.any():
+        return np.zeros(len(work.batch))
+    levels = 1 + int(np.flatnonzero(work.drafting.any(0))[-1])
+    alive = work.drafting[:, :levels]
+    depth = np.arange(1, levels + 1)
+    at = (np.maximum(alive, 1.0), np.maximum(work.width, 1.0)[:, None])
+    step = costs.draft(*at, depth) - costs.draft(*at, depth - 1)
+    caught_up = costs.profile.catch_up * work.unseen
+    return scaling.draft * (np.where(alive > 0, step, 0.0).sum(1) + np.where(speculative, caught_up, 0.0))

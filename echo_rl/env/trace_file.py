@@ -1,0 +1,81 @@
+"""Traces on disk: one safetensors file, ragged levels, log-probabilities in the dtype they are kept in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from echo_rl.contracts import SamplingParams
+from echo_rl.env.levels import Level
+from echo_rl.env.trace import Response, Trace
+from echo_rl.errors import TraceError
+
+KIND = "echo-rl trace"
+TRACE_VERSION = 1
+
+
+def write_trace(trace: Trace, path: Path) -> None:
+    """Write the file; it is replaced whole or not at all."""
+    body = {"responses": [asdict(r) for r in trace.responses], "provenance": trace.provenance}
+    header = {"kind": KIND, "version": str(TRACE_VERSION), "body": json.dumps(body)}
+    tensors: dict[str, NDArray[Any]] = {}
+    for d, level in enumerate(trace.levels):
+        used = _used(level, d)
+        tensors |= {
+            f"{d}.counts": used.sum(1).astype(np.uint8),
+            f"{d}.parents": level.parents[used].astype(np.int16),
+            f"{d}.scores": level.scores[used],
+            f"{d}.path": level.path.astype(np.int16),
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, partial, metadata=header)
+    partial.replace(path)
+
+
+def read_trace(path: Path) -> Trace:
+    """Raises `TraceError` where the file is missing, damaged or of another version."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise TraceError(f"cannot read the trace {path} ({error}); record it with `echo-rl record`") from error
+    if header.get("kind") != KIND:
+        raise TraceError(f"{path} is not a trace; record one with `echo-rl record`")
+    if header.get("version") != str(TRACE_VERSION):
+        raise TraceError(
+            f"{path} has version {header.get('version')}, this release reads {TRACE_VERSION}; record again"
+        )
+    try:
+        body = json.loads(header["body"])
+        levels = tuple(_level(tensors, d) for d in range(len(tensors) // 4))
+        return Trace(tuple(map(_response, body["responses"])), levels, body["provenance"])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise TraceError(f"the trace {path} is damaged ({error}); record it again") from error
+
+
+def _used(level: Level, depth: int) -> NDArray[np.bool_]:
+    """[P, F] the expansions that are not padding."""
+    return level.parents >= 0 if depth else np.ones(level.parents.shape, dtype=bool)
+
+
+def _level(tensors: dict[str, NDArray[Any]], depth: int) -> Level:
+    counts, scores = tensors[f"{depth}.counts"].astype(np.int64), tensors[f"{depth}.scores"]
+    used = np.arange(int(counts.max())) < counts[:, None]
+    parents = np.full(used.shape, -1, dtype=np.int64)
+    full = np.full((*used.shape, scores.shape[1]), -np.inf, dtype=np.float32)
+    parents[used], full[used] = tensors[f"{depth}.parents"], scores
+    return Level(full, parents, tensors[f"{depth}.path"].astype(np.int64))
+
+
+def _response(row: dict[str, Any]) -> Response:
+    params = SamplingParams(**row["params"] | {"stop": tuple(row["params"]["stop"])})
+    return Response(**row | {"prompt": tuple(row["prompt"]), "tokens": tuple(row["tokens"]), "params": params})

@@ -1,0 +1,185 @@
+"""The fleet as a Stable-Baselines3 `VecEnv`: what `echo-rl train` learns on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
+
+from echo_rl.codec import FEATURES, GROUPS, ActionTable, Tracker
+from echo_rl.costs import CostArrays, Scaling
+from echo_rl.env.fleet import Fleet, FleetStep, Gates
+from echo_rl.env.lane import LaneOptions
+from echo_rl.env.reward import RewardMeter, RewardOptions
+from echo_rl.env.trace import Trace
+from echo_rl.env.workload import Workload, parse
+from echo_rl.errors import ConfigError
+
+OBSERVATIONS = gym.spaces.Box(
+    np.array([low for _, low, _ in FEATURES], dtype=np.float32),
+    np.array([high for _, _, high in FEATURES], dtype=np.float32),
+)
+SPREAD = 0.5
+"""Domain randomisation multiplies each part of the costs by up to exp(+-SPREAD)."""
+
+
+@dataclass(frozen=True)
+class FleetOptions:
+    """What every lane serves, and how an env step is cut out of its serving steps."""
+
+    workloads: tuple[str, ...] = tuple(f"closed:{c}" for c in (1, 2, 4, 8, 16, 32))
+    """Drawn anew each episode, see `workload.parse`."""
+    table: ActionTable = field(default_factory=ActionTable)
+    reward: RewardOptions = field(default_factory=RewardOptions)
+    horizon: int = 64
+    """Env steps an episode."""
+    repeat: int = 4
+    """Serving steps under one action."""
+    randomise: bool = False
+    """Draw another machine's costs each episode."""
+    hidden: tuple[str, ...] = ()
+    """Groups of observations (`codec.GROUPS`) shown as zeros: for ablations."""
+    noise: bool = True
+    """Noisy step times."""
+    gates: Gates = ()
+    """The calibrated sparse thresholds, (depth, tau)."""
+    score_power: tuple[float, ...] = ()
+    """Calibration of path probabilities, see `GateCalibration.score_power`."""
+    limits: LaneOptions = field(default_factory=LaneOptions)
+
+    def __post_init__(self) -> None:
+        if self.horizon < 1 or self.repeat < 1 or not self.workloads:
+            raise ConfigError("a fleet needs horizon >= 1, repeat >= 1 and at least one workload")
+        unknown = set(self.hidden) - GROUPS.keys()
+        if unknown:
+            raise ConfigError(f"no observation group is called {sorted(unknown)}; there are {', '.join(GROUPS)}")
+
+
+class ReplayVecEnv(VecEnv):
+    """E lanes of `EchoRL/Replay-v0` in one process. Episodes only truncate, staggered at the start.
+
+    Equal seeds give equal transitions, whatever happens between them. `infos` hold the sums over the
+    repeated serving steps: tokens, seconds, plain_seconds (predicted plain decoding of the same
+    *steps'* loads for the same tokens), batch, budget, depth, width and the reward's named terms.
+    """
+
+    render_mode = None
+
+    def __init__(self, trace: Trace, costs: CostArrays, options: FleetOptions, lanes: int, seed: int = 0) -> None:
+        super().__init__(lanes, OBSERVATIONS, gym.spaces.MultiDiscrete(np.array(options.table.sizes)))
+        self.options, self._costs = options, costs
+        self._workloads: list[Workload] = [parse(text) for text in options.workloads]
+        self._fleet = Fleet(
+            trace, costs, options.table.widths, options.gates, options.score_power, lanes, options.limits, options.noise
+        )
+        self._meter = RewardMeter(options.reward, lanes)
+        self._visible = np.ones(len(FEATURES), dtype=np.float32)
+        for group in options.hidden:
+            self._visible[slice(*GROUPS[group])] = 0.0
+        self._actions = np.zeros((lanes, 4), dtype=np.int64)
+        self._start(seed)
+
+    def reset(self) -> NDArray[np.float32]:
+        """Begin all episodes; the first ones of different lanes end at different times."""
+        if self._seeds[0] is not None:
+            self._start(int(self._seeds[0]))
+            self._reset_seeds()
+        for lane in range(self.num_envs):
+            self._begin(lane)
+        self._steps[:] = self._generator.integers(0, self.options.horizon, self.num_envs)
+        return self._observe()
+
+    def step_async(self, actions: NDArray[np.int64]) -> None:
+        self._actions = np.asarray(actions)
+
+    def step_wait(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
+        knobs = self.options.table.knobs(self._actions)
+        sums: dict[str, NDArray[np.float64]] = {}
+        for _ in range(self.options.repeat):
+            result = self._fleet.step(knobs)
+            for name, values in self._score(result).items():
+                sums[name] = sums[name] + values if name in sums else values
+        self._steps += 1
+        rewards = sums.pop("reward")
+        self._returns += rewards
+        infos = [self._info(lane, sums) for lane in range(self.num_envs)]
+        observations = self._observe()
+        done = self._steps >= self.options.horizon
+        for lane in np.flatnonzero(done):
+            infos[lane] |= self._ended(int(lane), observations[lane])
+            self._begin(int(lane))
+        if done.any():
+            observations = self._observe()
+        return observations, rewards.astype(np.float32), done, infos
+
+    def close(self) -> None:
+        pass
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise ConfigError("a replay's settings are fixed; build another one")
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        return [getattr(self, method_name)(*args, **kwargs) for _ in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None) -> list[bool]:
+        return [False for _ in self._get_indices(indices)]
+
+    def _start(self, seed: int) -> None:
+        self._generator = np.random.default_rng(seed)
+        self._scaling = Scaling(*np.ones((4, self.num_envs)))
+        self._fleet.scaling = self._scaling
+        self._tracker = Tracker(self._costs, self.num_envs, self._scaling)
+        self._steps = np.zeros(self.num_envs, dtype=np.int64)
+        self._returns = np.zeros(self.num_envs)
+
+    def _begin(self, lane: int) -> None:
+        """A new episode: another workload, another machine, nothing known."""
+        workload = self._workloads[int(self._generator.integers(len(self._workloads)))]
+        if self.options.randomise:
+            factors = np.exp(self._generator.uniform(-SPREAD, SPREAD, 4))
+            for part, factor in zip(("fixed", "row", "draft", "overhead"), factors, strict=True):
+                getattr(self._scaling, part)[lane] = factor
+        mask = np.arange(self.num_envs) == lane
+        self._tracker.reset(mask)
+        self._meter.reset(mask)
+        self._fleet.reset(lane, workload, int(self._generator.integers(2**31)))
+        self._steps[lane], self._returns[lane] = 0, 0.0
+
+    def _score(self, step: FleetStep) -> dict[str, NDArray[np.float64]]:
+        """The reward's terms and the step's facts; the tracker learns from the step."""
+        o, slo = step.outcomes, self.options.reward.slo_tpot
+        self._tracker.update(o)
+        good = None
+        if self.options.reward.form == "goodput":
+            rates = zip(step.seconds, step.kept, strict=True)
+            good = np.array([float((s / np.maximum(k, 1e-9) <= slo).mean()) for s, k in rates])
+        terms = self._meter.score(step.tokens, step.seconds, step.plain_seconds, o.loads.batch, good)
+        plain = step.plain_seconds * step.tokens / o.loads.batch
+        facts = {"tokens": step.tokens, "seconds": step.seconds, "plain_seconds": plain, "batch": o.loads.batch}
+        return terms | facts | {"budget": o.budget, "depth": o.depth, "width": o.width}
+
+    def _info(self, lane: int, sums: dict[str, NDArray[np.float64]]) -> dict[str, Any]:
+        info: dict[str, Any] = {name: float(values[lane]) for name, values in sums.items()}
+        for name in ("batch", "budget", "depth", "width"):
+            info[name] /= self.options.repeat
+        return info
+
+    def _ended(self, lane: int, last: NDArray[np.float32]) -> dict[str, Any]:
+        episode = {"r": float(self._returns[lane]), "l": int(self._steps[lane]), "t": float(self._fleet.now[lane])}
+        return {"TimeLimit.truncated": True, "terminal_observation": last, "episode": episode}
+
+    def _observe(self) -> NDArray[np.float32]:
+        return self._tracker.observe(self._fleet.loads()) * self._visible
+
+
+def with_workloads(options: FleetOptions, workloads: Sequence[str]) -> FleetOptions:
+    """The same fleet under other workloads."""
+    return replace(options, workloads=tuple(workloads))

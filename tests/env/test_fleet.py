@@ -1,0 +1,251 @@
+"""The vectorised fleet makes the decisions of ECHO's rule on the same forests, and takes the same time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from echo_rl.codec import ActionTable, Knobs, Loads, Outcomes, Tracker
+from echo_rl.contracts import NO_GATE, Forest, Frontier, SamplingParams, SpecPlan
+from echo_rl.controllers.base import global_top_k, pack
+from echo_rl.costs import CostArrays, Scaling
+from echo_rl.env.fleet import Fleet
+from echo_rl.env.levels import Level, restrict
+from echo_rl.env.replay import ReplayBackend, ReplayOptions
+from echo_rl.env.trace import Response, Trace
+from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
+from echo_rl.env.verdicts import Table
+from echo_rl.env.workload import closed
+from echo_rl.errors import ConfigError
+from echo_rl.profile import CostProfile, packaged
+
+DEPTH, WIDTH = 5, 4
+POWERS = (1.0, 1.1, 1.3)
+
+
+def random_levels(seed: int, positions: int) -> tuple[Level, ...]:
+    """Forests as a drafter of width 4 would grow them, and a target that often agrees."""
+    g = np.random.default_rng(seed)
+
+    def children(parents: np.ndarray) -> np.ndarray:
+        shares = -np.sort(-g.dirichlet(np.full(WIDTH + 2, 0.6), parents.shape), axis=-1)[..., :WIDTH]
+        return (parents[..., None] + np.log(shares + 1e-6)).astype(np.float32)
+
+    scores = children(np.zeros((positions, 1), np.float32))
+    path = np.where(g.random(positions) < 0.7, g.integers(0, 2, positions), -1)
+    levels = [Level(scores, np.full((positions, 1), -1), path)]
+    for _ in range(DEPTH - 1):
+        flat = levels[-1].scores.reshape(positions, -1)
+        parents = np.argsort(-flat, axis=1, kind="stable")[:, :12]  # more than any beam needs
+        scores = children(np.take_along_axis(flat, parents, 1))
+        hit = parents == path[:, None]
+        inside = hit.any(1) & (path >= 0) & (g.random(positions) < 0.75)
+        path = np.where(inside, hit.argmax(1) * WIDTH + g.integers(0, 2, positions), -1)
+        levels.append(Level(scores, parents, path))
+    return tuple(levels)
+
+
+def random_trace(seed: int = 0, responses: int = 12, length: int = 25) -> Trace:
+    g = np.random.default_rng(seed)
+    made = tuple(
+        Response(
+            ("chat", "code")[i % 2], tuple(g.integers(3, 200, 4 + i)), SamplingParams(seed=i, max_new_tokens=length),
+            tuple(g.integers(3, 200, length + DEPTH)), length, "length",
+        )
+        for i in range(responses)
+    )  # fmt: skip
+    return Trace(made, random_levels(seed, responses * (length - 1)), "random")
+
+
+@pytest.fixture(scope="module")
+def costs() -> CostArrays:
+    return CostArrays(CostProfile.load(packaged("profile.json")))
+
+
+def plan_forest(trace: Trace, positions: np.ndarray, depth: int, width: int, gates: tuple) -> Forest:
+    """What the runtime would have grown, gate by gate."""
+    recorded = trace.restricted(width)
+    size = recorded.nodes(depth)
+    scores = torch.from_numpy(recorded.scores[positions, :size])
+    depths = torch.from_numpy(recorded.depths[:size])
+    alive, stop = torch.ones(len(positions), dtype=torch.bool), torch.full((len(positions),), depth - 1)
+    for gate, tau in gates:
+        if gate < depth - 1:
+            level = scores.masked_fill((depths != gate) | ~alive[:, None], NO_GATE)
+            passed = Frontier(gate, level, alive).confidence >= tau
+            stop = torch.where(alive & ~passed, gate, stop)
+            alive &= passed
+    scores = scores.masked_fill(depths > stop[:, None], NO_GATE)
+    return Forest(
+        torch.zeros_like(scores).long(), torch.from_numpy(recorded.parents[positions, :size]), depths, scores, stop
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 10),
+    st.integers(1, 9),
+    st.integers(1, 90),
+    st.integers(1, DEPTH),
+    st.integers(1, WIDTH),
+    st.integers(1, 30),
+    st.lists(st.tuples(st.integers(0, DEPTH), st.floats(0.0, 0.6)), max_size=3, unique_by=lambda gate: gate[0]),
+)
+def test_decisions_are_those_of_the_scheduler(seed, batch, budget, depth, width, limit, gates):
+    trace = random_trace(seed % 3)
+    positions = np.random.default_rng(seed).integers(0, len(trace.levels[0].path), batch)
+    gates = tuple(sorted(gates))
+    verdict = Table(trace.restricted(width), POWERS).decide(positions, budget, depth, gates, limit)
+    forest = plan_forest(trace, positions, depth, width, gates)
+    powers = torch.tensor([*POWERS, *[POWERS[-1]] * DEPTH])[forest.depths]
+    mask = global_top_k(replace(forest, scores=forest.scores * powers), budget, limit)
+    path = trace.restricted(width).path[positions, :depth]
+    taken = np.array([[p >= 0 and bool(mask[row, p]) for p in nodes] for row, nodes in enumerate(path)])
+    assert verdict.verified == int(mask.sum()) <= budget
+    assert verdict.accepted.tolist() == taken.sum(1).tolist()
+    assert verdict.hits.tolist() == taken.sum(0).tolist()
+    assert verdict.drafting.tolist() == [int((forest.stop_depth >= d).sum()) for d in range(depth)]
+    has = np.stack([mask.numpy()[:, forest.depths.numpy() == d].any(1) for d in range(depth)], axis=1)
+    reached = has & (taken.sum(1)[:, None] >= np.arange(depth))
+    assert verdict.reached.tolist() == reached.sum(0).tolist()
+
+
+class Knobbed:
+    """A controller that follows given knobs by ECHO's rule."""
+
+    name = "knobbed"
+
+    def __init__(self, plans):
+        self.plans, self.reports = iter(plans), []
+
+    def plan(self, load):
+        plan = next(self.plans)
+        return replace(plan, budget=min(plan.budget * load.batch_size, load.batch_size * load.max_nodes))
+
+    def extend(self, frontier, plan):
+        return frontier.alive & (frontier.confidence >= plan.gate(frontier.depth))
+
+    def select(self, forest, plan):
+        powers = torch.tensor([*POWERS, *[POWERS[-1]] * DEPTH])[forest.depths]
+        return pack(forest, global_top_k(replace(forest, scores=forest.scores * powers), plan.budget, 64))
+
+    def observe(self, report):
+        self.reports.append(report)
+
+
+def test_the_fleet_is_the_replay_backend_vectorised(costs):
+    """Same requests, same knobs: same tokens, same seconds and same observations, step by step."""
+    trace, gates = random_trace(5), ((0, 0.3), (2, 0.1))
+    fleet = Fleet(trace, costs, (1, 2, 3, 4), gates, POWERS, lanes=1, noisy=False)
+    fleet.reset(0, closed(5), seed=7)
+    picks = np.random.default_rng(7)
+    backend = ReplayBackend(trace, costs, ReplayOptions(noise=False))
+    requests = trace.requests()
+    sent = 0
+
+    def top_up(running: int) -> None:
+        nonlocal sent
+        for _ in range(5 - running):
+            backend.add(replace(requests[int(picks.choice(len(requests)))], id=f"r{sent}"))
+            sent += 1
+
+    g = np.random.default_rng(0)
+    shapes = [(int(g.integers(0, 4)), int(g.integers(1, 6)), int(g.integers(1, 5))) for _ in range(300)]
+    plans = [SpecPlan(n, d, w, tuple(x for x in gates if x[0] < d - 1)) if n else SpecPlan(0) for n, d, w in shapes]
+    controller = Knobbed(plans)
+    one, many = Tracker(costs), Tracker(costs, 1, Scaling.none(1))
+    top_up(0)
+    running = 5
+    for nodes, depth, width in shapes:
+        while True:
+            report = backend.step(controller)
+            running -= sum(o.finish_reason is not None for o in report.outputs)
+            top_up(running)
+            running = 5
+            if report.load.batch_size:
+                break
+        loads = fleet.loads()
+        step = fleet.step(Knobs(*(np.array([x]) for x in (float(nodes), depth, width, 1.0))))
+        assert Loads.of(report.load) == loads
+        assert step.tokens[0] == sum(len(o.tokens) for o in report.outputs)
+        assert step.outcomes.verified[0] == report.verified
+        assert step.seconds[0] == pytest.approx(report.times.total, rel=1e-9)
+        seen = Outcomes.of(report)
+        for name in ("budget", "depth", "width", "verified", "committed", "reached", "accepted"):
+            np.testing.assert_array_equal(getattr(seen, name), getattr(step.outcomes, name), name)
+        one.update(seen)
+        many.update(step.outcomes)
+        np.testing.assert_allclose(one.observe(loads), many.observe(loads), rtol=1e-5, atol=2e-3)
+    assert backend.clock() == pytest.approx(float(fleet.now[0]), rel=1e-9)
+
+
+def test_plans_of_actions_are_their_knobs():
+    table = ActionTable()
+    knobs = table.knobs(np.array([[0, 2, 1, 1], [4, 3, 2, 0]]))
+    assert knobs.budget(np.array([7, 7])).tolist() == [0, 14]
+    with pytest.raises(ConfigError, match="outside"):
+        table.knobs(np.array([[0, 9, 0, 0]]))
+    for nodes, depth, width in ((0.0, 1, 1), (7.0, 4, 3), (60.0, 8, 10)):
+        action = table.nearest(nodes, depth, width)
+        found = table.knobs(np.array(action))
+        assert (found.nodes[0] > 0) == (nodes > 0)
+        assert abs(found.depth[0] - depth) <= 0 and abs(found.width[0] - width) <= 2
+
+
+def small_env(costs, seed=0, **options) -> ReplayVecEnv:
+    table = ActionTable(depths=(1, 2, 3, 4, 5), widths=(1, 2, 3, 4))
+    chosen = FleetOptions(workloads=("closed:2", "closed:6"), table=table, horizon=6, repeat=2, **options)
+    return ReplayVecEnv(random_trace(), costs, chosen, lanes=3, seed=seed)
+
+
+@pytest.mark.parametrize("options", [{}, {"randomise": True}, {"hidden": ("cost", "load")}])
+def test_equal_seeds_give_equal_transitions(costs, options):
+    a, b, c = (small_env(costs, seed, **options) for seed in (1, 1, 2))
+    seen = [env.reset() for env in (a, b, c)]
+    g = np.random.default_rng(0)
+    differ = not np.array_equal(seen[0], seen[2])
+    for _ in range(25):
+        actions = np.stack([g.integers(0, n, 3) for n in a.options.table.sizes], axis=1)
+        (oa, ra, da, ia), (ob, rb, db, _), (_, rc, _, _) = (env.step(actions) for env in (a, b, c))
+        assert np.array_equal(oa, ob) and np.array_equal(ra, rb) and np.array_equal(da, db)
+        assert a.observation_space.contains(oa[0])
+        for lane in np.flatnonzero(da):
+            assert ia[lane]["TimeLimit.truncated"] and "terminal_observation" in ia[lane]
+        differ |= not np.array_equal(ra, rc)
+    assert differ
+
+
+def test_hidden_groups_are_zero_and_unknown_ones_refused(costs):
+    observation = small_env(costs, hidden=("cost",)).reset()
+    assert (observation[:, 23:] == 0).all() and (observation[:, :6] != 0).any()
+    with pytest.raises(ConfigError, match="load, speculation, cost"):
+        FleetOptions(hidden=("weather",))
+
+
+def test_restricted_levels_follow_the_beam():
+    """Width 1 is the greedy chain: the best child of the best child."""
+    levels = random_levels(3, 4)
+    chain = restrict(levels, 1)
+    for p in range(4):
+        place = 0
+        assert chain.scores[p, 0] == levels[0].scores[p, 0, 0]
+        for d, level in enumerate(levels[1:], 1):
+            group = int(np.flatnonzero(level.parents[p] == place)[0])
+            assert chain.scores[p, d] == level.scores[p, group, 0]
+            place = group * WIDTH
+
+
+def test_a_fleet_is_fast_enough(costs):
+    """A bound with a wide margin; benchmarks/replay.py measures the real figure."""
+    env = small_env(costs)
+    env.reset()
+    begin = time.perf_counter()
+    for _ in range(100):
+        env.step(np.tile([5, 3, 2, 1], (3, 1)))
+    assert time.perf_counter() - begin < 5.0
