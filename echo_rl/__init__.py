@@ -13,9 +13,10 @@ _HOMES = {
     "Request": ("echo_rl.contracts", "Request"),
     "SamplingParams": ("echo_rl.contracts", "SamplingParams"),
     "make_controller": ("echo_rl.controllers.registry", "make"),
+    "register_envs": ("echo_rl.environments", "register_envs"),
     "serve": ("echo_rl.loop", "serve"),
 }
-__all__ = ["Engine", "EngineConfig", "Request", "SamplingParams", "make_controller", "serve"]
+__all__ = ["Engine", "EngineConfig", "Request", "SamplingParams", "make_controller", "register_envs", "serve"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,9 +18,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
     {"contracts", "errors"},
-    {"config", "codec", "profile", "packages"},
+    {"config", "codec", "costs", "profile", "packages"},
     {"runtime", "env", "controllers"},
-    {"loop", "metrics", "prompts", "sweep", "results", "bench", "plots", "train", "ab", "drafting", "calibrate"},
+    {
+        *("loop", "metrics", "prompts", "sweep", "results", "bench", "plots", "record", "drafting", "calibrate"),
+        *("environments", "train", "learning", "ab", "evaluate", "tune", "report_html", "plots_ab"),
+    },
     {"server", "integrations"},
     {"cli"},
 )

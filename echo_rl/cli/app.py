@@ -25,24 +25,33 @@ class Command(Protocol):
         ...
 
 
+class Heavy:
+    """A command whose options are library dataclasses: its module is imported only when it is named."""
+
+    def run(self) -> int:
+        raise AssertionError("parsed by its own module")
+
+
 @dataclass(frozen=True)
-class Calibrate:
+class Calibrate(Heavy):
     """Measure this machine's costs (cost), or where this drafter's gates should cut (gates)."""
 
-    def run(self) -> int:
-        raise AssertionError("groups are parsed by their own module")
+
+@dataclass(frozen=True)
+class Drafter(Heavy):
+    """Write training conversations (synthesize), or train a drafter on them (train)."""
 
 
 @dataclass(frozen=True)
-class Drafter:
-    """Write training conversations (synthesize), or train a drafter on them (train)."""
-
-    def run(self) -> int:
-        raise AssertionError("groups are parsed by their own module")
+class Record(Heavy):
+    """Record responses with the widest forest at every position, for replay."""
 
 
-GROUPS = {"calibrate": ("echo_rl.cli.calibrate", Calibrate), "drafter": ("echo_rl.cli.drafter", Drafter)}
-"""Groups whose options are library dataclasses: their modules, which load torch, are imported only when named."""
+GROUPS: dict[str, tuple[str, type[Heavy]]] = {
+    "calibrate": ("echo_rl.cli.calibrate", Calibrate),
+    "drafter": ("echo_rl.cli.drafter", Drafter),
+    "record": ("echo_rl.cli.record", Record),
+}
 
 AnyCommand = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
@@ -50,6 +59,7 @@ AnyCommand = (
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Drafter, tyro.conf.subcommand("drafter")]
+    | Annotated[Record, tyro.conf.subcommand("record")]
     | Annotated[Weights, tyro.conf.subcommand("weights")]
     | Annotated[Version, tyro.conf.subcommand("version")]
 )

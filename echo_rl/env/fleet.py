@@ -7,7 +7,7 @@ once. One `step` is one serving step of every lane.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,7 +147,7 @@ class Fleet:
 
     def _advance(self, lane: int) -> None:
         """Take arrivals and serve prompts alone until some request decodes."""
-        server, arrivals = self._lanes[lane], self._arrivals[lane]
+        server, arrivals, passed = self._lanes[lane], self._arrivals[lane], 0
         assert arrivals is not None, "reset the lane first"
         for _ in range(IDLE_STEPS):
             for suite in arrivals.due(float(self.now[lane]), server.in_flight):
@@ -156,8 +156,9 @@ class Fleet:
                 turn = server.turn()
                 view = server.load(turn)
                 if len(turn.decoding):
-                    self._turns[lane], self._views[lane] = turn, view
+                    self._turns[lane], self._views[lane] = turn, replace(view, arrived=view.arrived + passed)
                     return
+                passed += view.arrived
                 server.commit(turn, np.zeros(0, dtype=np.int64), drafted=False)
                 self.now[lane] += self._prompt_seconds(turn, lane)
                 continue

@@ -66,6 +66,13 @@ class ReplayBackend:
         """Let time pass without work."""
         self._now = max(self._now, until)
 
+    def restart(self, seed: int) -> None:
+        """Drop every request and begin at time 0 with this seed's noise."""
+        self._lane.clear()
+        self._tickets.clear()
+        self._names.clear()
+        self._generator, self._now = np.random.default_rng(seed), 0.0
+
     def add(self, request: Request) -> None:
         """Queue a recorded request. Raises `RequestError` where the trace doesn't hold it."""
         response = self.trace.index.get(key(request.prompt, request.params))
@@ -154,8 +161,15 @@ class ReplayBackend:
     ) -> PhaseTimes:
         levels = np.zeros((1, self.trace.max_depth))
         levels[0, : len(drafting)] = drafting
-        numbers = (len(turn.decoding), context, turn.prefill, verified, plan.width)
-        work = Work(*(np.array([float(x)]) for x in numbers), levels, np.array([float(turn.unseen)]))
+        work = Work(
+            batch=np.array([float(len(turn.decoding))]),
+            context=np.array([context]),
+            prefill=np.array([float(turn.prefill)]),
+            verified=np.array([float(verified)]),
+            width=np.array([float(plan.width)]),
+            drafting=levels,
+            unseen=np.array([float(turn.unseen)]),
+        )
         phases = step_phases(self._costs, self._scaling, work)
         if self._options.noise:
             phases = phases.times(noise(self._generator, self._costs.profile.noise, 1))

@@ -117,10 +117,11 @@ class Trace:
         levels = tuple(Level(v.scores[rows], v.parents[rows], v.path[rows]) for v in self.levels)
         return Trace(tuple(self.responses[i] for i in responses), levels, self.provenance)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, half: bool = False) -> None:
+        """Write the trace; `half` keeps log-probabilities in 16 bits: near-ties may then turn out otherwise."""
         from echo_rl.env.trace_file import write_trace
 
-        write_trace(self, path)
+        write_trace(self, path, half)
 
     @classmethod
     def load(cls, path: Path) -> Trace:

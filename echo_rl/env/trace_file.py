@@ -21,7 +21,7 @@ KIND = "echo-rl trace"
 TRACE_VERSION = 1
 
 
-def write_trace(trace: Trace, path: Path) -> None:
+def write_trace(trace: Trace, path: Path, half: bool = False) -> None:
     """Write the file; it is replaced whole or not at all."""
     body = {"responses": [asdict(r) for r in trace.responses], "provenance": trace.provenance}
     header = {"kind": KIND, "version": str(TRACE_VERSION), "body": json.dumps(body)}
@@ -31,7 +31,7 @@ def write_trace(trace: Trace, path: Path) -> None:
         tensors |= {
             f"{d}.counts": used.sum(1).astype(np.uint8),
             f"{d}.parents": level.parents[used].astype(np.int16),
-            f"{d}.scores": level.scores[used],
+            f"{d}.scores": level.scores[used].astype(np.float16 if half else np.float32),
             f"{d}.path": level.path.astype(np.int16),
         }
     path.parent.mkdir(parents=True, exist_ok=True)

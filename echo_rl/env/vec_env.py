@@ -16,14 +16,11 @@ from echo_rl.costs import CostArrays, Scaling
 from echo_rl.env.fleet import Fleet, FleetStep, Gates
 from echo_rl.env.lane import LaneOptions
 from echo_rl.env.reward import RewardMeter, RewardOptions
+from echo_rl.env.spec_env import observation_space
 from echo_rl.env.trace import Trace
 from echo_rl.env.workload import Workload, parse
 from echo_rl.errors import ConfigError
 
-OBSERVATIONS = gym.spaces.Box(
-    np.array([low for _, low, _ in FEATURES], dtype=np.float32),
-    np.array([high for _, _, high in FEATURES], dtype=np.float32),
-)
 SPREAD = 0.5
 """Domain randomisation multiplies each part of the costs by up to exp(+-SPREAD)."""
 
@@ -71,7 +68,7 @@ class ReplayVecEnv(VecEnv):
     render_mode = None
 
     def __init__(self, trace: Trace, costs: CostArrays, options: FleetOptions, lanes: int, seed: int = 0) -> None:
-        super().__init__(lanes, OBSERVATIONS, gym.spaces.MultiDiscrete(np.array(options.table.sizes)))
+        super().__init__(lanes, observation_space(), gym.spaces.MultiDiscrete(np.array(options.table.sizes)))
         self.options, self._costs = options, costs
         self._workloads: list[Workload] = [parse(text) for text in options.workloads]
         self._fleet = Fleet(

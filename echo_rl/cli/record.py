@@ -1,0 +1,68 @@
+"""``echo-rl record``: responses with the widest forest at every position, for replay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from echo_rl.cli.options import EngineOptions
+from echo_rl.config import EngineConfig
+from echo_rl.record import RecordOptions
+
+
+@dataclass(frozen=True)
+class Record:
+    """Record responses to real prompts once, to replay them under any controller; rerun it to go on."""
+
+    out: Path = Path("results/trace")
+    """Folder of ``trace.safetensors`` and of the parts so far."""
+    prompts: int | None = None
+    """How many prompts, the suites in turn; all by default."""
+    suite: Literal["all", "mt_bench", "humaneval", "gsm8k"] = "all"
+    """Which prompts."""
+    max_new_tokens: int = 96
+    """Most tokens a response."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int = 0
+    """Of the prompts' order and of sampling."""
+    half: bool = False
+    """Keep log-probabilities in 16 bits: half the file, near-ties may replay differently."""
+    options: Annotated[RecordOptions, tyro.conf.arg(name="")] = field(default_factory=RecordOptions)
+    engine: EngineOptions = field(default_factory=lambda: EngineConfig(kv_tokens=65_536))
+
+    def run(self) -> int:
+        from dataclasses import replace
+
+        from rich.console import Console
+
+        from echo_rl.bench import chat_requests
+        from echo_rl.cli.session import load_engine
+        from echo_rl.contracts import SamplingParams
+        from echo_rl.prompts import load_prompts
+        from echo_rl.record import record
+
+        console = Console()
+        allowed = max(self.engine.max_expanded, self.options.expanded)
+        engine, environment = load_engine(replace(self.engine, max_expanded=allowed))
+        chosen = load_prompts(self.suite, seed=self.seed)[: self.prompts]
+
+        def params(number: int) -> SamplingParams:
+            return SamplingParams(
+                temperature=self.temperature, seed=self.seed + number, max_new_tokens=self.max_new_tokens
+            )
+
+        provenance = f"{self.engine.model}, drafter {environment['drafter']}, {environment['dtype']}"
+        eos = frozenset(engine.runner.target.arch.eos)
+        requests = chat_requests(engine, chosen, params)
+        trace = record(engine, requests, eos, self.options, self.out / "parts", provenance, console)
+        trace.save(self.out / "trace.safetensors", self.half)
+        positions = sum(response.positions for response in trace.responses)
+        console.print(f"{len(trace.responses)} responses, {positions} positions: {self.out / 'trace.safetensors'}")
+        return 0
+
+
+AnyCommand = Record

@@ -1,0 +1,151 @@
+"""A backend under a workload, halted before every step that has decoding requests. Knows no observation or reward.
+
+Time on the server is served time: it passes while steps run and while the server waits for an
+arrival, not while it is halted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from echo_rl.contracts import Backend, LoadView, Request, SpecPlan, StepReport
+from echo_rl.env.stepper import Clock, Served, Steerable, Stepper
+from echo_rl.env.workload import Arrivals, Workload
+from echo_rl.errors import ConfigError
+
+IDLE_STEPS = 10_000
+"""Steps and waits without a decoding request after which a workload counts as broken."""
+
+
+@runtime_checkable
+class Restartable(Protocol):
+    """A backend that can begin anew from the same state (time 0, its noise seeded)."""
+
+    def restart(self, seed: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class ServedStep:
+    """A finished step with decoding requests."""
+
+    report: StepReport
+    seconds: float
+    tokens: int
+    """Got by requests, the first tokens of prompts included."""
+    gains: tuple[int, ...]
+    """Tokens of each decoding request."""
+
+
+class Server:
+    """`open` a workload, then `serve` and `advance` in turn. `load` is that of the step that waits for its plan."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        controller: Steerable,
+        requests: Sequence[Request],
+        clock: Clock,
+        idle: Callable[[float], None] | None,
+    ) -> None:
+        self._backend, self._clock, self._idle = backend, clock, idle
+        self._pools = _pools(requests)
+        self.stepper = Stepper(backend, controller, clock)
+        self._decoding: dict[str, bool] = {}  # requests in flight: whether they have got their first token
+        self._added = 0  # over the server's life, so that no request id comes twice
+        self.load: LoadView | None = None
+
+    def check(self, workload: Workload) -> None:
+        """Raises `ConfigError` where the workload names a suite of which there are no requests."""
+        missing = {suite for phase in workload.phases for suite in phase.suites} - self._pools.keys()
+        if missing:
+            raise ConfigError(f"workload {workload.name!r} needs requests of {sorted(missing)}; give some")
+
+    def open(self, workload: Workload, generator: np.random.Generator) -> None:
+        """Drop everything and begin this workload at time 0; requests are drawn by the generator.
+
+        Raises `ConfigError` where the backend holds requests of somebody else.
+        """
+        self.clear()
+        if self._backend.has_work:
+            raise ConfigError("the backend still holds requests of another run; finish or cancel them first")
+        self._generator = generator
+        self._arrivals = Arrivals(workload, int(generator.integers(2**31)))
+        self._now = 0.0
+        if isinstance(self._backend, Restartable):
+            self._backend.restart(int(generator.integers(2**31)))
+
+    def advance(self, learn: Callable[[StepReport], None]) -> LoadView:
+        """Take arrivals and serve prompts alone until a step has decoding requests; its load. `learn` sees the rest."""
+        for _ in range(IDLE_STEPS):
+            for suite in self._arrivals.due(self._now, len(self._decoding)):
+                self._add(suite)
+            if not self._decoding:
+                self._wait()
+                continue
+            begun = self.stepper.begin()
+            if isinstance(begun, LoadView):
+                self.load = begun
+                return begun
+            self._take(begun)
+            learn(begun.report)
+        raise RuntimeError("no request decodes; the workload brings none, or the backend serves none")
+
+    def serve(self, plan: SpecPlan) -> ServedStep:
+        """Let the waiting step run by this plan. Raises what the backend raises; only `open` helps then."""
+        self.load = None
+        served = self.stepper.finish(plan)
+        outputs = served.report.outputs
+        gains = tuple(len(output.tokens) for output in outputs if self._decoding[output.id])
+        self._take(served)
+        return ServedStep(served.report, served.seconds, sum(len(output.tokens) for output in outputs), gains)
+
+    def clear(self) -> None:
+        """No step under way (it ends by plain decoding) and no request in flight."""
+        self.load = None
+        try:
+            self.stepper.settle()
+        finally:
+            for request_id in self._decoding:
+                self._backend.cancel(request_id)
+            self._decoding.clear()
+
+    def _add(self, suite: str) -> None:
+        pool = self._pools[suite]
+        chosen = pool[int(self._generator.integers(len(pool)))]
+        self._added += 1
+        request = replace(chosen, id=f"{chosen.id}#{self._added}")
+        self._backend.add(request)
+        self._decoding[request.id] = False
+
+    def _wait(self) -> None:
+        """Time passes until the workload brings something."""
+        upcoming = self._arrivals.next_time(self._now)
+        assert upcoming is not None, "a workload must go on"
+        until = self._clock() + upcoming - self._now
+        if self._idle is not None:
+            self._idle(until)
+        else:
+            time.sleep(max(0.0, until - self._clock()))
+        self._now = upcoming
+
+    def _take(self, served: Served) -> None:
+        """Time has passed; requests go on or leave."""
+        self._now += served.seconds
+        for output in served.report.outputs:
+            self._decoding[output.id] = True
+            if output.finish_reason is not None:
+                del self._decoding[output.id]
+
+
+def _pools(requests: Sequence[Request]) -> dict[str, tuple[Request, ...]]:
+    """Requests by suite (the id up to the first slash), all of them under the empty name."""
+    if not requests:
+        raise ConfigError("there are no requests to serve")
+    suites = [request.id.split("/")[0] for request in requests]
+    by_suite = {suite: tuple(r for r, s in zip(requests, suites, strict=True) if s == suite) for suite in set(suites)}
+    return {**by_suite, "": tuple(requests)}

@@ -1,0 +1,229 @@
+"""The control problem as a Gymnasium environment over any backend. Knows no controller by name and no model."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from echo_rl.codec import FEATURES, ActionTable, Gates, Loads, Outcomes, Tracker
+from echo_rl.contracts import Backend, LoadView, Request, StepReport
+from echo_rl.costs import CostArrays, Scaling
+from echo_rl.env.reward import RewardMeter, RewardOptions
+from echo_rl.env.server import ServedStep, Server
+from echo_rl.env.stepper import Clock, Steerable
+from echo_rl.env.timing import Work, step_phases
+from echo_rl.env.workload import Workload, closed
+from echo_rl.errors import ConfigError
+
+Observation = NDArray[np.float32]
+MEANS = ("batch", "budget", "depth", "width")
+"""Entries of `info` that are averaged over repeated serving steps; all others are summed."""
+
+
+@dataclass(frozen=True)
+class SpecEnvOptions:
+    """What is served, how it is judged and how an episode is cut. Raises `ConfigError`."""
+
+    workloads: tuple[Workload, ...] = tuple(closed(c) for c in (1, 2, 4, 8, 16, 32))
+    """One is drawn for each episode."""
+    table: ActionTable = field(default_factory=ActionTable)
+    gates: Gates = ()
+    """The calibrated sparse thresholds, (depth, tau)."""
+    reward: RewardOptions = field(default_factory=RewardOptions)
+    horizon: int = 512
+    """Env steps an episode."""
+    repeat: int = 1
+    """Serving steps under one action."""
+
+    def __post_init__(self) -> None:
+        if self.horizon < 1 or self.repeat < 1 or not self.workloads:
+            raise ConfigError("the environment needs horizon >= 1, repeat >= 1 and at least one workload")
+
+
+class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
+    """How much to speculate in the next serving step, decided from the server's load, acceptance and costs.
+
+    The backend serves a workload; before every step that has decoding requests the action sets
+    that step's speculation. Steps that process prompts alone pass inside `reset` and `step` without being
+    counted or charged, and so does the time in which no request is there. Time between
+    calls (choosing actions, learning) does not pass on the server.
+
+    ## Action space
+    ``MultiDiscrete([13, 8, 6, 4])``: one index into each column of the action table (`codec.ActionTable`):
+
+    | knob | values |
+    |---|---|
+    | verified nodes a request, averaged over the batch | 0, 0.25, 0.5, 1, 2, 3, 5, 7, 9, 15, 23, 31, 47 |
+    | levels drafted | 1, 2, 3, 4, 5, 6, 7, 8 |
+    | nodes expanded a level | 1, 2, 3, 4, 6, 8 |
+    | factor on the calibrated gates (0: no gates) | 0, 0.5, 1, 1.5 |
+
+    Zero nodes is plain decoding, whatever the other knobs say. Nodes times batch, rounded, is the budget of the
+    whole batch: a hard cap. An action of another shape, with other than whole numbers or outside the
+    table raises `ConfigError` and changes nothing: the same step may be tried again.
+
+    ## Observation space
+    ``Box(32,)``, float32, each entry clipped to its range; B is the number of decoding requests of the
+    coming step, "running" a moving average over past steps (`codec.Tracker`):
+
+    | entries | meaning | min | max |
+    |---|---|---|---|
+    | 0 | decoding requests, log2(B) / 6 | 0 | 1.5 |
+    | 1 | prompt tokens in the coming step, / 256 | 0 | 2 |
+    | 2 | requests not yet admitted, log2(1 + n) / 6 | 0 | 2 |
+    | 3 | mean context of the decoding requests, log2(1 + n) / 11 | 0 | 1.5 |
+    | 4 | share of the KV cache in use | 0 | 1 |
+    | 5 | arrivals a step, running, log2(1 + n) / 6 | 0 | 2 |
+    | 6-13 | acceptance at depths 0 to 7, running | 0 | 1 |
+    | 14-16 | drafter's first-token confidence over the requests, quantiles .1, .5, .9, running | 0 | 1 |
+    | 17 | last budget a request, log2(1 + n) / 6 | 0 | 1.5 |
+    | 18 | last depth, / 8 | 0 | 1.5 |
+    | 19 | last width, / 8 | 0 | 2 |
+    | 20 | tokens a request and step while speculating, running, / 9 | 0 | 1 |
+    | 21 | share of the budget that was used, running | 0 | 1 |
+    | 22 | plain steps since speculating, log2(1 + n) / 10 | 0 | 1.5 |
+    | 23-28 | predicted time of a step with .5, 1, 3, 7, 15, 31 nodes a request over a plain one, log2 / 4 | -1 | 2 |
+    | 29 | predicted time of one drafted level over a plain step | 0 | 2 |
+    | 30 | log of measured over predicted verify time, running | -2 | 2 |
+    | 31 | log of measured over predicted draft time, running | -2 | 2 |
+
+    ## Reward
+    By default `tokens / batch - speedup * seconds / plain`: the step's tokens a request less what the same time
+    would have brought at the running speed-up over plain decoding. It is the average-reward form of
+    throughput: what maximises it maximises tokens a second. `reward.RewardMeter` defines it and the
+    other forms. With `repeat` above 1 the serving steps' rewards are summed.
+
+    `info` of a step: the reward's terms ``gain``, ``cost`` and ``penalty`` (they sum to it); ``tokens`` that
+    requests got, ``seconds`` taken, ``plain_seconds`` (predicted plain decoding time for these tokens), and the
+    step's ``batch``, ``budget``, ``depth`` and ``width``. `info` of a reset: the ``workload``'s name.
+
+    ## Start
+    `reset` cancels all requests in flight (a step under way ends by plain decoding first), draws a
+    workload, forgets all statistics and serves up to the first step with a decoding request. Requests
+    are drawn with replacement, and arrive by the workload, from the environment's generator: with a
+    deterministic backend equal seeds give equal transitions.
+
+    ## Episode end
+    A server does not end: nothing terminates. An episode is truncated after `horizon` steps, so the
+    value of what would follow has to be bootstrapped from the last observation.
+
+    ## Version history
+    - v0: first version (`codec.CODEC_VERSION` 1).
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
+
+    def __init__(
+        self,
+        backend: Backend,
+        controller: Steerable,
+        requests: Sequence[Request],
+        costs: CostArrays,
+        options: SpecEnvOptions | None = None,
+        clock: Clock = time.perf_counter,
+        idle: Callable[[float], None] | None = None,
+    ) -> None:
+        """`controller` extends and selects by plans that the environment sets; the suite of a request is its id up to
+        the first slash. `idle(until)` lets `clock` reach that time without work; None sleeps.
+
+        The backend is the environment's alone until `close`. Raises `ConfigError` where there are no
+        requests or a workload names a suite that has none.
+        """
+        self.options = options or SpecEnvOptions()
+        self._costs = costs
+        self._server = Server(backend, controller, requests, clock, idle)
+        for workload in self.options.workloads:
+            self._server.check(workload)
+        weakref.finalize(self, self._server.stepper.stop).atexit = False  # a forgotten environment's thread ends
+        self._meter = RewardMeter(self.options.reward, lanes=1)
+        self.observation_space = observation_space()
+        self.action_space = gym.spaces.MultiDiscrete(np.array(self.options.table.sizes))
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begin an episode. Raises `ConfigError` where the backend holds requests of somebody else."""
+        super().reset(seed=seed, options=options)
+        workload = self.options.workloads[int(self.np_random.integers(len(self.options.workloads)))]
+        self._server.open(workload, self.np_random)
+        self._tracker = Tracker(self._costs)
+        self._meter.reset(np.ones(1, dtype=np.bool_))
+        self._steps = 0
+        return self._observe(self._server.advance(self._learn)), {"workload": workload.name}
+
+    def step(self, action: ArrayLike) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Serve `repeat` steps under this action.
+
+        Raises `ConfigError` on a bad action or before the first reset, and what the backend raises;
+        after the latter the environment must be reset.
+        """
+        indices, load = self._checked(action), self._server.load
+        if load is None:
+            raise ConfigError("the environment has no step to decide on; call reset() first")
+        rows = []
+        for _ in range(self.options.repeat):
+            served = self._server.serve(self.options.table.plan(indices, load, self.options.gates))
+            self._learn(served.report)
+            rows.append(self._judge(served))
+            load = self._server.advance(self._learn)
+        self._steps += 1
+        info = {name: sum(row[name] for row in rows) for name in rows[0]}
+        info |= {name: info[name] / len(rows) for name in MEANS}
+        reward = info.pop("reward")
+        return self._observe(load), reward, False, self._steps >= self.options.horizon, info
+
+    def close(self) -> None:
+        """Cancel what is in flight; the backend is idle afterwards."""
+        self._server.clear()
+        self._server.stepper.stop()
+
+    def _checked(self, action: ArrayLike) -> tuple[int, ...]:
+        indices = np.asarray(action)
+        if indices.shape != self.action_space.shape or not np.issubdtype(indices.dtype, np.integer):
+            raise ConfigError(f"action {action!r} is not {len(self.options.table.sizes)} whole numbers, one a knob")
+        self.options.table.knobs(indices)  # refuses what is outside the table
+        return tuple(indices.tolist())
+
+    def _learn(self, report: StepReport) -> None:
+        self._tracker.update(Outcomes.of(report))
+
+    def _judge(self, served: ServedStep) -> dict[str, float]:
+        """The reward, its terms and the facts of a step."""
+        load, plan, seconds = served.report.load, served.report.plan, max(served.seconds, 1e-9)
+        good = sum(seconds <= self.options.reward.slo_tpot * n for n in served.gains) / max(len(served.gains), 1)
+        plain = _plain_seconds(self._costs, load)
+        numbers = (np.array([float(x)]) for x in (served.tokens, seconds, plain, load.batch_size, good))
+        terms = {name: float(values[0]) for name, values in self._meter.score(*numbers).items()}
+        return terms | {
+            "tokens": float(served.tokens),
+            "seconds": served.seconds,
+            "plain_seconds": plain * served.tokens / load.batch_size,
+            "batch": float(load.batch_size),
+            "budget": float(plan.budget),
+            "depth": float(plan.max_depth if plan.speculates else 0),
+            "width": float(plan.width if plan.speculates else 0),
+        }
+
+    def _observe(self, load: LoadView) -> Observation:
+        return self._tracker.observe(Loads.of(load))[0]
+
+
+def observation_space() -> gym.spaces.Box[np.float32]:
+    """The codec's observations with their bounds."""
+    low, high = np.array([bounds for _, *bounds in FEATURES], dtype=np.float32).T
+    return gym.spaces.Box(low, high, dtype=np.float32)
+
+
+def _plain_seconds(costs: CostArrays, load: LoadView) -> float:
+    """Predicted time of a plain step at this load, its prompt tokens included."""
+    at = (load.batch_size, load.mean_context, load.prefill_tokens, 0, 1)
+    batch, context, prefill, verified, width = (np.array([float(x)]) for x in at)
+    work = Work(batch, context, prefill, verified, width, drafting=np.zeros((1, 1)), unseen=np.zeros(1))
+    return float(step_phases(costs, Scaling.none(1), work).total[0])
