@@ -240,19 +240,31 @@ class Tracker:
 
     def _update_pace(self, outcomes: Outcomes, clean: NDArray[np.bool_], spoken: NDArray[np.bool_]) -> None:
         """Pace is read from steps without prefill, whose predicted time is known."""
+        expected = self._expected_one(outcomes) if self._one else self._expected(outcomes)
+        measured = (outcomes.verify_seconds, outcomes.draft_seconds)
+        for column, (taken, predicted, counts) in enumerate(
+            zip(measured, expected, (clean, clean & spoken), strict=True)
+        ):
+            ratio = np.log(np.maximum(taken, 1e-9) / np.maximum(predicted, 1e-9))
+            change = RATE * (np.clip(ratio, -2.0, 2.0) - self._pace[:, column])
+            self._pace[:, column] += np.where(counts & (taken > 0), change, 0.0)
+
+    def _expected(self, outcomes: Outcomes) -> tuple[Floats, Floats]:
+        """[E] predicted seconds of the verify pass and of drafting."""
         loads, scaling = outcomes.loads, self.scaling
         batch = np.maximum(loads.batch, 1.0)
         plain = self._costs.verify(batch, batch, loads.context)
         full = self._costs.verify(batch, batch + outcomes.verified, loads.context)
-        verify = scaling.fixed * plain + scaling.row * (full - plain)
-        drafted = scaling.draft * self._costs.draft(batch, np.maximum(outcomes.width, 1), outcomes.depth)
-        for column, measured, predicted, counts in (
-            (0, outcomes.verify_seconds, verify, clean),
-            (1, outcomes.draft_seconds, drafted, clean & spoken),
-        ):
-            ratio = np.log(np.maximum(measured, 1e-9) / np.maximum(predicted, 1e-9))
-            change = RATE * (np.clip(ratio, -2.0, 2.0) - self._pace[:, column])
-            self._pace[:, column] += np.where(counts & (measured > 0), change, 0.0)
+        drafted = self._costs.draft(batch, np.maximum(outcomes.width, 1), outcomes.depth)
+        return scaling.fixed * plain + scaling.row * (full - plain), scaling.draft * drafted
+
+    def _expected_one(self, outcomes: Outcomes) -> tuple[Floats, Floats]:
+        """The same for serving's one lane, without the arrays' overhead."""
+        profile, loads = self._costs.profile, outcomes.loads
+        batch = max(1, int(loads.batch[0]))
+        verify = profile.verify_seconds(batch, batch + float(outcomes.verified[0]), float(loads.context[0]))
+        draft = profile.draft_seconds(batch, max(1, int(outcomes.width[0])), int(outcomes.depth[0]))
+        return np.array([verify]), np.array([draft])
 
     def _cost_features(self, loads: Loads) -> Floats:
         if not self._one:

@@ -25,6 +25,10 @@ class TraceError(EchoError, ValueError):
     """A recording is missing, damaged, of another version, or doesn't hold what is asked of it."""
 
 
+class PolicyError(ConfigError):
+    """A learned policy's files are missing, damaged or don't fit this release, or it said something unusable."""
+
+
 class UnknownController(ConfigError):
     """No controller is registered under that name."""
 

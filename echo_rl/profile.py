@@ -21,8 +21,9 @@ from echo_rl.errors import ConfigError
 from echo_rl.packages import cache_root
 
 PROFILE_VERSION = 2
-BREAK_EVEN_ACCEPTANCE = 0.3
-"""Default theta of `CostProfile.knee`: the highest of the ECHO authors' batch-1 gates."""
+BREAK_EVEN_ACCEPTANCE = 0.6
+"""Default theta of `CostProfile.knee`: how often a typical first choice is accepted, so that past the knee not even
+such nodes pay."""
 
 Axis = tuple[int, ...]
 Surface = tuple[tuple[tuple[float, ...], ...], ...]
@@ -115,23 +116,29 @@ class CostProfile:
     def knee(self, batch: int, context: float = 0.0, theta: float = BREAK_EVEN_ACCEPTANCE) -> int:
         """K_max: the most drafted nodes for which one more costs at most `theta` plainly decoded tokens.
 
-        Walks the lower convex hull of the measured knots from the roots on, so that one noisy knot
+        Walks the lower convex hull of the measured knots past the roots, so that one noisy knot
         neither ends nor prolongs the walk, and stops at the first edge whose seconds a node exceed
         ``theta * ar_seconds / batch``. Past it, a node that is accepted with probability
         theta costs more time than plain decoding needs for the tokens it brings, whatever the
-        drafter costs; so theta is the break-even acceptance. Never more than the grid measured.
-        Under ECHO's own model (see `hinge`) with ``gamma * batch > theta`` it is exactly its K_max;
-        where gamma is smaller the nodes past the hinge still pay and the knee lies further out.
+        drafter costs; so theta is the break-even acceptance. Never more than the grid measured. What
+        the first nodes cost at once (a speculative pass is another pass than a plain one) is no slope: it
+        is left to whoever weighs the whole step. Under ECHO's own model (see `hinge`) with
+        ``gamma * batch > theta`` the knee is exactly its K_max; where gamma is smaller the nodes past
+        the hinge still pay and the knee lies further out.
         """
-        price = theta * self.ar_seconds(batch, context) / max(1, batch)
-        rows = [batch, *(r for r in self.rows if r > batch)]
-        hull = _lower_hull([(r, self.verify_seconds(batch, r, context)) for r in rows])
-        reached = batch
-        for (low, cheap), (high, dear) in pairwise(hull):
-            if dear - cheap > price * (high - low) * (1.0 + 1e-9):
+        price = theta * self.ar_seconds(batch, context) / max(1, batch) * (1.0 + 1e-9)
+        knots = [(r, self.verify_seconds(batch, r, context)) for r in self.rows if r > batch]
+        edges = [(high, (dear - cheap) / (high - low)) for (low, cheap), (high, dear) in pairwise(_lower_hull(knots))]
+        reached = 0
+        for rows, slope in edges:
+            if slope > price:
                 break
-            reached = high
-        return reached - batch
+            reached = rows - batch
+        if not reached and knots:
+            rows, seconds = knots[0]
+            flat = seconds - self.ar_seconds(batch, context) <= price * (rows - batch)
+            reached = rows - batch if flat else 0
+        return reached
 
     def hinge(self, batch: int, context: float = 0.0) -> Hinge:
         """Least squares fit (relative errors) of ECHO's cost model over the measured knots.

@@ -47,10 +47,16 @@ class Record(Heavy):
     """Record responses with the widest forest at every position, for replay."""
 
 
+@dataclass(frozen=True)
+class Train(Heavy):
+    """Train a policy on replayed servers; rerun it to go on where it stopped."""
+
+
 GROUPS: dict[str, tuple[str, type[Heavy]]] = {
     "calibrate": ("echo_rl.cli.calibrate", Calibrate),
     "drafter": ("echo_rl.cli.drafter", Drafter),
     "record": ("echo_rl.cli.record", Record),
+    "train": ("echo_rl.cli.train", Train),
 }
 
 AnyCommand = (
@@ -60,6 +66,7 @@ AnyCommand = (
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Drafter, tyro.conf.subcommand("drafter")]
     | Annotated[Record, tyro.conf.subcommand("record")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Weights, tyro.conf.subcommand("weights")]
     | Annotated[Version, tyro.conf.subcommand("version")]
 )

@@ -20,7 +20,7 @@ from echo_rl.contracts import StepReport
 from echo_rl.controllers.shapes import MAX_DEPTH, REFERENCE_HIT, pooled_yield, separate_yield
 
 SKILLS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.88, 0.94, 0.98)
-PRIOR_REQUESTS = 8.0
+PRIOR_REQUESTS = 48.0
 """Weight of the prior (skill 0.6, no correction), in observed requests."""
 
 

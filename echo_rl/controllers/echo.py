@@ -48,26 +48,47 @@ class EchoOptions:
             raise ConfigError(f"echo planner is {self.planner!r}; give PlannerOptions")
 
 
-class Echo(BaseController):
-    """The whole method: sparse calibrated gates, planned budget, batch-wide scheduler."""
+class CalibratedSelection(BaseController):
+    """ECHO's gates and scheduler under any plan: the likeliest nodes of the batch by calibrated path probability."""
 
-    name = "echo"
     scheduled = True
 
-    def __init__(self, options: EchoOptions) -> None:
+    def __init__(self, calibration: GateCalibration | str | Path | None) -> None:
         super().__init__()
-        profile, calibration = options.profile, options.calibration
-        if profile is None:
-            profile = CostProfile.default()
         if calibration is None:
             calibration = GateCalibration.default()
-        self.profile = profile if isinstance(profile, CostProfile) else CostProfile.load(profile)
         self.calibration = (
             calibration if isinstance(calibration, GateCalibration) else GateCalibration.load(calibration)
         )
+        self._powers = torch.tensor(self.calibration.score_power)
+
+    def select(self, forest: Forest, plan: SpecPlan) -> Selection:
+        scored = self._calibrated(forest)
+        if self.scheduled:
+            return pack(forest, global_top_k(scored, plan.budget, self._node_cap))
+        return pack(forest, per_request_top_k(scored, even_split(plan.budget, forest.batch_size, forest.scores.device)))
+
+    def _calibrated(self, forest: Forest) -> Forest:
+        """The forest with path probabilities raised to the calibrated power of their depth."""
+        if not len(self._powers):
+            return forest
+        powers = self._powers.to(forest.scores.device)[forest.depths.clamp(max=len(self._powers) - 1)]  # [M]
+        return replace(forest, scores=forest.scores * powers)
+
+
+class Echo(CalibratedSelection):
+    """The whole method: sparse calibrated gates, planned budget, batch-wide scheduler."""
+
+    name = "echo"
+
+    def __init__(self, options: EchoOptions) -> None:
+        super().__init__(options.calibration)
+        profile = options.profile
+        if profile is None:
+            profile = CostProfile.default()
+        self.profile = profile if isinstance(profile, CostProfile) else CostProfile.load(profile)
         self.planner = BudgetPlanner(self.profile, options.planner, pooled=self.scheduled)
         self._nodes = options.nodes
-        self._powers = torch.tensor(self.calibration.score_power)
         self._plans: dict[Shape, SpecPlan] = {}
 
     def gates(self, max_depth: int) -> Gates:
@@ -81,25 +102,12 @@ class Echo(BaseController):
             self._plans[shape] = SpecPlan(shape.budget, shape.depth, shape.width, self.gates(shape.depth))
         return self._plans[shape]
 
-    def select(self, forest: Forest, plan: SpecPlan) -> Selection:
-        scored = self._calibrated(forest)
-        if self.scheduled:
-            return pack(forest, global_top_k(scored, plan.budget, self._node_cap))
-        return pack(forest, per_request_top_k(scored, even_split(plan.budget, forest.batch_size, forest.scores.device)))
-
     def observe(self, report: StepReport) -> None:
         self.planner.observe(report)
 
     def _fixed_shape(self, load: LoadView, nodes: float) -> Shape:
         depth, width = affordable(nodes)
         return Shape(min(round(nodes * load.batch_size), self.planner.knee(load)), depth, width, nodes)
-
-    def _calibrated(self, forest: Forest) -> Forest:
-        """The forest with path probabilities raised to the calibrated power of their depth."""
-        if not len(self._powers):
-            return forest
-        powers = self._powers.to(forest.scores.device)[forest.depths.clamp(max=len(self._powers) - 1)]  # [M]
-        return replace(forest, scores=forest.scores * powers)
 
 
 class EchoDense(Echo):

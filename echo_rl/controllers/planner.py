@@ -49,7 +49,7 @@ class PlannerOptions:
     """Break-even acceptance that defines K_max, see `CostProfile.knee`."""
     horizon: float = 256.0
     """Requests over which acceptance is averaged."""
-    probe_share: float = 0.005
+    probe_share: float = 0.01
     """Share of the time that looking at the alternative may cost, see `ProbeLedger`."""
     probe_period: int = 64
     """Fewest steps between two looks."""

@@ -16,7 +16,7 @@ from echo_rl.codec import CONFIDENCE, DEPTHS, Knobs, Loads, Outcomes
 from echo_rl.contracts import LoadView
 from echo_rl.costs import CostArrays, Scaling
 from echo_rl.env.lane import Gain, Lane, LaneOptions, Turn
-from echo_rl.env.timing import Phases, Work, noise, step_phases
+from echo_rl.env.timing import Phases, Plain, Work, noise, plain_step, step_phases
 from echo_rl.env.trace import Trace
 from echo_rl.env.verdicts import Table, Verdict
 from echo_rl.env.workload import Arrivals, Workload
@@ -34,8 +34,9 @@ class FleetStep:
 
     outcomes: Outcomes
     tokens: Floats  # got by requests, first tokens included
+    decoded: Floats  # of them those of decoding requests
     seconds: Floats
-    plain_seconds: Floats  # predicted time of a plain step at the same load
+    plain: Plain
     kept: tuple[Ints, ...]  # per lane: tokens of each decoding request
 
 
@@ -101,9 +102,11 @@ class Fleet:
             drafting=tally.drafting,
             unseen=np.array([float(turn.unseen) for turn in turns]),
         )
-        phases, plain = self._times(work)
+        phases = self._times(work)
+        plain = plain_step(self._costs, self.scaling, loads.batch, loads.context, loads.prefill)
         self.now += phases.total
-        tokens = np.array([float(g.kept.sum() + len(t.prompts)) for g, t in zip(gains, turns, strict=True)])
+        decoded = np.array([float(gain.kept.sum()) for gain in gains])
+        tokens = decoded + np.array([float(len(turn.prompts)) for turn in turns])
         outcomes = Outcomes(
             loads=loads,
             budget=budgets.astype(np.float64),
@@ -119,7 +122,7 @@ class Fleet:
         )
         for lane in range(self.lanes):
             self._advance(lane)
-        return FleetStep(outcomes, tokens, phases.total, plain.total, tuple(gain.kept for gain in gains))
+        return FleetStep(outcomes, tokens, decoded, phases.total, plain, tuple(gain.kept for gain in gains))
 
     def _serve(self, lane: int, knobs: Knobs, budget: int, tally: _Tally) -> Gain:
         """Decide and commit one lane's step."""
@@ -135,15 +138,12 @@ class Fleet:
         tally.committed[lane] = accepted.sum() + len(accepted)
         return self._lanes[lane].commit(turn, accepted, budget > 0)
 
-    def _times(self, work: Work) -> tuple[Phases, Phases]:
-        """What the steps take, and what plain ones would have taken without noise."""
+    def _times(self, work: Work) -> Phases:
         phases = step_phases(self._costs, self.scaling, work)
-        nothing = np.zeros(self.lanes)
-        plain = Work(work.batch, work.context, work.prefill, nothing, work.width, work.drafting * 0.0, nothing)
-        if self._noisy:
-            sigma = self._costs.profile.noise
-            phases = phases.times(np.concatenate([noise(g, sigma, 1) for g in self._generators]))
-        return phases, step_phases(self._costs, self.scaling, plain)
+        if not self._noisy:
+            return phases
+        sigma = self._costs.profile.noise
+        return phases.times(np.concatenate([noise(g, sigma, 1) for g in self._generators]))
 
     def _advance(self, lane: int) -> None:
         """Take arrivals and serve prompts alone until some request decodes."""

@@ -18,7 +18,7 @@ from echo_rl.costs import CostArrays, Scaling
 from echo_rl.env.reward import RewardMeter, RewardOptions
 from echo_rl.env.server import ServedStep, Server
 from echo_rl.env.stepper import Clock, Steerable
-from echo_rl.env.timing import Work, step_phases
+from echo_rl.env.timing import plain_step
 from echo_rl.env.workload import Workload, closed
 from echo_rl.errors import ConfigError
 
@@ -198,13 +198,15 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         """The reward, its terms and the facts of a step."""
         load, plan, seconds = served.report.load, served.report.plan, max(served.seconds, 1e-9)
         good = sum(seconds <= self.options.reward.slo_tpot * n for n in served.gains) / max(len(served.gains), 1)
-        plain = _plain_seconds(self._costs, load)
-        numbers = (np.array([float(x)]) for x in (served.tokens, seconds, plain, load.batch_size, good))
+        at = (np.array([float(x)]) for x in (load.batch_size, load.mean_context, load.prefill_tokens))
+        plain = plain_step(self._costs, Scaling.none(1), *at)
+        decoded, batch = np.array([float(sum(served.gains))]), np.array([float(load.batch_size)])
+        numbers = (decoded, seconds - plain.prompts, plain.decode, batch, np.array([good]))
         terms = {name: float(values[0]) for name, values in self._meter.score(*numbers).items()}
         return terms | {
             "tokens": float(served.tokens),
             "seconds": served.seconds,
-            "plain_seconds": plain * served.tokens / load.batch_size,
+            "plain_seconds": float(plain.worth(decoded, batch)[0]),
             "batch": float(load.batch_size),
             "budget": float(plan.budget),
             "depth": float(plan.max_depth if plan.speculates else 0),
@@ -219,11 +221,3 @@ def observation_space() -> gym.spaces.Box[np.float32]:
     """The codec's observations with their bounds."""
     low, high = np.array([bounds for _, *bounds in FEATURES], dtype=np.float32).T
     return gym.spaces.Box(low, high, dtype=np.float32)
-
-
-def _plain_seconds(costs: CostArrays, load: LoadView) -> float:
-    """Predicted time of a plain step at this load, its prompt tokens included."""
-    at = (load.batch_size, load.mean_context, load.prefill_tokens, 0, 1)
-    batch, context, prefill, verified, width = (np.array([float(x)]) for x in at)
-    work = Work(batch, context, prefill, verified, width, drafting=np.zeros((1, 1)), unseen=np.zeros(1))
-    return float(step_phases(costs, Scaling.none(1), work).total[0])

@@ -52,6 +52,26 @@ def step_phases(costs: CostArrays, scaling: Scaling, work: Work) -> Phases:
     return Phases(verify, _draft(costs, scaling, work, speculative), overhead)
 
 
+@dataclass(frozen=True)
+class Plain:
+    """What steps would have taken without speculation and noise, [E] each: the measure of what speculation brings."""
+
+    decode: Floats  # a step of the decoding requests alone: a token each
+    prompts: Floats  # what the prompt tokens add to it, whatever is decided
+
+    def worth(self, decoded: Floats, batch: Floats) -> Floats:
+        """Seconds of plain serving that a step replaces which brought `decoded` tokens of decoding requests."""
+        return self.decode * decoded / np.maximum(batch, 1.0) + self.prompts
+
+
+def plain_step(costs: CostArrays, scaling: Scaling, batch: Floats, context: Floats, prefill: Floats) -> Plain:
+    """`Plain` of steps with these loads."""
+    passes = costs.verify(batch, batch, context)
+    rows = batch + costs.profile.prefill_weight * prefill
+    prompts = scaling.row * (costs.verify(batch, rows, context) - passes)
+    return Plain(scaling.fixed * passes + scaling.overhead * costs.overhead(batch, 0.0, False), prompts)
+
+
 def noise(generator: np.random.Generator, sigma: float, lanes: int) -> Floats:
     """[E] lognormal factors of mean 1."""
     return np.exp(sigma * generator.standard_normal(lanes) - 0.5 * sigma * sigma)

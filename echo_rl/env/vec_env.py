@@ -61,8 +61,8 @@ class ReplayVecEnv(VecEnv):
     """E lanes of `EchoRL/Replay-v0` in one process. Episodes only truncate, staggered at the start.
 
     Equal seeds give equal transitions, whatever happens between them. `infos` hold the sums over the
-    repeated serving steps: tokens, seconds, plain_seconds (predicted plain decoding of the same
-    *steps'* loads for the same tokens), batch, budget, depth, width and the reward's named terms.
+    repeated serving steps: tokens, seconds, plain_seconds (of plain serving
+    that they replace, see `timing.Plain`), batch, budget, depth, width and the reward's named terms.
     """
 
     render_mode = None
@@ -158,9 +158,10 @@ class ReplayVecEnv(VecEnv):
         if self.options.reward.form == "goodput":
             rates = zip(step.seconds, step.kept, strict=True)
             good = np.array([float((s / np.maximum(k, 1e-9) <= slo).mean()) for s, k in rates])
-        terms = self._meter.score(step.tokens, step.seconds, step.plain_seconds, o.loads.batch, good)
-        plain = step.plain_seconds * step.tokens / o.loads.batch
-        facts = {"tokens": step.tokens, "seconds": step.seconds, "plain_seconds": plain, "batch": o.loads.batch}
+        batch = o.loads.batch
+        terms = self._meter.score(step.decoded, step.seconds - step.plain.prompts, step.plain.decode, batch, good)
+        worth = step.plain.worth(step.decoded, batch)
+        facts = {"tokens": step.tokens, "seconds": step.seconds, "plain_seconds": worth, "batch": batch}
         return terms | facts | {"budget": o.budget, "depth": o.depth, "width": o.width}
 
     def _info(self, lane: int, sums: dict[str, NDArray[np.float64]]) -> dict[str, Any]:

@@ -25,9 +25,9 @@ def run(make_load):
 
 def test_speculates_alone_and_not_in_a_crowd(make_profile, make_world, run):
     world, echo = make_world(make_profile(), hit=0.6), make("echo", profile=make_profile())
-    assert all(r.plan.speculates for r in run(world, echo, 1, 100)[20:])
-    assert all(r.plan == AUTOREGRESSIVE for r in run(world, echo, 32, 100))
-    assert run(world, echo, 1, 30)[-1].plan.speculates
+    assert sum(r.plan.speculates for r in run(world, echo, 1, 100)[20:]) >= 79  # one look at a plain step
+    assert sum(r.plan.speculates for r in run(world, echo, 32, 100)) <= 2  # probes
+    assert sum(r.plan.speculates for r in run(world, echo, 1, 30)[10:]) >= 19
 
 
 def test_the_budget_stays_under_the_knee(make_profile, make_world, run):
@@ -54,8 +54,8 @@ def test_switches_off_for_a_useless_drafter_and_recovers(make_profile, make_worl
     off = run(world, echo, 1, 400)
     assert sum(r.plan.speculates for r in off) <= 400 / 64 + 1
     world.hit = 0.8
-    run(world, echo, 1, 1500)
-    assert all(r.plan.speculates for r in run(world, echo, 1, 50))
+    run(world, echo, 1, 3000)
+    assert sum(r.plan.speculates for r in run(world, echo, 1, 50)) >= 49
 
 
 def test_acceptance_learned_while_on_survives_a_spell_off(make_profile, make_world, run):

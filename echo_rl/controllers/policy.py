@@ -1,0 +1,111 @@
+"""ECHO with its plan from elsewhere: set from outside (`Steered`), or by a learned policy (`Ppo`).
+
+Gates and scheduler stay ECHO's; only the knobs are learned. Imports no training library.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from echo_rl.codec import Loads, Outcomes, Tracker
+from echo_rl.contracts import AUTOREGRESSIVE, LoadView, SpecPlan, StepReport
+from echo_rl.controllers.echo import CalibratedSelection, Echo, EchoOptions
+from echo_rl.controllers.gates import GateCalibration
+from echo_rl.controllers.network import Policy
+from echo_rl.costs import CostArrays
+from echo_rl.errors import ConfigError
+from echo_rl.profile import CostProfile
+
+Action = tuple[int, int, int, int]
+log = logging.getLogger(__name__)
+
+
+class Steered(CalibratedSelection):
+    """Follows the plan that `steer` set last; plain decoding until then."""
+
+    name = "steered"
+
+    def __init__(self, calibration: GateCalibration | str | Path | None = None) -> None:
+        super().__init__(calibration)
+        self._plan = AUTOREGRESSIVE
+
+    def steer(self, plan: SpecPlan) -> None:
+        self._plan = plan
+
+    def propose(self, load: LoadView) -> SpecPlan:
+        return self._plan
+
+
+@dataclass(frozen=True)
+class PpoOptions:
+    path: Policy | str | Path | None = None
+    """The policy, or its folder; None takes the one that ships with the package."""
+    profile: CostProfile | str | Path | None = None
+    """The machine's costs, or their file; None takes this machine's own, else the packaged one."""
+    calibration: GateCalibration | str | Path | None = None
+    """The drafter's gates, or their file; None takes the packaged one."""
+    deterministic: bool = True
+    """Take the likeliest action; otherwise draw one, as in training."""
+    seed: int = 0
+    """Of the drawn actions."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.deterministic, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ConfigError("ppo deterministic must be true or false, seed a whole number >= 0")
+
+
+class Ppo(CalibratedSelection):
+    """A learned policy, which decides every `Policy.repeat` steps with decoding requests.
+
+    Where it can't (it raises, or its numbers are not finite) ECHO decides in its stead: counted in
+    `fallbacks`, logged the first time. ECHO's planner therefore follows every step.
+    """
+
+    name = "ppo"
+
+    def __init__(self, options: PpoOptions) -> None:
+        super().__init__(options.calibration)
+        given = options.path
+        self.policy = given if isinstance(given, Policy) else Policy.load(shipped() if given is None else given)
+        self.echo = Echo(EchoOptions(options.profile, self.calibration))
+        self.fallbacks = 0
+        self._tracker = Tracker(CostArrays(self.echo.profile))
+        self._gates = self.calibration.sparse(max(self.policy.table.depths))
+        self._generator = None if options.deterministic else np.random.default_rng(options.seed)
+        self._action: Action | None = None  # None: this decision is ECHO's
+        self._left = 0  # steps for which it still stands
+        self._plans: dict[tuple[Action, int], SpecPlan] = {}
+
+    def propose(self, load: LoadView) -> SpecPlan:
+        if not self._left:
+            self._action, self._left = self._decide(load), self.policy.repeat
+        self._left -= 1
+        if self._action is None:
+            return self.echo.propose(load)
+        key = (self._action, load.batch_size)
+        if key not in self._plans:
+            self._plans[key] = self.policy.table.plan(self._action, load, self._gates)
+        return self._plans[key]
+
+    def observe(self, report: StepReport) -> None:
+        self._tracker.update(Outcomes.of(report))
+        self.echo.observe(report)
+
+    def _decide(self, load: LoadView) -> Action | None:
+        try:
+            return self.policy.act(self._tracker.observe(Loads.of(load))[0], self._generator)
+        except Exception as error:  # a server must go on, whatever a policy does
+            if not self.fallbacks:
+                log.warning("the policy cannot decide (%s: %s); ECHO does instead", type(error).__name__, error)
+            self.fallbacks += 1
+            return None
+
+
+def shipped() -> Path:
+    """Folder of the policy that ships with the package."""
+    return Path(str(files("echo_rl").joinpath("controllers", "data", "ppo")))

@@ -1,0 +1,170 @@
+"""Any controller on replayed servers: its steps one by one, and how fast they were.
+
+The one way in which learned and analytic controllers are measured against each other during
+training: same requests, arrivals and seeds, the serving interface, simulated time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from echo_rl.contracts import Controller, Forest, Frontier, LoadView, Selection, SpecPlan, StepReport
+from echo_rl.controllers.network import Policy
+from echo_rl.costs import CostArrays, Scaling
+from echo_rl.env.replay import ReplayBackend, ReplayOptions
+from echo_rl.env.server import ServedStep, Server
+from echo_rl.env.timing import plain_step
+from echo_rl.env.trace import Trace
+from echo_rl.env.workload import parse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MakeController = Callable[[], Controller]
+
+
+@dataclass(frozen=True)
+class World:
+    """A replay of these responses on this machine."""
+
+    trace: Trace
+    costs: CostArrays
+    noise: bool = True
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What some steps brought.
+
+    `plain_seconds` is the time of plain serving that the steps replaced, see `timing.Plain`; the first tokens of
+    prompts, which nobody speculates for, are in `tokens` alone.
+    """
+
+    tokens: float
+    seconds: float
+    plain_seconds: float
+
+    @property
+    def throughput(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def speedup(self) -> float:
+        """Over predicted plain decoding at the same loads."""
+        return self.plain_seconds / self.seconds
+
+
+def play(
+    world: World,
+    controller: Controller,
+    workload: str,
+    steps: int,
+    seed: int,
+    learn: Callable[[StepReport], None] = lambda report: None,
+    change: Callable[[LoadView, SpecPlan], SpecPlan] = lambda load, plan: plan,
+) -> Iterator[tuple[LoadView, SpecPlan, ServedStep]]:
+    """Serve a workload; yields each of `steps` steps with decoding requests, and the controller's plan for it.
+
+    `learn` sees the other steps; `change` may put another plan in place of the controller's. Plans deeper or
+    wider than the trace are cut to it. Raises what the backend and `workload.parse` raise.
+    """
+    backend = ReplayBackend(world.trace, world.costs, ReplayOptions(noise=world.noise), seed)
+    server = Server(backend, _Seat(controller), world.trace.requests(), backend.clock, backend.idle)
+    drawn = parse(workload)
+    server.check(drawn)
+    try:
+        server.open(drawn, np.random.default_rng(seed))
+        for _ in range(steps):
+            load = server.advance(learn)
+            plan = _within(controller.plan(load), world.trace)
+            yield load, plan, server.serve(change(load, plan))
+    finally:
+        server.clear()
+        server.stepper.stop()
+
+
+def measure(world: World, controller: Controller, workload: str, steps: int, seed: int) -> Speed:
+    """The speed of a controller under a workload."""
+    tokens = seconds = plain = 0.0
+    for load, _, served in play(world, controller, workload, steps, seed):
+        tokens += served.tokens
+        seconds += served.seconds
+        at = [np.array([float(x)]) for x in (load.batch_size, load.mean_context, load.prefill_tokens)]
+        replaced = plain_step(world.costs, Scaling.none(1), *at).worth(np.array([float(sum(served.gains))]), at[0])
+        plain += float(replaced[0])
+    return Speed(tokens, seconds, plain)
+
+
+class HeldOut:
+    """Scores a policy on responses that it was not trained on, workload by workload, against named controllers.
+
+    ``speedup`` (geometric mean over the workloads) and ``speedup/WORKLOAD`` are over predicted plain
+    decoding; ``over_NAME`` and ``over_NAME/WORKLOAD`` are tokens a plain second over those of the
+    baseline in the same workload and seed. Deterministic; baselines are measured once.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        serve: Callable[[Policy], Controller],
+        workloads: Sequence[str],
+        steps: int,
+        seed: int,
+        baselines: Mapping[str, MakeController],
+    ) -> None:
+        self._world, self._serve, self._workloads = world, serve, tuple(workloads)
+        self._steps, self._seed, self._baselines = steps, seed, dict(baselines)
+        self._known: dict[str, list[float]] = {}
+
+    def __call__(self, policy: Policy) -> dict[str, float]:
+        ours = self._speedups(lambda: self._serve(policy))
+        scores = _spread("speedup", self._workloads, ours)
+        for name, make in self._baselines.items():
+            if name not in self._known:
+                self._known[name] = self._speedups(make)
+            ratios = [a / b for a, b in zip(ours, self._known[name], strict=True)]
+            scores |= _spread(f"over_{name}", self._workloads, ratios)
+        return scores
+
+    def _speedups(self, make: MakeController) -> list[float]:
+        numbered = enumerate(self._workloads, self._seed)
+        return [measure(self._world, make(), w, self._steps, seed).speedup for seed, w in numbered]
+
+
+def _spread(name: str, workloads: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    mean = math.exp(sum(math.log(v) for v in values) / len(values))
+    return {name: mean} | {f"{name}/{w}": v for w, v in zip(workloads, values, strict=True)}
+
+
+def _within(plan: SpecPlan, trace: Trace) -> SpecPlan:
+    if not plan.speculates or (plan.max_depth <= trace.max_depth and plan.width <= trace.max_width):
+        return plan
+    return replace(plan, max_depth=min(plan.max_depth, trace.max_depth), width=min(plan.width, trace.max_width))
+
+
+class _Seat:
+    """The controller whose plan was already asked for: it is handed in by `steer`."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.name = controller.name
+        self._controller = controller
+
+    def steer(self, plan: SpecPlan) -> None:
+        self._plan = plan
+
+    def plan(self, load: LoadView) -> SpecPlan:
+        return self._plan
+
+    def extend(self, frontier: Frontier, plan: SpecPlan) -> Tensor:
+        return self._controller.extend(frontier, plan)
+
+    def select(self, forest: Forest, plan: SpecPlan) -> Selection:
+        return self._controller.select(forest, plan)
+
+    def observe(self, report: StepReport) -> None:
+        self._controller.observe(report)

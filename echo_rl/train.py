@@ -1,0 +1,220 @@
+"""Trains a policy on replayed servers: clone ECHO, then PPO, keep what serves unseen responses fastest.
+
+``train(config)`` writes a folder: ``policy/`` (the best policy, which ``make("ppo", path=...)`` serves),
+``training_state.pt`` and ``tensorboard/``. Run again, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import VecEnv
+
+from echo_rl.codec import GROUPS, ActionTable, Gates
+from echo_rl.controllers.echo import Echo, EchoOptions
+from echo_rl.controllers.gates import GateCalibration
+from echo_rl.controllers.network import Policy
+from echo_rl.controllers.policy import Ppo, PpoOptions
+from echo_rl.costs import CostArrays
+from echo_rl.env.reward import RewardOptions
+from echo_rl.env.trace import Trace
+from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
+from echo_rl.errors import ConfigError, TraceError
+from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, clone, demonstrate
+from echo_rl.learning.export import commit, export_policy, visible
+from echo_rl.learning.learner import POLICY_FOLDER, LearnerOptions, Score, fit
+from echo_rl.learning.play import HeldOut, MakeController, World
+from echo_rl.profile import CostProfile
+
+CLOSED = tuple(f"closed:{c}" for c in (1, 2, 4, 8, 16, 32))
+FREE = ("out", "learner.steps", "learner.evaluate_every", "learner.checkpoint_every", "learner.threads")
+"""Settings that a resumed run may change."""
+FILES = ("trace", "profile", "calibration")
+"""Settings that name files; a run is told apart by what is in them."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a policy is trained on, and how."""
+
+    out: Path = Path("runs/ppo")
+    """Folder of the policy, of the training state and of the TensorBoard events."""
+    trace: Path | None = None
+    """Recorded responses; None takes the packaged trace."""
+    profile: Path | None = None
+    """The machine's costs; None takes this machine's own, else the packaged ones."""
+    calibration: Path | None = None
+    """The drafter's gates; None takes this machine's own, else the packaged ones."""
+    workloads: tuple[str, ...] = (*CLOSED, "poisson:1", "bursty:0.5,4,5,5")
+    """What lanes serve, drawn anew for each episode; see `workload.parse`."""
+    lanes: int = 16
+    """Servers side by side."""
+    horizon: int = 64
+    """Env steps an episode."""
+    repeat: int = 4
+    """Serving steps for which a decision stands, in training and in serving."""
+    randomise: bool = False
+    """Draw another machine's costs for each episode, for a policy that transfers."""
+    hidden: tuple[str, ...] = ()
+    """Groups of observations (load, speculation, cost) that the policy never sees: for ablations."""
+    held_out: float = 0.3
+    """Share of the prompts that only evaluation sees."""
+    evaluate_on: tuple[str, ...] = CLOSED
+    """Workloads of the evaluation."""
+    evaluation_steps: int = 300
+    """Serving steps a workload and evaluation."""
+    seed: int = 0
+    """Of the demonstrations and the evaluation; the learner has its own."""
+    reward: RewardOptions = field(default_factory=RewardOptions)
+    clone: CloneOptions = field(default_factory=CloneOptions)
+    learner: LearnerOptions = field(default_factory=LearnerOptions)
+
+    def __post_init__(self) -> None:
+        if min(self.lanes, self.horizon, self.repeat, self.evaluation_steps) < 1:
+            raise ConfigError("training needs lanes, horizon, repeat and evaluation_steps of at least 1")
+        if not self.workloads or not self.evaluate_on:
+            raise ConfigError("training needs at least one workload to serve and one to evaluate on")
+        if set(self.hidden) - GROUPS.keys():
+            raise ConfigError(f"hidden is {self.hidden}; the observation groups are {', '.join(GROUPS)}")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run."""
+
+    policy: Path
+    """Folder of the best policy."""
+    steps: int
+    curve: tuple[Mapping[str, float], ...]
+    """Scores on held-out responses, one evaluation each."""
+
+    @property
+    def best(self) -> Mapping[str, float]:
+        return max(self.curve, key=lambda point: point["speedup"])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a config names, loaded. Raises `ConfigError` and `TraceError`."""
+
+    profile: CostProfile
+    calibration: GateCalibration
+    training: Trace
+    held_out: Trace
+    table: ActionTable
+
+    @classmethod
+    def load(cls, config: TrainConfig) -> Setting:
+        trace = Trace.packaged() if config.trace is None else Trace.load(config.trace)
+        table = ActionTable()
+        if max(table.depths) > trace.max_depth or max(table.widths) > trace.max_width:
+            raise TraceError(
+                f"the trace holds {trace.max_depth} levels of width {trace.max_width}, actions go to "
+                f"{max(table.depths)} and {max(table.widths)}; record it again with that depth and width"
+            )
+        return cls(
+            CostProfile.default() if config.profile is None else CostProfile.load(config.profile),
+            GateCalibration.default() if config.calibration is None else GateCalibration.load(config.calibration),
+            *trace.split(config.held_out, config.seed),
+            table,
+        )
+
+    @property
+    def costs(self) -> CostArrays:
+        return CostArrays(self.profile)
+
+    @property
+    def gates(self) -> Gates:
+        return self.calibration.sparse(max(self.table.depths))
+
+    def echo(self) -> Echo:
+        return Echo(EchoOptions(self.profile, self.calibration))
+
+
+def train(
+    config: TrainConfig, console: Console | None = None, baselines: Mapping[str, MakeController] | None = None
+) -> Trained:
+    """Train, or go on in `config.out`. `baselines` are controllers to be compared with; None: ECHO.
+
+    Raises `ConfigError` (a setting, or the folder of another run) and `TraceError`.
+    """
+    setting = Setting.load(config)
+    against = {"echo": setting.echo} if baselines is None else baselines
+    env = make_env(config, setting)
+    try:
+        model, run = fit(
+            config.learner,
+            env,
+            config.out,
+            export=lambda policy: export_policy(policy, setting.table, config.repeat, config.hidden),
+            score=make_score(config, setting, against),
+            start=lambda policy: _clone_echo(policy, config, setting),
+            claim=claim(config, setting),
+            manifest=lambda facts: _manifest(config, setting, facts),
+            console=console,
+        )
+    finally:
+        env.close()
+    return Trained(config.out / POLICY_FOLDER, int(model.num_timesteps), tuple(run.curve))
+
+
+def make_env(config: TrainConfig, setting: Setting) -> VecEnv:
+    """The lanes to learn on."""
+    options = FleetOptions(
+        workloads=config.workloads, table=setting.table, reward=config.reward, horizon=config.horizon,
+        repeat=config.repeat, randomise=config.randomise, hidden=config.hidden,
+        gates=setting.gates, score_power=setting.calibration.score_power,
+    )  # fmt: skip
+    return ReplayVecEnv(setting.training, setting.costs, options, config.lanes, config.learner.seed)
+
+
+def make_score(config: TrainConfig, setting: Setting, baselines: Mapping[str, MakeController]) -> Score:
+    """The evaluation on held-out responses, as the policy would be served."""
+    world = World(setting.held_out, setting.costs)
+
+    def serve(policy: Policy) -> Ppo:
+        return Ppo(PpoOptions(policy, setting.profile, setting.calibration))
+
+    return HeldOut(world, serve, config.evaluate_on, config.evaluation_steps, config.seed, baselines)
+
+
+def claim(config: TrainConfig, setting: Setting) -> dict[str, Any]:
+    """What makes a run this run and no other, as flat JSON."""
+    flat: dict[str, Any] = _provenance(setting)
+    for name, value in json.loads(json.dumps(asdict(config), default=str)).items():
+        nested = {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+        flat |= {key: inner for key, inner in nested.items() if key not in (*FREE, *FILES)}
+    return flat
+
+
+def _provenance(setting: Setting) -> dict[str, str]:
+    """Where the data come from, under the names of their files in the config."""
+    trace = f"{setting.training.provenance} ({len(setting.training.responses)} responses)"
+    return dict(zip(FILES, (trace, setting.profile.provenance, setting.calibration.provenance), strict=True))
+
+
+def _clone_echo(policy: ActorCriticPolicy, config: TrainConfig, setting: Setting) -> dict[str, Any]:
+    """The policy starts out as ECHO; what of it was learned."""
+    if not config.clone.steps:
+        return {}
+    scene = Scene(
+        World(setting.training, setting.costs), setting.table, setting.gates,
+        config.workloads, config.repeat, config.horizon,
+    )  # fmt: skip
+    shown = demonstrate(scene, setting.echo, config.clone, config.seed)
+    seen = Demonstrations(shown.observations * visible(config.hidden), shown.actions)
+    agreed = clone(policy, seen, config.clone, config.seed)
+    return {"demonstrations": len(seen.actions), "agreement": [round(share, 4) for share in agreed]}
+
+
+def _manifest(config: TrainConfig, setting: Setting, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a policy's manifest tells of its training."""
+    described = {name: value for name, value in claim(config, setting).items() if name not in FILES}
+    trained = {**_provenance(setting), "steps": facts["steps"], "cloned": facts["notes"], "config": described}
+    return {"trained": trained, "metrics": facts["metrics"], "commit": commit()}

@@ -1,0 +1,214 @@
+"""Training on replays: demonstrations and cloning, the held-out score, and the whole run from a config."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tyro
+
+from echo_rl.cli.train import Train
+from echo_rl.codec import FEATURES, ActionTable
+from echo_rl.contracts import SpecPlan
+from echo_rl.controllers import make
+from echo_rl.controllers.gates import GateCalibration
+from echo_rl.controllers.network import Policy
+from echo_rl.controllers.policy import Ppo, PpoOptions, Steered
+from echo_rl.costs import CostArrays
+from echo_rl.env.trace import Trace
+from echo_rl.errors import ConfigError
+from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, agreement, clone, demonstrate
+from echo_rl.learning.learner import LearnerOptions, build
+from echo_rl.learning.play import HeldOut, World, measure, play
+from echo_rl.profile import CostProfile, packaged
+from echo_rl.train import Setting, TrainConfig, make_score, train
+
+TABLE = ActionTable()
+PROFILE = CostProfile.load(packaged("profile.json"))
+GATES = GateCalibration.load(packaged("gates.json"))
+
+
+@pytest.fixture(scope="module")
+def trace() -> Trace:
+    return Trace.packaged()
+
+
+@pytest.fixture(scope="module")
+def world(trace) -> World:
+    return World(trace, CostArrays(PROFILE), noise=False)
+
+
+def steered(*knobs: int) -> Steered:
+    controller = Steered(GATES)
+    controller.steer(SpecPlan(*knobs))
+    return controller
+
+
+# --- playing
+
+
+@pytest.mark.parametrize("workload", ["closed:1", "closed:8", "closed:32", "poisson:2"])
+def test_plain_decoding_is_exactly_as_fast_as_plain_decoding(world, workload):
+    """Whatever prompts arrive meanwhile: their first tokens are nobody's merit."""
+    assert measure(world, make("none"), workload, 60, seed=0).speedup == pytest.approx(1.0, abs=1e-9)
+
+
+def test_speed_is_deterministic_and_tells_controllers_apart(world):
+    noisy = replace(world, noise=True)
+    speeds = [measure(noisy, make("chain", steps=3), "closed:2", 40, seed) for seed in (0, 0, 1)]
+    assert speeds[0] == speeds[1] != speeds[2]
+    assert measure(world, make("chain", steps=3), "closed:1", 80, 0).speedup > 1.05
+
+
+def test_plans_past_the_trace_are_cut_to_it(world, trace):
+    wide = steered(20, trace.max_depth + 2, trace.max_width + 5)
+    plans = [served.report.plan for _, _, served in play(world, wide, "closed:1", 3, 0)]
+    assert {(p.max_depth, p.width) for p in plans} == {(trace.max_depth, trace.max_width)}
+
+
+def test_a_player_that_stops_early_leaves_no_thread(world):
+    before = threading.active_count()
+    played = play(world, make("none"), "closed:2", 50, 0)
+    next(played)
+    played.close()
+    for thread in threading.enumerate():
+        if thread.name == "echo-rl-steps":
+            thread.join(timeout=5)
+    assert threading.active_count() <= before
+
+
+def test_scores_are_relative_to_the_baselines(world):
+    made = []
+
+    def baseline():
+        made.append(1)
+        return make("chain", steps=3)
+
+    held = HeldOut(world, lambda policy: make("chain", steps=3), ("closed:1", "closed:4"), 30, 0, {"chain": baseline})
+    first, second = held(None), held(None)
+    assert first == second and made == [1, 1]  # one a workload, measured once
+    assert first["over_chain"] == first["over_chain/closed:1"] == pytest.approx(1.0)
+    mean = (first["speedup/closed:1"] * first["speedup/closed:4"]) ** 0.5
+    assert first["speedup"] == pytest.approx(mean)
+
+
+# --- cloning
+
+
+def test_cloning_reproduces_a_rule(make_env):
+    """A rule of the load and of acceptance: more than 90 % of every knob's choices, on observations not trained on."""
+    g = np.random.default_rng(0)
+
+    def rule(x):
+        quiet, good = x[:, 0] < 0.5, x[:, 6] > 0.5
+        columns = (np.where(quiet, 6, 3), np.where(good, 5, 2), np.where(quiet & good, 3, 1), np.full(len(x), 2))
+        return np.stack(columns, axis=1)
+
+    x = g.random((3000, len(FEATURES))).astype(np.float32)
+    policy = build(LearnerOptions(), make_env()).policy
+    options = CloneOptions(epochs=25)
+    assert min(agreement(policy, Demonstrations(x, rule(x)))) < 0.5  # not before
+    clone(policy, Demonstrations(x[:2000], rule(x[:2000])), options, seed=0)
+    assert min(agreement(policy, Demonstrations(x[2000:], rule(x[2000:])))) > 0.9
+
+
+def test_plain_demonstrations_teach_nothing_of_the_other_knobs(make_env):
+    x = np.zeros((64, len(FEATURES)), np.float32)
+    plain, deep = np.tile([0, 0, 0, 0], (32, 1)), np.tile([5, 6, 3, 2], (32, 1))
+    policy = build(LearnerOptions(), make_env()).policy
+    found = clone(policy, Demonstrations(x, np.concatenate([plain, deep])), CloneOptions(epochs=40), seed=0)
+    assert found[1:] == (1.0, 1.0, 1.0)  # contradictory only where it doesn't matter
+
+
+def test_demonstrations_are_the_controllers_decisions(world):
+    scene = Scene(world, TABLE, GATES.sparse(8), ("closed:1", "closed:4"), repeat=4, horizon=5)
+    shown = demonstrate(scene, lambda: make("chain", steps=3), CloneOptions(steps=160, disturbed=0.0), seed=0)
+    assert shown.observations.shape == (40, len(FEATURES)) and shown.observations.dtype == np.float32
+    assert {tuple(row) for row in shown.actions.tolist()} == {TABLE.nearest(3, 3, 1)}
+    batches = np.rint(2.0 ** (6.0 * shown.observations[:, 0]))
+    assert (batches[:20] == 1).all() and batches[20:].max() == 4
+    last_depth = shown.observations[:, 18]
+    assert (last_depth[::5] == 0).all() and (last_depth[1::5] > 0).all()  # statistics begin anew every horizon
+
+
+def test_disturbed_decisions_are_seen_but_never_taught(world):
+    scene = Scene(world, TABLE, GATES.sparse(8), ("closed:2",), repeat=2, horizon=1000)
+    shown = demonstrate(scene, lambda: make("chain", steps=3), CloneOptions(steps=200, disturbed=0.5), seed=0)
+    assert {tuple(row) for row in shown.actions.tolist()} == {TABLE.nearest(3, 3, 1)}
+    other = np.abs(shown.observations[1:, 18] - 3 / 8) > 1e-6
+    assert 0.25 < other.mean() < 0.75  # the last depth is often not the controller's own
+
+
+@pytest.mark.parametrize("wrong", [{"steps": -1}, {"epochs": 0}, {"lr": 0.0}, {"smoothing": 1.0}, {"disturbed": 1.0}])
+def test_bad_clone_options_are_refused(wrong):
+    with pytest.raises(ConfigError, match="cloning needs"):
+        CloneOptions(**wrong)
+
+
+# --- the whole run
+
+
+@pytest.fixture
+def config(tmp_path, trace) -> TrainConfig:
+    trace.subset(range(12)).save(tmp_path / "trace.safetensors")
+    return TrainConfig(
+        out=tmp_path / "run", trace=tmp_path / "trace.safetensors", profile=packaged("profile.json"),
+        calibration=packaged("gates.json"), workloads=("closed:1", "closed:4"), lanes=4, horizon=8, repeat=2,
+        evaluate_on=("closed:2",), evaluation_steps=20, clone=CloneOptions(steps=80, epochs=5),
+        learner=LearnerOptions(steps=128, n_steps=16, net=(16,), evaluate_every=1, checkpoint_every=1),
+    )  # fmt: skip
+
+
+def test_a_run_leaves_a_policy_that_serves(config, world):
+    done = train(config)
+    manifest = json.loads((done.policy / "manifest.json").read_text())
+    assert done.steps == 128 and [point["step"] for point in done.curve] == [0, 64, 128]
+    assert {"speedup", "over_echo", "speedup/closed:2"} <= manifest["metrics"].keys()
+    trained = manifest["trained"]
+    assert trained["profile"] == PROFILE.provenance and trained["config"]["workloads"] == ["closed:1", "closed:4"]
+    assert trained["config"]["learner.seed"] == 0 and trained["cloned"]["demonstrations"] == 40
+    assert trained["steps"] in (0, 64, 128) and manifest["repeat"] == 2 and "commit" in manifest
+    policy = Policy.load(done.policy)
+    ppo = Ppo(PpoOptions(policy, PROFILE, GATES))
+    assert measure(world, ppo, "closed:2", 20, 0).tokens > 0 and ppo.fallbacks == 0
+
+
+def test_the_kept_policy_scores_again_what_its_manifest_says(config):
+    done = train(config, baselines={})
+    score = make_score(config, Setting.load(config), {})
+    assert score(Policy.load(done.policy)) == json.loads((done.policy / "manifest.json").read_text())["metrics"]
+    assert done.best["speedup"] == max(point["speedup"] for point in done.curve)
+
+
+def test_a_rerun_goes_on_and_another_config_is_refused(config):
+    train(config, baselines={})
+    longer = replace(config, learner=replace(config.learner, steps=192))
+    done = train(longer, baselines={})
+    assert done.steps == 192 and [point["step"] for point in done.curve] == [0, 64, 128, 192]
+    with pytest.raises(ConfigError, match="another learner.gamma; use another out folder"):
+        train(replace(config, learner=replace(config.learner, gamma=0.5)), baselines={})
+
+
+def test_evaluation_never_sees_a_prompt_of_training(config):
+    setting = Setting.load(config)
+    training, held = ({r.prompt for r in t.responses} for t in (setting.training, setting.held_out))
+    assert training and held and not training & held
+
+
+@pytest.mark.parametrize("wrong", [{"lanes": 0}, {"workloads": ()}, {"hidden": ("cots",)}])
+def test_bad_settings_are_refused(wrong):
+    with pytest.raises(ConfigError):
+        TrainConfig(**wrong)
+
+
+def test_the_command_line_reaches_every_level_of_the_config():
+    command = tyro.cli(
+        Train, args=["--out", "x", "--workloads", "closed:3", "--learner.gamma", "0.5", "--clone.steps", "0",
+                     "--reward.form", "throughput", "--learner.net", "8", "8"],
+    )  # fmt: skip
+    options = command.options
+    assert (str(options.out), options.workloads, options.learner.gamma) == ("x", ("closed:3",), 0.5)
+    assert (options.clone.steps, options.reward.form, options.learner.net) == (0, "throughput", (8, 8))
