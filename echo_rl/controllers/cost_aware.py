@@ -1,0 +1,370 @@
+"""Trees sized by what the machine charges for them: Sequoia, SMART, CAST, EVICT.
+
+All read the machine's `CostProfile`. Where a paper looks at one request, the batch's cost of giving
+every request as many nodes stands in for its cost. Where a rule compares one node's benefit with its
+marginal cost, the run of nodes up to the best total is taken instead: for falling benefits and
+rising costs that is the same set, and one step of a measured curve does not end it.
+
+Shapes: B requests, F candidates of a level, M forest nodes a request, N = most drafted nodes of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from echo_rl.contracts import AUTOREGRESSIVE, NO_GATE, Forest, Frontier, LoadView, Selection, SpecPlan
+from echo_rl.controllers.base import MISSING, BaseController, global_top_k, pack, per_request_top_k
+from echo_rl.controllers.dynamic import TreeOptions, Values, beam, closed, every_level, existing, probabilities
+from echo_rl.controllers.fixed import Eagle3, Static, StaticOptions
+from echo_rl.controllers.fixed import Path as Ranks
+from echo_rl.controllers.shapes import REFERENCE_HIT, likeliest_tree
+from echo_rl.costs import CostArrays
+from echo_rl.errors import ConfigError
+from echo_rl.profile import CostProfile
+
+
+@dataclass(frozen=True)
+class CostAwareOptions(TreeOptions):
+    profile: CostProfile | str | Path | None = None
+    """The machine's costs, or their file; None takes this machine's own, else the packaged one."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a step at one load."""
+
+    plain: float
+    """A whole step of plain decoding."""
+    verify: Tensor
+    """[N + 1] float32: a speculative step without its drafting, by drafted nodes verified over the batch."""
+    each: Tensor
+    """[total + 1] the same over `plain`, by nodes that every request has verified."""
+    draft: tuple[float, ...]
+    """Drafting, by levels drafted from 0 on."""
+
+    def level(self, depth: int) -> float:
+        """Drafting level `depth` (0 = the root's children) on top of those above it."""
+        return self.draft[depth + 1] - self.draft[depth]
+
+
+class CostAware(Eagle3):
+    """EAGLE's tree with the costs of the step at hand; they are kept by batch size and half octave of context."""
+
+    options: CostAwareOptions
+    _costs: Costs
+
+    def __init__(self, options: CostAwareOptions) -> None:
+        super().__init__(options)
+        self.profile = _profile(options.profile)
+        self._arrays = CostArrays(self.profile)
+        self._known: dict[tuple[int, int], Costs] = {}
+        self._gates = every_level(options.depth)
+
+    def propose(self, load: LoadView) -> SpecPlan:
+        self._costs = self._costs_of(load)
+        return super().propose(load)
+
+    def _costs_of(self, load: LoadView) -> Costs:
+        key, batch = (load.batch_size, _half_octave(load)), load.batch_size
+        if key not in self._known:
+            context, options = _context(key[1]), self.options
+            nodes = np.arange(options.total * batch + 1)
+            seconds = self._arrays.verify(batch, batch + nodes, context) + self._arrays.overhead(batch, nodes, True)
+            verify = torch.from_numpy(seconds).float()
+            draft = (self.profile.draft_seconds(batch, options.top_k, d) for d in range(options.depth + 1))
+            plain = self.profile.step_seconds(batch, 0, 0, 0, context)
+            self._known[key] = Costs(plain, verify, verify[::batch] / plain, tuple(draft))
+        return self._known[key]
+
+
+@dataclass(frozen=True)
+class EvictOptions(CostAwareOptions):
+    total: int = 32
+    """Most nodes k that a request keeps."""
+    TUNABLE: ClassVar[Values] = {"depth": (3, 5, 8), "top_k": (3, 5, 8)}
+
+
+class Evict(CostAware):
+    """EVICT (arXiv 2605.00342): draft EAGLE's tree, verify the prefix with the most expected tokens a second.
+
+    k* = argmax over k of (sum of the k likeliest paths + 1) / C(k). One k for the whole batch, since the
+    profile has one cost for it; each request keeps its own k likeliest nodes. k = 0 is among the choices, but
+    drafting precedes the choice, so there is no plan for plain decoding.
+    """
+
+    name = "evict"
+
+    def select(self, forest: Forest, plan: SpecPlan) -> Selection:
+        batch = forest.batch_size
+        most = min(plan.budget // batch, forest.scores.shape[1])
+        likeliest = probabilities(forest.scores).topk(most, dim=1).values.sum(0)
+        k = int((_running(likeliest, batch) / self._costs.each[: most + 1].to(likeliest.device)).argmax())
+        return pack(forest, per_request_top_k(forest, k))
+
+
+@dataclass(frozen=True)
+class SmartOptions(CostAwareOptions):
+    prior: float = 1.0
+    """Probability assumed of the root's best child before it is drafted; 1 drafts wherever it could pay."""
+    TUNABLE: ClassVar[Values] = {
+        "prior": (0.6, 0.8, 1.0),
+        "depth": (3, 5, 8),
+        "top_k": (4, 8),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.prior <= 1.0:
+            raise ConfigError(f"smart prior is {self.prior}; give a probability above 0")
+
+
+class Smart(CostAware):
+    """SMART (arXiv 2604.09731): expand a node iff its benefit over its cost exceeds the current tree's speed-up.
+
+    The benefit is the node's path probability. Its cost is one more verified node at the batch's present
+    size and, while drafting, its share of the next level. The trees of a batch are verified in one pass, so
+    they have one speed-up. A request drafts on while it has a node to expand. The root is a node too: where
+    the first level's cost exceeds the prior's benefit, the step is plain decoding.
+    """
+
+    name = "smart"
+    options: SmartOptions
+
+    def __init__(self, options: SmartOptions) -> None:
+        super().__init__(options)
+        self._nodes = 0  # in the batch's trees so far in this step
+        self._tokens = 0.0  # that they and the roots are expected to yield
+
+    def propose(self, load: LoadView) -> SpecPlan:
+        plan, costs = super().propose(load), self._costs
+        first = costs.draft[1] + float(costs.verify[load.batch_size]) - costs.plain
+        return replace(plan, gates=self._gates) if self.options.prior * costs.plain > first else AUTOREGRESSIVE
+
+    def extend(self, frontier: Frontier, plan: SpecPlan) -> Tensor:
+        """[B] bool: requests with at least one candidate worth expanding."""
+        depth, costs = frontier.depth, self._costs
+        if depth == 0:
+            self._nodes, self._tokens = 0, float(len(frontier.alive))
+        best = beam(frontier, plan)
+        ranked = best.flatten().sort(descending=True).values[: plan.budget - self._nodes]
+        share = costs.level(depth + 1) / max(1, int(frontier.alive.sum()) * best.shape[1])
+        joined, tokens = self._best_run(ranked, depth + 1, share)
+        self._nodes, self._tokens = self._nodes + joined, tokens
+        if not joined:
+            return torch.zeros_like(frontier.alive)
+        return frontier.alive & (best[:, 0] >= ranked[joined - 1])
+
+    def select(self, forest: Forest, plan: SpecPlan) -> Selection:
+        """The rule over the whole forest, likeliest nodes first, with the drafting as it was."""
+        self._nodes, self._tokens = 0, float(forest.batch_size)
+        probs = probabilities(forest.scores).flatten()
+        ranked = probs.topk(min(plan.budget, len(probs))).values
+        k, _ = self._best_run(ranked, int(forest.depths[-1]) + 1, share=0.0)
+        return pack(forest, global_top_k(forest, k, self._node_cap))
+
+    def _best_run(self, ranked: Tensor, levels: int, share: float) -> tuple[int, float]:
+        """How many of the ranked nodes to add for the highest speed-up, and the tokens then expected."""
+        tokens = _running(ranked, self._tokens)
+        verify = self._costs.verify[self._nodes : self._nodes + len(tokens)].to(tokens.device)
+        seconds = verify + self._costs.draft[levels]
+        if share:
+            seconds = seconds + share * torch.arange(len(tokens), device=tokens.device)
+        count = int((tokens / seconds).argmax())
+        return count, float(tokens[count])
+
+
+@dataclass(frozen=True)
+class CastOptions(CostAwareOptions):
+    c1: float = 0.5
+    """Least benefit over cost of one more candidate of a level; 1 is what plain decoding yields for its time."""
+    c2: float = 1.0
+    """Least benefit over cost of one more level."""
+    c3: float = 1.0
+    """Least benefit over cost of one more verified node in the final ranking."""
+    alpha: float = 0.8
+    """Share of a level's probability that is expected in the next; only alpha / c2 matters."""
+    TUNABLE: ClassVar[Values] = {
+        "c2": (0.75, 1.0, 1.5),
+        "c3": (0.75, 1.0, 1.5, 2.0),
+        "top_k": (4, 8),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(c >= 0.0 for c in (self.c1, self.c2, self.c3)) or not 0.0 < self.alpha <= 1.0:
+            given = f"c1 {self.c1}, c2 {self.c2}, c3 {self.c3}, alpha {self.alpha}"
+            raise ConfigError(f"cast {given}: give constants >= 0 and alpha in (0, 1]")
+
+
+class Cast(CostAware):
+    """CAST (arXiv 2510.26577): widen while du/dc > C1, deepen iff alpha * u / c >= C2, rerank with du/dc > C3.
+
+    u is path probability in a request's tree, c = f(B, context, n) the time of a batch in which every
+    request has n nodes, over that of a plain step: at 1 a node earns as much as plain decoding does. A level
+    costs its drafting and one verified node. The published constants are not known here; calibrate them.
+    The root's u is 1: where even that does not pay for a level, the step is plain decoding.
+    """
+
+    name = "cast"
+    options: CastOptions
+
+    def __init__(self, options: CastOptions) -> None:
+        super().__init__(options)
+        self._nodes = torch.empty(0, dtype=torch.int64)  # [B] kept so far in this step
+        self._floors: list[Tensor] = []  # per level [B], the least score that was kept
+
+    def propose(self, load: LoadView) -> SpecPlan:
+        plan, costs = super().propose(load), self._costs
+        self._floors = []
+        price = (costs.draft[1] + float(costs.verify[load.batch_size])) / costs.plain - 1.0
+        pays = self.options.alpha >= self.options.c2 * price
+        return replace(plan, gates=self._gates) if pays else AUTOREGRESSIVE
+
+    def extend(self, frontier: Frontier, plan: SpecPlan) -> Tensor:
+        """[B] bool: requests whose kept candidates are likely enough to pay for another level."""
+        batch, options = len(frontier.alive), self.options
+        scores = existing(frontier.scores).sort(dim=1, descending=True).values  # [B, F]
+        price, most = self._costs.each.to(scores.device), plan.budget // batch
+        if frontier.depth == 0:
+            self._nodes, self._floors = torch.zeros_like(frontier.alive, dtype=torch.int64), []
+        at = self._nodes[:, None] + torch.arange(scores.shape[1] + 1, device=scores.device)  # [B, F + 1]
+        utility = _running(scores.exp(), 0.0)
+        gain = (utility - options.c1 * price[at.clamp(max=most)]).masked_fill(at > most, NO_GATE)
+        kept = gain.argmax(1, keepdim=True)  # [B, 1]
+        floor = scores.gather(1, (kept - 1).clamp(min=0)).masked_fill(kept == 0, math.inf)
+        self._nodes = self._nodes + kept[:, 0]
+        self._floors.append(floor[:, 0])
+        level = self._costs.level(frontier.depth + 1) / self._costs.plain
+        deeper = level + price[(self._nodes + 1).clamp(max=most)] - price[self._nodes]
+        pays = options.alpha * utility.gather(1, kept)[:, 0] >= options.c2 * deeper
+        return frontier.alive & pays & (kept[:, 0] > 0) & (self._nodes < most)
+
+    def select(self, forest: Forest, plan: SpecPlan) -> Selection:
+        """Of the kept candidates, each request's likeliest while they pay by C3; a last level is kept whole."""
+        scores = existing(forest.scores)
+        unasked = int(forest.depths[-1]) + 1 - len(self._floors)
+        open_to_all = scores.new_full((forest.batch_size,), MISSING)
+        floors = torch.stack([*self._floors, *[open_to_all] * unasked], dim=1)  # [B, D]
+        kept = closed(forest, scores >= floors.index_select(1, forest.depths))
+        scores = scores.masked_fill(~kept, NO_GATE)
+        most = min(plan.budget // forest.batch_size, scores.shape[1])
+        utility = _running(scores.topk(most, dim=1).values.exp(), 0.0)
+        price = self._costs.each[: most + 1].to(scores.device)
+        counts = (utility - self.options.c3 * price).argmax(1)
+        return pack(forest, per_request_top_k(replace(forest, scores=scores), counts))
+
+
+@dataclass(frozen=True)
+class SequoiaOptions(CostAwareOptions):
+    hit: float = REFERENCE_HIT
+    """p of the positional model: a node's r-th child is accepted with probability ``p * (1 - p)**r``."""
+    TUNABLE: ClassVar[Values] = {"hit": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), "top_k": (4, 8)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.hit < 1.0:
+            raise ConfigError(f"sequoia hit is {self.hit}; give a probability between 0 and 1")
+
+
+@dataclass(frozen=True)
+class _Trees:
+    """The best tree of each size for one depth: the first n `paths`."""
+
+    paths: tuple[Ranks, ...]
+    gain: tuple[float, ...]  # expected accepted nodes of the first n = 1, 2, ... paths
+    width: tuple[int, ...]  # that drafting them takes
+    depth: tuple[int, ...]
+
+
+class Sequoia(BaseController):
+    """Sequoia (arXiv 2402.12374): the fixed tree with the best G(n, d) / (t(n) + d * c) for the batch size.
+
+    G(n, d) is the expected yield of the best tree of n nodes and d levels under positional acceptance.
+    There a node is no likelier than its parent or its elder sibling, so the paper's dynamic program and
+    taking the likeliest paths one by one find the same trees; every prefix is the optimum of its size. At
+    most `top_k` nodes a level have children. Size 0 is among the choices: plain decoding where no tree pays.
+    """
+
+    name = "sequoia"
+
+    def __init__(self, options: SequoiaOptions) -> None:
+        super().__init__()
+        self.options = options
+        self._arrays = CostArrays(_profile(options.profile))
+        self._grown = [_grow(options, depth) for depth in range(1, options.depth + 1)]
+        self._known: dict[tuple[int, int, int], Static | None] = {}
+        self._tree: Static | None = None
+
+    def propose(self, load: LoadView) -> SpecPlan:
+        key = (load.batch_size, _half_octave(load), min(load.max_nodes, self.options.total))
+        if key not in self._known:
+            paths = self._optimum(*key)
+            self._known[key] = Static(StaticOptions(paths)) if paths else None
+        self._tree = self._known[key]
+        return self._tree.propose(load) if self._tree else AUTOREGRESSIVE
+
+    def select(self, forest: Forest, plan: SpecPlan) -> Selection:
+        assert self._tree is not None, "select follows a plan that speculates"
+        return self._tree.select(forest, plan)
+
+    def _optimum(self, batch: int, half_octave: int, most: int) -> tuple[Ranks, ...]:
+        """The paths of the fastest tree of at most `most` nodes a request; none where plain decoding is faster."""
+        arrays, context = self._arrays, _context(half_octave)
+        best, paths = batch / arrays.profile.step_seconds(batch, 0, 0, 0, context), tuple[Ranks, ...]()
+        for trees in self._grown:
+            sizes = np.arange(1, min(most, len(trees.paths)) + 1)
+            seconds = arrays.verify(batch, batch * (1 + sizes), context) + arrays.overhead(batch, batch * sizes, True)
+            seconds += arrays.draft(batch, trees.width[: len(sizes)], trees.depth[: len(sizes)])
+            rates = batch * (1.0 + np.asarray(trees.gain[: len(sizes)])) / seconds
+            top = int(rates.argmax())
+            if rates[top] > best:
+                best, paths = float(rates[top]), trees.paths[: top + 1]
+        return paths
+
+
+def _grow(options: SequoiaOptions, depth: int) -> _Trees:
+    """The likeliest paths within `top_k` children a node and `top_k` parents a level."""
+    parents: list[set[Ranks]] = [set() for _ in range(depth)]
+    paths: dict[Ranks, None] = {}  # in order
+    gain, width, deepest = [0.0], [1], [0]
+    for path in likeliest_tree(8 * options.total, depth, options.hit):
+        family = parents[len(path) - 1]
+        if path[-1] >= options.top_k or (path[:-1] not in family and len(family) >= options.top_k):
+            continue
+        if len(path) > 1 and path[:-1] not in paths:
+            continue
+        family.add(path[:-1])
+        paths[path] = None
+        gain.append(gain[-1] + math.prod(options.hit * (1.0 - options.hit) ** rank for rank in path))
+        width.append(max(width[-1], path[-1] + 1, len(family)))
+        deepest.append(max(deepest[-1], len(path)))
+        if len(paths) == options.total:
+            break
+    return _Trees(tuple(paths), tuple(gain[1:]), tuple(width[1:]), tuple(deepest[1:]))
+
+
+def _running(values: Tensor, start: float) -> Tensor:
+    """[..., K + 1]: the start, then the start and the sum of the first 1, 2, ... values."""
+    return torch.nn.functional.pad(values.cumsum(-1), (1, 0)) + start
+
+
+def _profile(given: CostProfile | str | Path | None) -> CostProfile:
+    if given is None:
+        return CostProfile.default()
+    return given if isinstance(given, CostProfile) else CostProfile.load(given)
+
+
+def _half_octave(load: LoadView) -> int:
+    """The mean context in steps of a factor of the square root of 2."""
+    return round(2.0 * math.log2(load.mean_context + 1.0))
+
+
+def _context(half_octave: int) -> float:
+    return float(2.0 ** (half_octave / 2.0)) - 1.0
