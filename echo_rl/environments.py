@@ -54,13 +54,15 @@ def make_replay(
     this machine's calibration (the packaged one where there is none). `workloads`: see
     `workload.parse`. Raises `ConfigError` and `TraceError`.
     """
+    from echo_rl.controllers.gates import GateCalibration
     from echo_rl.controllers.policy import Steered
     from echo_rl.costs import CostArrays
     from echo_rl.env.replay import ReplayBackend, ReplayOptions
     from echo_rl.env.spec_env import SpecEnv
     from echo_rl.env.trace import Trace
+    from echo_rl.profile import CostProfile
 
-    gates = _calibration(calibration)
+    gates = GateCalibration.of(calibration)
     options = _options(workloads, reward, horizon, repeat, table, gates)
     if not isinstance(trace, Trace):
         trace = Trace.packaged() if trace is None else Trace.load(Path(trace))
@@ -70,7 +72,7 @@ def make_replay(
             f"the trace holds {trace.max_depth} levels of width {trace.max_width}, the action table goes to "
             f"{deepest} and {widest}; give a smaller `table` or record again"
         )
-    costs = CostArrays(_profile(profile))
+    costs = CostArrays(CostProfile.of(profile))
     backend = ReplayBackend(trace, costs, ReplayOptions(noise=noise))
     return SpecEnv(backend, Steered(gates), trace.requests(), costs, options, backend.clock, backend.idle)
 
@@ -97,13 +99,15 @@ def make_live(
     from echo_rl.bench import chat_requests
     from echo_rl.config import EngineConfig
     from echo_rl.contracts import SamplingParams, SpecPlan
+    from echo_rl.controllers.gates import GateCalibration
     from echo_rl.controllers.policy import Steered
     from echo_rl.costs import CostArrays
     from echo_rl.env.spec_env import SpecEnv
+    from echo_rl.profile import CostProfile
     from echo_rl.prompts import load_prompts
     from echo_rl.runtime.engine import Engine
 
-    gates = _calibration(calibration)
+    gates = GateCalibration.of(calibration)
     options = _options(workloads, reward, horizon, repeat, table, gates)
     config = engine or EngineConfig()
     largest = SpecPlan(1, max(options.table.depths), max(options.table.widths)).expanded
@@ -115,7 +119,7 @@ def make_live(
     def params(number: int) -> SamplingParams:
         return SamplingParams(temperature=temperature, seed=number, max_new_tokens=max_new_tokens)
 
-    costs = CostArrays(_profile(profile))
+    costs = CostArrays(CostProfile.of(profile))
     return SpecEnv(backend, Steered(gates), chat_requests(backend, chosen, params), costs, options)
 
 
@@ -141,19 +145,3 @@ def _options(
         horizon=horizon,
         repeat=repeat,
     )
-
-
-def _calibration(given: GateCalibration | str | Path | None) -> GateCalibration:
-    from echo_rl.controllers.gates import GateCalibration
-
-    if given is None:
-        return GateCalibration.default()
-    return given if isinstance(given, GateCalibration) else GateCalibration.load(given)
-
-
-def _profile(given: CostProfile | str | Path | None) -> CostProfile:
-    from echo_rl.profile import CostProfile
-
-    if given is None:
-        return CostProfile.default()
-    return given if isinstance(given, CostProfile) else CostProfile.load(given)

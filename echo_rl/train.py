@@ -119,8 +119,8 @@ class Setting:
                 f"{max(table.depths)} and {max(table.widths)}; record it again with that depth and width"
             )
         return cls(
-            CostProfile.default() if config.profile is None else CostProfile.load(config.profile),
-            GateCalibration.default() if config.calibration is None else GateCalibration.load(config.calibration),
+            CostProfile.of(config.profile),
+            GateCalibration.of(config.calibration),
             *trace.split(config.held_out, config.seed),
             table,
         )

@@ -22,7 +22,7 @@ LEVELS = (
     {"runtime", "env", "controllers"},
     {
         *("loop", "metrics", "prompts", "sweep", "results", "bench", "plots", "record", "drafting", "calibrate"),
-        *("environments", "train", "learning", "ab", "evaluate", "tune", "report_html", "plots_ab"),
+        *("environments", "train", "learning", "ab", "evaluate", "tune", "report_html", "plots_ab", "records", "trials"),
     },
     {"server", "integrations"},
     {"cli"},

@@ -62,7 +62,7 @@ class CostAware(Eagle3):
 
     def __init__(self, options: CostAwareOptions) -> None:
         super().__init__(options)
-        self.profile = _profile(options.profile)
+        self.profile = CostProfile.of(options.profile)
         self._arrays = CostArrays(self.profile)
         self._known: dict[tuple[int, int], Costs] = {}
         self._gates = every_level(options.depth)
@@ -297,7 +297,7 @@ class Sequoia(BaseController):
     def __init__(self, options: SequoiaOptions) -> None:
         super().__init__()
         self.options = options
-        self._arrays = CostArrays(_profile(options.profile))
+        self._arrays = CostArrays(CostProfile.of(options.profile))
         self._grown = [_grow(options, depth) for depth in range(1, options.depth + 1)]
         self._known: dict[tuple[int, int, int], Static | None] = {}
         self._tree: Static | None = None
@@ -353,12 +353,6 @@ def _grow(options: SequoiaOptions, depth: int) -> _Trees:
 def _running(values: Tensor, start: float) -> Tensor:
     """[..., K + 1]: the start, then the start and the sum of the first 1, 2, ... values."""
     return torch.nn.functional.pad(values.cumsum(-1), (1, 0)) + start
-
-
-def _profile(given: CostProfile | str | Path | None) -> CostProfile:
-    if given is None:
-        return CostProfile.default()
-    return given if isinstance(given, CostProfile) else CostProfile.load(given)
 
 
 def _half_octave(load: LoadView) -> int:

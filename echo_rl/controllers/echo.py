@@ -55,11 +55,7 @@ class CalibratedSelection(BaseController):
 
     def __init__(self, calibration: GateCalibration | str | Path | None) -> None:
         super().__init__()
-        if calibration is None:
-            calibration = GateCalibration.default()
-        self.calibration = (
-            calibration if isinstance(calibration, GateCalibration) else GateCalibration.load(calibration)
-        )
+        self.calibration = GateCalibration.of(calibration)
         self._powers = torch.tensor(self.calibration.score_power)
 
     def select(self, forest: Forest, plan: SpecPlan) -> Selection:
@@ -83,10 +79,7 @@ class Echo(CalibratedSelection):
 
     def __init__(self, options: EchoOptions) -> None:
         super().__init__(options.calibration)
-        profile = options.profile
-        if profile is None:
-            profile = CostProfile.default()
-        self.profile = profile if isinstance(profile, CostProfile) else CostProfile.load(profile)
+        self.profile = CostProfile.of(options.profile)
         self.planner = BudgetPlanner(self.profile, options.planner, pooled=self.scheduled)
         self._nodes = options.nodes
         self._plans: dict[Shape, SpecPlan] = {}

@@ -105,6 +105,13 @@ class GateCalibration:
             raise ConfigError(f"{path} is not a usable gate calibration ({error}); calibrate again") from error
 
     @classmethod
+    def of(cls, given: GateCalibration | str | Path | None) -> GateCalibration:
+        """A calibration, the one in a file, or for None the default. Raises `ConfigError`."""
+        if given is None:
+            return cls.default()
+        return given if isinstance(given, GateCalibration) else cls.load(given)
+
+    @classmethod
     def default(cls) -> GateCalibration:
         """The gates that `echo-rl calibrate` measured here, else the shipped ones; `provenance` says which."""
         return cls.load(own_or_packaged("gates.json"))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from echo_rl.controllers.gates import GateCalibration
 from echo_rl.controllers.network import Policy
 from echo_rl.costs import CostArrays
 from echo_rl.errors import ConfigError
+from echo_rl.packages import shipped_checkpoints
 from echo_rl.profile import CostProfile
 
 Action = tuple[int, int, int, int]
@@ -107,5 +107,5 @@ class Ppo(CalibratedSelection):
 
 
 def shipped() -> Path:
-    """Folder of the policy that ships with the package."""
-    return Path(str(files("echo_rl").joinpath("controllers", "data", "ppo")))
+    """Folder of the policy that ships with the project."""
+    return shipped_checkpoints() / "ppo"

@@ -9,6 +9,26 @@ from types import MappingProxyType
 from typing import Any
 
 from echo_rl.contracts import Controller
+from echo_rl.controllers.cost_aware import (
+    Cast,
+    CastOptions,
+    Evict,
+    EvictOptions,
+    Sequoia,
+    SequoiaOptions,
+    Smart,
+    SmartOptions,
+)
+from echo_rl.controllers.dynamic import (
+    Ddd,
+    DddOptions,
+    Eagle2,
+    Eagle2Options,
+    OptTree,
+    OptTreeOptions,
+    Talon,
+    TalonOptions,
+)
 from echo_rl.controllers.echo import Echo, EchoDense, EchoFixed, EchoFixedOptions, EchoOptions, EchoUnscheduled
 from echo_rl.controllers.fixed import (
     Chain,
@@ -22,6 +42,7 @@ from echo_rl.controllers.fixed import (
     Static,
     StaticOptions,
 )
+from echo_rl.controllers.policy import Ppo, PpoOptions
 from echo_rl.errors import ConfigError, UnknownController
 
 
@@ -42,10 +63,19 @@ CONTROLLERS: Mapping[str, Family] = MappingProxyType(
             Family(Static, StaticOptions),
             Family(Fixed, FixedOptions),
             Family(Eagle3, Eagle3Options),
+            Family(Eagle2, Eagle2Options),
+            Family(Ddd, DddOptions),
+            Family(Talon, TalonOptions),
+            Family(OptTree, OptTreeOptions),
+            Family(Sequoia, SequoiaOptions),
+            Family(Smart, SmartOptions),
+            Family(Cast, CastOptions),
+            Family(Evict, EvictOptions),
             Family(Echo, EchoOptions),
             Family(EchoDense, EchoOptions),
             Family(EchoFixed, EchoFixedOptions),
             Family(EchoUnscheduled, EchoOptions),
+            Family(Ppo, PpoOptions),
         )
     }
 )

