@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 NO_GATE = float("-inf")
 """A gate threshold that every path passes."""
 
+OFF_PATH = -1
+"""In a replayed forest the token of every node that the target didn't choose: which one it was changes nothing."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:

@@ -42,6 +42,7 @@ from echo_rl.controllers.fixed import (
     Static,
     StaticOptions,
 )
+from echo_rl.controllers.oracle import Oracle, OracleOptions
 from echo_rl.controllers.policy import Ppo, PpoOptions
 from echo_rl.errors import ConfigError, UnknownController
 
@@ -76,6 +77,7 @@ CONTROLLERS: Mapping[str, Family] = MappingProxyType(
             Family(EchoFixed, EchoFixedOptions),
             Family(EchoUnscheduled, EchoOptions),
             Family(Ppo, PpoOptions),
+            Family(Oracle, OracleOptions),
         )
     }
 )

@@ -14,6 +14,7 @@ import torch
 from echo_rl.contracts import (
     AUTOREGRESSIVE,
     NO_GATE,
+    OFF_PATH,
     Controller,
     Forest,
     Frontier,
@@ -29,9 +30,6 @@ from echo_rl.env.lane import Gain, Lane, LaneOptions, Turn
 from echo_rl.env.timing import Work, noise, step_phases
 from echo_rl.env.trace import Trace, key
 from echo_rl.errors import ConfigError, PlanViolation, RequestError, TraceError
-
-OFF_PATH = -1
-"""The token of every node that the target didn't choose: which one it was has no effect on anything."""
 
 
 @dataclass(frozen=True)
