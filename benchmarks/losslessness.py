@@ -81,7 +81,7 @@ class GapRecorder:
 
 def controllers() -> list[str]:
     """Every registered controller, plain decoding first."""
-    return ["none", *(name for name in registry.names() if name != "none")]
+    return ["none", *(name for name in registry.names() if name not in ("none", "oracle"))]
 
 
 class Comparison:

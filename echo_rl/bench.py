@@ -9,19 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from echo_rl.contracts import Backend, Controller, Request, SamplingParams
 from echo_rl.errors import ConfigError
-from echo_rl.loop import RunRecord, serve
+from echo_rl.loop import serve
 from echo_rl.prompts import Message, Prompt
-from echo_rl.results import BlockStore, machine, report, write_json
+from echo_rl.records import RunRecord
+from echo_rl.results import BlockStore, R, Store, machine, report, write_json
 from echo_rl.sweep import Arm, BenchConfig, Load, Unit, schedule
 
 MakeController = Callable[..., Controller]
+U = TypeVar("U")
 WARMUP_REQUESTS = 4
 WARMUP_TOKENS = 8
 
@@ -85,20 +87,27 @@ def run_bench(
         raise ConfigError("there are no prompts to serve")
     runner = _Runner(engine, config, prompts, make_controller, clock)
     store = BlockStore(out, config, environment or machine())
+    done = run_missing(list(schedule(config)), store, runner.run, console)
+    result = report(config, done, store.environment)
+    write_json(out / "result.json", result)
+    return result
+
+
+def run_missing(
+    units: Sequence[U], store: Store[U, R], run: Callable[[U], R], console: Console | None = None
+) -> dict[U, R]:
+    """All units of the store, those that it lacked run in the order given and added to it. Shows a bar."""
     done = store.read()
     with _progress(console) as progress:
-        units = list(schedule(config))
         task = progress.add_task("", total=len(units), completed=sum(unit in done for unit in units))
         for unit in units:
             if unit in done:
                 continue
-            progress.update(task, description=f"{unit.arm} x{unit.concurrency}, block {unit.block + 1}")
-            done[unit] = runner.run(unit)
+            progress.update(task, description=str(unit))
+            done[unit] = run(unit)
             store.append(unit, done[unit])
             progress.advance(task)
-    result = report(config, done, store.environment)
-    write_json(out / "result.json", result)
-    return result
+    return done
 
 
 class _Runner:

@@ -1,145 +1,23 @@
-"""Drives a backend in a closed loop at fixed concurrency and records what happened.
+"""Drives a backend and records what happened: in a closed loop (`serve`) or under a workload (`drive`).
 
-Knows nothing about models, prompts or files. All times in the records are seconds since the run began.
+Knows nothing about models, prompts or files.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, field, fields
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
-from echo_rl.contracts import Backend, Controller, PhaseTimes, Request, RequestOutput, StepReport
+from echo_rl.contracts import Backend, Controller, Request, RequestOutput
 from echo_rl.errors import ConfigError
+from echo_rl.records import CUT, RequestRecord, RunRecord, StepRecord
 
-
-@dataclass(frozen=True)
-class RequestRecord:
-    """One finished request. `token_times[i]` is when `tokens[i]` reached the caller."""
-
-    id: str
-    prompt_tokens: int
-    arrival: float
-    finish: float
-    tokens: tuple[int, ...]
-    token_times: tuple[float, ...]
-    finish_reason: str
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """The scalars of one `StepReport`, its wall time included."""
-
-    end: float
-    seconds: float
-    batch_size: int
-    prefill_tokens: int
-    waiting: int
-    context: float
-    budget: int
-    depth: int
-    width: int
-    drafted: int
-    verified: int
-    accepted: int
-    committed: int
-    reached_by_depth: tuple[int, ...]
-    accepted_by_depth: tuple[int, ...]
-    times: PhaseTimes
-
-    @classmethod
-    def of(cls, report: StepReport, end: float, seconds: float) -> StepRecord:
-        """`end` is the time since the run began, `seconds` the step's wall time."""
-        return cls(
-            end=end,
-            seconds=seconds,
-            batch_size=report.load.batch_size,
-            prefill_tokens=report.load.prefill_tokens,
-            waiting=report.load.waiting,
-            context=report.load.mean_context,
-            budget=report.plan.budget,
-            depth=report.plan.max_depth if report.plan.speculates else 0,
-            width=report.plan.width if report.plan.speculates else 0,
-            drafted=report.drafted,
-            verified=report.verified,
-            accepted=report.accepted,
-            committed=report.committed,
-            reached_by_depth=report.reached_by_depth,
-            accepted_by_depth=report.accepted_by_depth,
-            times=report.times,
-        )
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """One closed-loop run: its requests in the order given, its steps in the order taken."""
-
-    controller: str
-    concurrency: int
-    seconds: float
-    requests: tuple[RequestRecord, ...]
-    steps: tuple[StepRecord, ...]
-
-    @property
-    def output_tokens(self) -> int:
-        return sum(len(request.tokens) for request in self.requests)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON types, a step as one row; times are rounded to the microsecond."""
-        return _rounded({**asdict(self), "steps": [_row(step) for step in self.steps]})
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> RunRecord:
-        """The inverse of `to_json`."""
-        requests = (
-            {**row, "tokens": tuple(row["tokens"]), "token_times": tuple(row["token_times"])}
-            for row in data["requests"]
-        )
-        return cls(
-            controller=data["controller"],
-            concurrency=data["concurrency"],
-            seconds=data["seconds"],
-            requests=tuple(RequestRecord(**row) for row in requests),
-            steps=tuple(_step(row) for row in data["steps"]),
-        )
-
-
-def pool(records: Sequence[RunRecord]) -> RunRecord:
-    """Runs of one controller at one concurrency as if they were one; `seconds` is their sum."""
-    if not records:
-        raise ConfigError("there are no runs to pool")
-    return RunRecord(
-        controller=records[0].controller,
-        concurrency=records[0].concurrency,
-        seconds=sum(record.seconds for record in records),
-        requests=tuple(request for record in records for request in record.requests),
-        steps=tuple(step for record in records for step in record.steps),
-    )
-
-
-def _row(step: StepRecord) -> list[Any]:
-    """The fields in order, phase times as a list."""
-    return [astuple(step.times) if item.name == "times" else getattr(step, item.name) for item in fields(step)]
-
-
-def _step(row: Sequence[Any]) -> StepRecord:
-    values = dict(zip((item.name for item in fields(StepRecord)), row, strict=True))
-    values["times"] = PhaseTimes(*values["times"])
-    for name in ("reached_by_depth", "accepted_by_depth"):
-        values[name] = tuple(values[name])
-    return StepRecord(**values)
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 6)
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
-    return value
+if TYPE_CHECKING:
+    from echo_rl.env.workload import Arrivals
 
 
 @dataclass
@@ -156,7 +34,7 @@ class _InFlight:
         self.tokens.extend(output.tokens)
         self.token_times.extend([now] * len(output.tokens))
 
-    def finished(self, output: RequestOutput, now: float) -> RequestRecord:
+    def record(self, now: float, reason: str, error: str | None = None) -> RequestRecord:
         return RequestRecord(
             id=self.request.id,
             prompt_tokens=len(self.request.prompt),
@@ -164,8 +42,8 @@ class _InFlight:
             finish=now,
             tokens=tuple(self.tokens),
             token_times=tuple(self.token_times),
-            finish_reason=output.finish_reason or "error",
-            error=output.error,
+            finish_reason=reason,
+            error=error,
         )
 
 
@@ -186,79 +64,174 @@ def serve(
     """
     if concurrency < 1:
         raise ConfigError(f"concurrency is {concurrency}; give at least 1")
-    if engine.has_work:
-        raise ConfigError("the engine still holds requests of another run; finish or cancel them first")
-    return _ClosedLoop(engine, controller, iter(requests), concurrency, on_output, clock).run()
+    loop = _Loop(engine, controller, clock, on_output=on_output)
+    return loop.run(_Given(iter(requests), concurrency), concurrency)
 
 
-class _ClosedLoop:
-    """The state of one `serve` call."""
+def drive(
+    backend: Backend,
+    controller: Controller,
+    arrivals: Arrivals,
+    source: Callable[[str], Request],
+    *,
+    steps: int | None = None,
+    seconds: float | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    idle: Callable[[float], None] | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> RunRecord:
+    """Serves a workload, open or closed, until `steps` are taken or `seconds` have passed, whichever is first.
+
+    `source(suite)` gives the next request of a suite ("" = of any), with an id that none in flight has.
+    An open arrival is recorded when it came, though a step that was under way made it wait. With
+    nothing in flight, ``idle(until)`` lets the clock reach `until`; None sleeps. What is in flight at
+    the end is cancelled and recorded as `RequestRecord.cut`. Raises `ConfigError` where no end is given
+    or the backend is busy, and whatever the backend and `source` raise.
+    """
+    ends = [end for end in (steps, seconds) if end is not None]
+    if not ends or min(ends) <= 0:
+        raise ConfigError(f"a run needs an end: give steps or seconds above 0 (steps {steps}, seconds {seconds})")
+    wait = idle or (lambda until: time.sleep(max(0.0, until - clock())))
+    loop = _Loop(backend, controller, clock, on_step=on_step)
+    return loop.run(_Workload(arrivals, source, steps or math.inf, seconds or math.inf, wait))
+
+
+class _Rule(Protocol):
+    """Which requests come when."""
+
+    def ready(self, loop: _Loop) -> bool:
+        """Adds the requests that are due; whether there is a step to take, else the run is over."""
+        ...
+
+
+class _Loop:
+    """One run: the requests in flight and what became of them. A rule decides who comes and when it ends."""
 
     def __init__(
         self,
         engine: Backend,
         controller: Controller,
-        arrivals: Iterator[Request],
-        concurrency: int,
-        on_output: Callable[[RequestOutput], None] | None,
         clock: Callable[[], float],
+        on_output: Callable[[RequestOutput], None] | None = None,
+        on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
+        if engine.has_work:
+            raise ConfigError("the engine still holds requests of another run; finish or cancel them first")
         self.engine = engine
         self.controller = controller
-        self.arrivals = arrivals
-        self.concurrency = concurrency
         self.on_output = on_output
+        self.on_step = on_step
         self.clock = clock
         self.start = clock()
         self.admitted = 0
+        self.most = 0
         self.in_flight: dict[str, _InFlight] = {}
         self.done: list[tuple[int, RequestRecord]] = []
         self.steps: list[StepRecord] = []
 
-    def run(self) -> RunRecord:
+    def run(self, rule: _Rule, concurrency: int | None = None) -> RunRecord:
+        """The record; its `concurrency` is the most that were in flight where none is given."""
         try:
-            self._admit()
-            while self.in_flight:
+            while rule.ready(self):
                 self._step()
-                self._admit()
+            end = self.now()
         finally:
-            for request_id in self.in_flight:  # empty unless the run ends early
+            for request_id in self.in_flight:
                 self.engine.cancel(request_id)
+        self.done += [(held.order, held.record(end, CUT)) for held in self.in_flight.values()]
         return RunRecord(
             controller=self.controller.name,
-            concurrency=self.concurrency,
-            seconds=self._now(),
+            concurrency=self.most if concurrency is None else concurrency,
+            seconds=end,
             requests=tuple(record for _, record in sorted(self.done, key=lambda pair: pair[0])),
             steps=tuple(self.steps),
         )
 
-    def _now(self) -> float:
+    def now(self) -> float:
         return self.clock() - self.start
 
-    def _admit(self) -> None:
-        while len(self.in_flight) < self.concurrency:
-            request = next(self.arrivals, None)
-            if request is None:
-                return
-            self.engine.add(request)
-            self.in_flight[request.id] = _InFlight(request, order=self.admitted, arrival=self._now())
-            self.admitted += 1
+    def add(self, request: Request, arrival: float) -> None:
+        self.engine.add(request)
+        self.in_flight[request.id] = _InFlight(request, order=self.admitted, arrival=arrival)
+        self.admitted += 1
+        self.most = max(self.most, len(self.in_flight))
 
     def _step(self) -> None:
         if not self.engine.has_work:
             raise RuntimeError(f"the engine has no work while {len(self.in_flight)} requests are in flight")
-        begin = self._now()
+        begin = self.now()
         report = self.engine.step(self.controller)
-        now = self._now()
+        now = self.now()
         self.steps.append(StepRecord.of(report, end=now, seconds=now - begin))
         for output in report.outputs:
             self._take(output, now)
+        if self.on_step is not None:
+            self.on_step(self.steps[-1])
 
     def _take(self, output: RequestOutput, now: float) -> None:
         held = self.in_flight[output.id]
         held.take(output, now)
         if output.finish_reason is not None:
             del self.in_flight[output.id]
-            self.done.append((held.order, held.finished(output, now)))
+            self.done.append((held.order, held.record(now, output.finish_reason, output.error)))
         if self.on_output is not None:
             self.on_output(output)
+
+
+class _Given:
+    """`serve`: these requests, so many at a time, to the last."""
+
+    def __init__(self, requests: Iterator[Request], concurrency: int) -> None:
+        self.requests, self.concurrency = requests, concurrency
+
+    def ready(self, loop: _Loop) -> bool:
+        while len(loop.in_flight) < self.concurrency:
+            request = next(self.requests, None)
+            if request is None:
+                break
+            loop.add(request, loop.now())
+        return bool(loop.in_flight)
+
+
+class _Workload:
+    """`drive`: requests as they arrive, to the end of the time."""
+
+    def __init__(
+        self,
+        arrivals: Arrivals,
+        source: Callable[[str], Request],
+        steps: float,
+        seconds: float,
+        wait: Callable[[float], None],
+    ) -> None:
+        self.arrivals, self.source, self.steps, self.seconds, self.wait = arrivals, source, steps, seconds, wait
+        self.seen = 0.0  # all arrivals up to here are added
+        self.reached = 0.0  # waited until here: the clock may show less by a rounding error
+
+    def ready(self, loop: _Loop) -> bool:
+        while len(loop.steps) < self.steps and self._now(loop) < self.seconds:
+            self._admit(loop)
+            if loop.in_flight:
+                return True
+            self._idle(loop)
+        return False
+
+    def _now(self, loop: _Loop) -> float:
+        return max(loop.now(), self.reached)
+
+    def _admit(self, loop: _Loop) -> None:
+        now = self._now(loop)
+        while (upcoming := self.arrivals.next_time(self.seen)) is not None and upcoming <= now:
+            self.seen = upcoming
+            for suite in self.arrivals.due(upcoming, sys.maxsize):  # as if full: the open arrivals alone
+                loop.add(self.source(suite), upcoming)
+        self.seen = now
+        for suite in self.arrivals.due(now, len(loop.in_flight)):
+            loop.add(self.source(suite), now)
+
+    def _idle(self, loop: _Loop) -> None:
+        upcoming = self.arrivals.next_time(self.seen)
+        if upcoming is None:
+            raise RuntimeError("the workload brings no request and none is in flight")
+        self.reached = min(upcoming, self.seconds)
+        self.wait(loop.start + self.reached)

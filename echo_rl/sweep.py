@@ -84,6 +84,48 @@ class Unit:
     concurrency: int
     arm: str
 
+    def __str__(self) -> str:
+        return f"{self.arm} x{self.concurrency}, block {self.block + 1}"
+
+
+@dataclass(frozen=True)
+class TrialConfig:
+    """Controllers under workloads (see `env.workload.parse`), for a time or a number of steps in each block.
+
+    The first arm is the baseline.
+    """
+
+    arms: tuple[str, ...]
+    workloads: tuple[str, ...]
+    blocks: int = 6
+    seconds: float | None = 20.0
+    """Seconds of the backend's clock; None: `steps` alone end a block."""
+    steps: int | None = None
+    seed: int = 0
+    """Of the arrivals, of the requests' order and of simulated noise."""
+    slo: SLO | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("arms", "workloads"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ConfigError(f"{name} are {', '.join(values) or 'none'}; give at least one, each once")
+        ends = [end for end in (self.seconds, self.steps) if end is not None]
+        if self.blocks < 1 or not ends or min(ends) <= 0:
+            raise ConfigError("a comparison needs blocks of at least 1, and seconds or steps above 0")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One arm's run over one block of one workload."""
+
+    block: int
+    workload: str
+    arm: str
+
+    def __str__(self) -> str:
+        return f"{self.arm}, {self.workload}, block {self.block + 1}"
+
 
 def arm_order(arms: Sequence[str], block: int) -> list[str]:
     """Pairs of blocks run forwards and backwards, each pair starting one arm later."""
@@ -99,6 +141,14 @@ def schedule(config: BenchConfig) -> Iterator[Unit]:
             if block < load.blocks:
                 for arm in arm_order(config.arms, block):
                     yield Unit(block, load.concurrency, arm)
+
+
+def trials(config: TrialConfig) -> Iterator[Trial]:
+    """All trials in the order they run, as `schedule` does it."""
+    for block in range(config.blocks):
+        for workload in config.workloads:
+            for arm in arm_order(config.arms, block):
+                yield Trial(block, workload, arm)
 
 
 def _value(text: str) -> Any:

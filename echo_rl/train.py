@@ -121,7 +121,7 @@ class Setting:
         return cls(
             CostProfile.of(config.profile),
             GateCalibration.of(config.calibration),
-            *trace.split(config.held_out, config.seed),
+            *trace.split(config.held_out),
             table,
         )
 

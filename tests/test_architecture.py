@@ -22,14 +22,18 @@ LEVELS = (
     {"runtime", "env", "controllers"},
     {
         *("loop", "metrics", "prompts", "sweep", "results", "bench", "plots", "record", "drafting", "calibrate"),
-        *("environments", "train", "learning", "ab", "evaluate", "tune", "report_html", "plots_ab", "records", "trials"),
+        *("environments", "train", "learning", "ab", "evaluate", "tune", "records", "trials"),
+        *("report_html", "plots_ab"),
     },
     {"server", "integrations"},
     {"cli"},
 )
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 SEPARATE = {"runtime", "env", "controllers"}
-TORCH_FREE = ("contracts", "errors", "config", "profile", "packages", "loop", "metrics", "sweep", "results", "prompts")
+TORCH_FREE = (
+    *("contracts", "errors", "config", "costs", "codec", "profile", "packages"),
+    *("loop", "metrics", "sweep", "records", "results", "prompts"),
+)
 
 
 def sources(folder: str) -> list[Path]:

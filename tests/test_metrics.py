@@ -105,7 +105,7 @@ def test_a_rate_pools_blocks_rather_than_averaging_their_rates():
     interval = metrics.rate([metrics.Rate(10, 1.0), metrics.Rate(10, 3.0)])
     assert interval.estimate == 5.0 and interval.blocks == 2
     assert interval.low is not None and interval.high is not None
-    assert interval.low == pytest.approx(10 / 3) and interval.high == pytest.approx(10.0)
+    assert interval.low < 10 / 3 and interval.high > 10.0  # two blocks tell little
 
 
 def test_pairing_cancels_noise_that_both_arms_share():
@@ -116,18 +116,18 @@ def test_pairing_cancels_noise_that_both_arms_share():
     assert (ratio.estimate, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+@pytest.mark.parametrize("blocks", [3, 4, 6, 20])
+def test_the_interval_covers_the_truth_about_as_often_as_it_says(blocks):
     import numpy as np
 
     generator, hits, trials = np.random.default_rng(1), 0, 200
     for _ in range(trials):
-        base = [metrics.Rate(1.0, s) for s in generator.lognormal(0, 0.2, 20)]
-        ours = [
-            metrics.Rate(1.0, r.seconds / 1.5 * n) for r, n in zip(base, generator.lognormal(0, 0.1, 20), strict=True)
-        ]
+        base = [metrics.Rate(1.0, s) for s in generator.lognormal(0, 0.2, blocks)]
+        noise = generator.lognormal(0, 0.1, blocks)
+        ours = [metrics.Rate(1.0, r.seconds / 1.5 * n) for r, n in zip(base, noise, strict=True)]
         ratio = metrics.rate_ratio(ours, base, resamples=400)
         hits += ratio.low <= 1.5 <= ratio.high
-    assert 0.85 <= hits / trials <= 0.99
+    assert 0.89 <= hits / trials <= 0.99
 
 
 def test_one_block_has_no_interval_and_unequal_arms_are_refused():

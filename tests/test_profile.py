@@ -78,7 +78,8 @@ def test_draft_is_monotone(batch, width, depth, more):
 def test_the_knee_is_where_nodes_stop_paying():
     steep = profile_of(verify=surface_of(gamma=0.4))
     assert [steep.knee(b, 100, theta=0.3) for b in BATCHES] == [15, 12, 0]
-    assert PROFILE.knee(1, 100, theta=0.3) == 63  # a node past the hinge costs 0.1 tokens: still worth it, to the grid's end
+    # a node past the hinge costs 0.1 tokens: still worth it, to the grid's end
+    assert PROFILE.knee(1, 100, theta=0.3) == 63
     assert PROFILE.knee(1, 100, theta=0.05) == 15
     assert PROFILE.knee(16, 100, theta=0.3) == 0
     assert PROFILE.knee(16, 100, theta=2.0) == 48

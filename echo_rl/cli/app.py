@@ -10,6 +10,7 @@ from typing import Annotated, Protocol
 
 import tyro
 
+from echo_rl.cli.ab import Ab
 from echo_rl.cli.bench import Bench
 from echo_rl.cli.demo import Demo
 from echo_rl.cli.generate import Generate
@@ -63,6 +64,7 @@ AnyCommand = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Ab, tyro.conf.subcommand("ab")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Drafter, tyro.conf.subcommand("drafter")]
     | Annotated[Record, tyro.conf.subcommand("record")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,7 @@ def load_engine(config: EngineConfig) -> tuple[Engine, dict[str, str]]:
 
     from echo_rl import __version__
     from echo_rl.profile import own_or_packaged
-    from echo_rl.results import machine
+    from echo_rl.results import digest, machine
     from echo_rl.runtime.device import resolve
     from echo_rl.runtime.engine import Engine
     from echo_rl.runtime.weights import resolve_drafter
@@ -58,11 +57,3 @@ def load_engine(config: EngineConfig) -> tuple[Engine, dict[str, str]]:
         calibration=digest(own_or_packaged("profile.json"), own_or_packaged("gates.json")),
     )
     return engine, environment
-
-
-def digest(*paths: Path) -> str:
-    """The first 12 digits of the files' common sha256: enough to tell whether they changed."""
-    state = hashlib.sha256()
-    for path in paths:
-        state.update(path.read_bytes())
-    return state.hexdigest()[:12]

@@ -68,7 +68,9 @@ class FixedOptions:
 
     def __post_init__(self) -> None:
         if self.nodes < 0 or min(self.depth, self.width) < 1:
-            raise ConfigError(f"fixed nodes {self.nodes}, depth {self.depth}, width {self.width}: give >= 0, >= 1, >= 1")
+            raise ConfigError(
+                f"fixed nodes {self.nodes}, depth {self.depth}, width {self.width}: give at least 0, 1 and 1"
+            )
 
 
 class Fixed(BaseController):

@@ -12,55 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_rl.codec import ActionTable, Knobs, Loads, Outcomes, Tracker
-from echo_rl.contracts import NO_GATE, Forest, Frontier, SamplingParams, SpecPlan
+from echo_rl.contracts import NO_GATE, Forest, Frontier, SpecPlan
 from echo_rl.controllers.base import global_top_k, pack
 from echo_rl.costs import CostArrays, Scaling
 from echo_rl.env.fleet import Fleet
-from echo_rl.env.levels import Level, restrict
+from echo_rl.env.levels import restrict
 from echo_rl.env.replay import ReplayBackend, ReplayOptions
-from echo_rl.env.trace import Response, Trace
+from echo_rl.env.trace import Trace
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
 from echo_rl.env.verdicts import Table
 from echo_rl.env.workload import closed
 from echo_rl.errors import ConfigError
 from echo_rl.profile import CostProfile, packaged
+from tests.recorded import DEPTH, WIDTH, random_levels, random_trace
 
-DEPTH, WIDTH = 5, 4
 POWERS = (1.0, 1.1, 1.3)
-
-
-def random_levels(seed: int, positions: int) -> tuple[Level, ...]:
-    """Forests as a drafter of width 4 would grow them, and a target that often agrees."""
-    g = np.random.default_rng(seed)
-
-    def children(parents: np.ndarray) -> np.ndarray:
-        shares = -np.sort(-g.dirichlet(np.full(WIDTH + 2, 0.6), parents.shape), axis=-1)[..., :WIDTH]
-        return (parents[..., None] + np.log(shares + 1e-6)).astype(np.float32)
-
-    scores = children(np.zeros((positions, 1), np.float32))
-    path = np.where(g.random(positions) < 0.7, g.integers(0, 2, positions), -1)
-    levels = [Level(scores, np.full((positions, 1), -1), path)]
-    for _ in range(DEPTH - 1):
-        flat = levels[-1].scores.reshape(positions, -1)
-        parents = np.argsort(-flat, axis=1, kind="stable")[:, :12]  # more than any beam needs
-        scores = children(np.take_along_axis(flat, parents, 1))
-        hit = parents == path[:, None]
-        inside = hit.any(1) & (path >= 0) & (g.random(positions) < 0.75)
-        path = np.where(inside, hit.argmax(1) * WIDTH + g.integers(0, 2, positions), -1)
-        levels.append(Level(scores, parents, path))
-    return tuple(levels)
-
-
-def random_trace(seed: int = 0, responses: int = 12, length: int = 25) -> Trace:
-    g = np.random.default_rng(seed)
-    made = tuple(
-        Response(
-            ("chat", "code")[i % 2], tuple(g.integers(3, 200, 4 + i)), SamplingParams(seed=i, max_new_tokens=length),
-            tuple(g.integers(3, 200, length + DEPTH)), length, "length",
-        )
-        for i in range(responses)
-    )  # fmt: skip
-    return Trace(made, random_levels(seed, responses * (length - 1)), "random")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,178 @@
+"""How well a replay stands for the live loop: accepted tokens (must be equal), throughput, ranking, and speed.
+
+Needs a trace of the benchmark's prompts: ``echo-rl record --width 10 --out benchmarks/results/work/trace``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from common import CONSOLE, RESULTS, EngineOptions, Ledger, Place, load_engine, main
+from echo_rl.config import EngineConfig
+from echo_rl.contracts import Request
+from echo_rl.controllers import registry
+from echo_rl.controllers.gates import GateCalibration
+from echo_rl.costs import CostArrays
+from echo_rl.env.replay import ReplayBackend
+from echo_rl.env.trace import Trace
+from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
+from echo_rl.loop import RunRecord, StepRecord, serve
+from echo_rl.profile import CostProfile
+from echo_rl.record import RecordOptions, record
+from echo_rl.results import write_json
+from echo_rl.runtime.engine import Engine
+from echo_rl.sweep import Arm
+
+EXACT = ("chain", "static", "eagle3:total=30,depth=6,top_k=6", "echo:nodes=7", "echo_unscheduled:nodes=3")
+ARMS = (
+    "none", "chain", "eagle3", "static", "fixed:nodes=1,depth=2,width=2", "fixed:nodes=2,depth=3,width=3",
+    "fixed:nodes=5,depth=4,width=3", "fixed:nodes=15,depth=5,width=4", "echo",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compare replay with the live loop."""
+
+    quick: bool = False
+    """Fewer arms, loads and steps."""
+    trace: Path = RESULTS / "work" / "trace" / "trace.safetensors"
+    concurrency: tuple[int, ...] = (1, 4, 8, 16, 32)
+    blocks: int = 2
+    exact_steps: int = 2_000
+    """Steps that must be equal, over the controllers together."""
+    engine: EngineOptions = field(default_factory=EngineConfig)
+
+
+def script() -> None:
+    args = tyro.cli(Args)
+    if args.quick:
+        args = replace(args, concurrency=(1, 8), blocks=1, exact_steps=200)
+    place = Place("fidelity", args.quick)
+    trace = Trace.load(args.trace)
+    engine, environment = load_engine(args.engine)
+    ledger = Ledger(place.work, {"environment": environment, "quick": args.quick})
+    costs = CostArrays(CostProfile.default())
+    cells = []
+    for block in range(args.blocks):
+        for concurrency in args.concurrency:
+            arms = ARMS if block % 2 == 0 else ARMS[::-1]
+            for arm in arms:
+                key = {"arm": arm, "concurrency": concurrency, "block": block}
+                cells.append(key | ledger.cell(key, lambda k=key: throughput(engine, trace, costs, **k)))
+    result = {
+        "environment": environment,
+        "cells": cells,
+        **agreement(cells),
+        "speed": ledger.cell({"part": "speed"}, lambda: speed(trace, costs)),
+        "exact": ledger.cell({"part": "exact"}, lambda: exactness(trace, args.exact_steps, place.work)),
+    }
+    write_json(place.result, result)
+    CONSOLE.print({name: value for name, value in result.items() if name not in ("cells", "environment")})
+
+
+def throughput(
+    engine: Engine, trace: Trace, costs: CostArrays, arm: str, concurrency: int, block: int
+) -> dict[str, float]:
+    """Tokens a second of the same requests, live and replayed. Both controllers serve a warm-up first."""
+    count = max(6, 2 * concurrency)
+    requests = [r for i, r in enumerate(trace.requests()) if i // count == block % (len(trace.responses) // count)]
+    parsed = Arm.parse(arm)
+    rates = {}
+    backend = ReplayBackend(trace, costs, seed=block)
+    for name, server, clock in (("live", engine, time.perf_counter), ("replay", backend, backend.clock)):
+        controller = registry.make(parsed.controller, **parsed.options)
+        serve(server, controller, requests[: min(4, concurrency)], concurrency, clock=clock)
+        run = serve(server, controller, requests, concurrency, clock=clock)
+        rates[name] = run.output_tokens / run.seconds
+    return rates
+
+
+def agreement(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Median absolute error of the predicted throughput, and Kendall's tau of the rankings at each load."""
+    pooled: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for cell in cells:
+        pooled.setdefault((cell["concurrency"], cell["arm"]), []).append(cell)
+    mean = {k: {side: np.mean([c[side] for c in v]) for side in ("live", "replay")} for k, v in pooled.items()}
+    errors = [abs(rates["replay"] / rates["live"] - 1.0) for rates in mean.values()]
+    taus = {}
+    for load in sorted({k[0] for k in mean}):
+        rates = [r for k, r in mean.items() if k[0] == load]
+        taus[str(load)] = kendall([r["live"] for r in rates], [r["replay"] for r in rates])
+    return {
+        "median_error": float(np.median(errors)),
+        "largest_error": float(np.max(errors)),
+        "kendall_tau": taus,
+        "mean_tau": float(np.mean(list(taus.values()))),
+    }
+
+
+def kendall(a: Sequence[float], b: Sequence[float]) -> float:
+    """Kendall's tau of two sequences without ties."""
+    x, y = np.sign(np.subtract.outer(a, a)), np.sign(np.subtract.outer(b, b))
+    return float((x * y).sum() / (len(a) * (len(a) - 1)))
+
+
+def speed(trace: Trace, costs: CostArrays) -> dict[str, float]:
+    """Serving steps a second of the vectorised replay, by batch size, 32 lanes under random actions."""
+    gates, few = GateCalibration.default(), trace.subset(range(0, len(trace.responses), 4))
+    rates = {}
+    for batch in (1, 4, 16, 32):
+        options = FleetOptions((f"closed:{batch}",), gates=gates.sparse(9), score_power=gates.score_power)
+        env = ReplayVecEnv(few, costs, options, lanes=32)
+        env.reset()
+        actions = np.random.default_rng(0).integers(0, options.table.sizes, (100, 32, 4))
+        begin = time.perf_counter()
+        for action in actions:
+            env.step(action)
+        rates[str(batch)] = len(actions) * 32 * options.repeat / (time.perf_counter() - begin)
+    return rates
+
+
+def exactness(trace: Trace, steps: int, work: Path) -> dict[str, int]:
+    """fp32: steps compared, and steps that differed in anything but time."""
+    options = RecordOptions()
+    engine, _ = load_engine(EngineConfig(dtype="float32", max_expanded=options.expanded))
+    eos = frozenset(engine.runner.target.arch.eos)
+    requests = [replace(r, params=replace(r.params, max_new_tokens=48)) for r in trace.requests()[:24]]
+    recorded = record(engine, requests, eos, options, work / "fp32", "float32", CONSOLE)
+    compared = differed = 0
+    while compared < steps:
+        for arm in EXACT:
+            parsed = Arm.parse(arm)
+            for concurrency in (1, 4, 8):
+                if compared >= steps:
+                    break
+                live, replayed = (
+                    same_but_time(serve(server, registry.make(parsed.controller, **parsed.options), part, concurrency))
+                    for part in (_part(requests, concurrency),)
+                    for server in (engine, ReplayBackend(recorded, CostArrays(CostProfile.default())))
+                )
+                compared += max(len(live), len(replayed))
+                differed += sum(a != b for a, b in zip(live, replayed, strict=False)) + abs(len(live) - len(replayed))
+    return {"steps": compared, "controllers": len(EXACT), "differed": differed}
+
+
+def _part(requests: Sequence[Request], concurrency: int) -> list[Request]:
+    return list(requests[: 4 * concurrency] if concurrency > 1 else requests[:6])
+
+
+def same_but_time(run: RunRecord) -> list[dict[str, Any]]:
+    """Everything about the steps that a replay must reproduce."""
+    left_out = {"end", "seconds", "times"}
+    return [{k: v for k, v in asdict(step).items() if k not in left_out} for step in _steps(run)]
+
+
+def _steps(run: RunRecord) -> tuple[StepRecord, ...]:
+    return run.steps
+
+
+if __name__ == "__main__":
+    main(script)

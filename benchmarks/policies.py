@@ -1,0 +1,216 @@
+"""Trains policies (seeds and ablations) on replayed servers, and compares them with ECHO on prompts new to them.
+
+Needs a trace of the benchmark's prompts: ``echo-rl record --width 10 --out benchmarks/results/work/trace``. A third
+of its prompts is kept for the comparison here; training holds out another part of the rest to choose its best policy.
+Interrupted, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from common import CONSOLE, RESULTS, Ledger, Place, main
+from echo_rl.contracts import Controller, LoadView, SpecPlan, StepReport
+from echo_rl.controllers import registry
+from echo_rl.controllers.policy import Ppo, PpoOptions
+from echo_rl.costs import CostArrays
+from echo_rl.env.replay import ReplayBackend
+from echo_rl.env.reward import RewardOptions
+from echo_rl.env.trace import Trace
+from echo_rl.learning.clone import CloneOptions
+from echo_rl.learning.learner import LearnerOptions
+from echo_rl.learning.play import World, measure
+from echo_rl.loop import serve
+from echo_rl.profile import CostProfile
+from echo_rl.results import write_json
+from echo_rl.sweep import Arm
+from echo_rl.train import TrainConfig, train
+
+TEST_SHARE = 0.33
+WORKLOADS = (
+    *(f"closed:{c}" for c in (1, 2, 4, 8, 16, 32)),
+    "bursty:0.5,8,5,5", "bursty:0.3,3,10,10", "shift:5,4", "ramp:0.3,6,40", "poisson:2",
+)  # fmt: skip
+FIXED = (
+    "none",
+    *(f"fixed:nodes={n},depth={d},width={w}" for n, d, w in (
+        (0.5, 1, 1), (1, 1, 1), (1, 1, 2), (1, 2, 2), (2, 2, 2), (2, 3, 3), (3, 2, 2), (3, 3, 2), (3, 3, 3),
+        (5, 3, 3), (5, 4, 2), (5, 4, 4), (7, 4, 4), (9, 4, 4), (9, 5, 4),
+    )),
+)  # fmt: skip
+"""Fixed plans whose best, workload by workload, is the plan to have had in hindsight."""
+BASE = TrainConfig(evaluation_steps=400, learner=LearnerOptions(steps=120_000, evaluate_every=30))
+SEEDS = {f"seed{s}": replace(BASE, learner=replace(BASE.learner, seed=s)) for s in range(5)}
+
+
+def _learner(**options: Any) -> TrainConfig:
+    return replace(BASE, learner=replace(BASE.learner, **options))
+
+
+ABLATIONS = {
+    "reward throughput": replace(BASE, reward=RewardOptions(form="throughput")),
+    "reward tokens": replace(BASE, reward=RewardOptions(form="tokens")),
+    "reward time": replace(BASE, reward=RewardOptions(form="time")),
+    "no discounting to come (gamma 0)": _learner(gamma=0.0),
+    "gamma 0.99": _learner(gamma=0.99),
+    "decide every step": replace(BASE, repeat=1, horizon=256, learner=replace(BASE.learner, n_steps=128)),
+    "decide every 16 steps": replace(BASE, repeat=16, horizon=32),
+    "load hidden": replace(BASE, hidden=("load",)),
+    "speculation hidden": replace(BASE, hidden=("speculation",)),
+    "cost hidden": replace(BASE, hidden=("cost",)),
+    "no cloning": replace(BASE, clone=CloneOptions(steps=0)),
+    "entropy 0.05": _learner(entropy=(0.05, 0.005)),
+    "random machines": replace(BASE, randomise=True),
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train and compare policies."""
+
+    quick: bool = False
+    """One seed, one ablation, few steps."""
+    trace: Path = RESULTS / "work" / "trace" / "trace.safetensors"
+    steps: int = 400
+    """Serving steps a workload and seed of the comparison."""
+    seeds: int = 4
+    """Seeds of arrivals and times in the comparison."""
+
+
+def script() -> None:
+    args = tyro.cli(Args)
+    place = Place("policies", args.quick)
+    runs: dict[str, TrainConfig] = {**SEEDS, **ABLATIONS}
+    if args.quick:
+        args = replace(args, steps=60, seeds=2)
+        small = LearnerOptions(steps=4_096)
+        runs = {name: replace(runs[name], learner=small) for name in ("seed0", "reward tokens")}
+    place.work.mkdir(parents=True, exist_ok=True)
+    rest, test = split(args.trace, place.work)
+    profile = CostProfile.default()
+    ledger = Ledger(place.work, {"profile": profile.provenance, "steps": args.steps, "seeds": args.seeds})
+    folders = {name: place.work / name.replace(" ", "_") for name in runs}
+    trained = {name: fit(ledger, name, config, rest, folders[name]) for name, config in runs.items()}
+    world = World(test, CostArrays(profile))
+    arms = ["none", "echo", *FIXED[1:]] if not args.quick else ["none", "echo", FIXED[5]]
+    worth = {arm: scores(ledger, world, arm, args) for arm in arms}
+    worth |= {name: scores(ledger, world, name, args, run["policy"]) for name, run in trained.items()}
+    result = {
+        "profile": profile.provenance,
+        "workloads": list(WORKLOADS),
+        "training": trained,
+        **compare(worth, [name for name in trained if name in SEEDS], [name for name in trained if name in ABLATIONS]),
+        "deciding": ledger.cell({"part": "deciding"}, lambda: deciding(test, profile)),
+    }
+    write_json(place.result, result)
+    CONSOLE.print({key: result[key] for key in ("over_echo", "gap_closed", "deciding")})
+
+
+def split(path: Path, work: Path) -> tuple[Path, Trace]:
+    """The file of the prompts to train on, and the trace of the others."""
+    rest, test = Trace.load(path).split(TEST_SHARE, seed=1)
+    file = work / "training.safetensors"
+    if not file.is_file():
+        rest.save(file)
+    return file, test
+
+
+def fit(ledger: Ledger, name: str, config: TrainConfig, trace: Path, out: Path) -> dict[str, Any]:
+    """Train one policy, or go on; where it lies and how long it took."""
+
+    def run() -> dict[str, Any]:
+        begin = time.perf_counter()
+        done = train(replace(config, trace=trace, out=out), CONSOLE)
+        return {"policy": str(done.policy), "steps": done.steps, "seconds": time.perf_counter() - begin}
+
+    cell: dict[str, Any] = ledger.cell({"train": name}, run)
+    return cell
+
+
+def scores(ledger: Ledger, world: World, name: str, args: Args, policy: str | None = None) -> list[list[float]]:
+    """[workloads][seeds] speed-ups over plain serving of the same work."""
+
+    def make() -> Controller:
+        if policy is not None:
+            return Ppo(PpoOptions(policy))
+        arm = Arm.parse(name)
+        return registry.make(arm.controller, **arm.options)
+
+    def run() -> list[list[float]]:
+        seeds = range(100, 100 + args.seeds)
+        return [[measure(world, make(), w, args.steps, seed).speedup for seed in seeds] for w in WORKLOADS]
+
+    cell: list[list[float]] = ledger.cell({"score": name}, run)
+    return cell
+
+
+def compare(worth: Mapping[str, Any], seeds: Sequence[str], ablations: Sequence[str]) -> dict[str, Any]:
+    """Ratios to ECHO with 95 % intervals over training and workload seeds, and the share of the gap to hindsight."""
+    logs = {name: np.log(np.asarray(values)) for name, values in worth.items()}  # [W, S]
+    echo = logs["echo"]
+    fixed = np.stack([logs[name] for name in worth if name == "none" or name.startswith("fixed")])  # [F, W, S]
+    best = fixed[fixed.mean(2).argmax(0), np.arange(echo.shape[0])]  # [W, S]
+    ours = np.stack([logs[name] for name in seeds])  # [T, W, S]
+    hindsight = np.maximum(best.mean(1), echo.mean(1)) - echo.mean(1)  # [W]
+    gain = ours.mean((0, 2)) - echo.mean(1)
+    return {
+        "over_echo": _interval((ours - echo).mean(1).reshape(-1)),
+        "over_echo_by_workload": [_interval((ours - echo)[:, i].reshape(-1)) for i in range(len(WORKLOADS))],
+        "over_none_by_workload": [_interval((ours - logs["none"])[:, i].reshape(-1)) for i in range(len(WORKLOADS))],
+        "echo_over_none": [_interval((echo - logs["none"])[i]) for i in range(len(WORKLOADS))],
+        "hindsight_over_echo": [_interval((best - echo)[i]) for i in range(len(WORKLOADS))],
+        "gap_closed": float(gain.sum() / hindsight.sum()) if hindsight.sum() > 0 else None,
+        "ablations": {name: _interval((logs[name] - echo).mean(0)) for name in ablations},
+        "seeds": {name: _interval((logs[name] - echo).mean(0)) for name in seeds},
+    }
+
+
+def _interval(logs: np.ndarray) -> dict[str, float]:
+    """Geometric mean of ratios with its 95 % bootstrap interval."""
+    draws = np.random.default_rng(0).choice(logs, (2_000, len(logs))).mean(1)
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return {"value": float(np.exp(logs.mean())), "low": float(np.exp(low)), "high": float(np.exp(high))}
+
+
+def deciding(test: Trace, profile: CostProfile) -> dict[str, dict[str, float]]:
+    """Microseconds a step that the learned controller decides and learns, against the step's predicted time."""
+    found = {}
+    for batch in (1, 32):
+        timed = _Timed(PpoOptions())
+        backend = ReplayBackend(test, CostArrays(profile))
+        run = serve(backend, timed, test.requests()[: max(8, 2 * batch)], batch, clock=backend.clock)
+        steps = [step for step in run.steps if step.batch_size == batch]
+        step = float(np.median([s.seconds for s in steps]))
+        taken = float(np.mean(timed.taken[20:]))
+        found[str(batch)] = {"microseconds": 1e6 * taken, "share_of_step": taken / step}
+    return found
+
+
+class _Timed(Ppo):
+    """The shipped policy with a stopwatch on everything that a fixed plan would not do."""
+
+    def __init__(self, options: PpoOptions) -> None:
+        super().__init__(options)
+        self.taken: list[float] = []
+
+    def propose(self, load: LoadView) -> SpecPlan:
+        begin = time.perf_counter()
+        plan = super().propose(load)
+        self._begun = time.perf_counter() - begin
+        return plan
+
+    def observe(self, report: StepReport) -> None:
+        begin = time.perf_counter()
+        super().observe(report)
+        self.taken.append(self._begun + time.perf_counter() - begin)
+
+
+if __name__ == "__main__":
+    main(script)

@@ -1,0 +1,423 @@
+"""Ranks controllers on replay: closed loads, the same requests for every arm, intervals over blocks.
+
+Every arm serves blocks of a trace's requests in simulated time; a controller keeps what it learnt from
+block to block. Speed-ups are paired by block. The intervals tell how much a result depends on which of the
+trace's requests meet, not how it would be with other prompts or on another machine.
+
+``cells.jsonl`` in the output folder holds what has been measured: rerun to go on, or to add arms and loads.
+It is bound to the trace, the costs and the release, not to a controller's code: delete it when that changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+
+from echo_rl import __version__, metrics, plots
+from echo_rl.bench import MakeController
+from echo_rl.contracts import Controller, Request
+from echo_rl.costs import CostArrays
+from echo_rl.env.replay import ReplayBackend
+from echo_rl.env.trace import Trace
+from echo_rl.errors import ConfigError, PolicyError, TraceError
+from echo_rl.loop import serve
+from echo_rl.results import write_json
+from echo_rl.sweep import Arm
+
+Result = Mapping[str, Any]
+BASELINE, REFERENCE, HINDSIGHT = "none", "echo", "hindsight"
+RESAMPLES = 2000
+DASHES = ("-", "--", ":")
+
+SHAPES: tuple[tuple[float, int, int], ...] = (
+    (0, 1, 1), (0.25, 1, 1), (0.5, 1, 1), (0.5, 2, 2), (1, 1, 1), (1, 2, 2), (1.5, 2, 2), (2, 2, 1), (2, 3, 2),
+    (3, 3, 1), (3, 3, 2), (3, 4, 3), (5, 4, 2), (5, 4, 3), (5, 6, 2), (7, 4, 3), (7, 5, 3), (7, 7, 2), (10, 5, 4),
+    (10, 8, 3), (15, 5, 4), (15, 7, 4), (23, 6, 6), (31, 7, 6), (47, 8, 8),
+)  # fmt: skip
+"""(nodes a request, depth, width) of the fixed plans that `best_fixed` searches; no nodes is plain decoding."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is compared. `none` and `echo` are measured whether named or not."""
+
+    arms: tuple[str, ...] = ()
+    """Controllers; options as ``echo:name=value,name=value``."""
+    concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """Requests in flight, one load each."""
+    blocks: int = 8
+    """Blocks a load; intervals come from resampling them."""
+    requests: int = 8
+    """Requests a block; twice the concurrency where that is more."""
+    warmup: int = 1
+    """Blocks that a controller serves before the measured ones, to learn from."""
+    seed: int = 0
+    """Of the requests' order and of the noise of step times."""
+    hindsight: bool = False
+    """Also search the best fixed plan of each load, as the arm ``hindsight``."""
+
+    def __post_init__(self) -> None:
+        if not self.concurrency or min(self.blocks, self.requests, *self.concurrency) < 1 or self.warmup < 0:
+            raise ConfigError(f"{self}: give at least one load, and blocks, requests and concurrency of at least 1")
+
+    @property
+    def all_arms(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((BASELINE, REFERENCE, *self.arms)))
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block that an arm served."""
+
+    tokens: int
+    seconds: float
+    steps: int
+    committed: int
+    """Tokens of decoding requests."""
+    rows: int
+    """Decoding requests, summed over steps."""
+
+    @property
+    def rate(self) -> metrics.Rate:
+        return metrics.Rate(self.tokens, self.seconds)
+
+
+class Ledger:
+    """Finished cells, one JSON line each; a cell whose key is there is not computed again.
+
+    Raises `ConfigError` where the file was begun with other settings. Without a path nothing is kept on disk.
+    """
+
+    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.cells: dict[str, Any] = {}
+        rows = _rows(path)
+        wanted = json.loads(json.dumps({"settings": settings}))
+        if rows and rows[0] != wanted:
+            raise ConfigError(f"{path} was begun with other settings; delete it to start anew")
+        if not rows:
+            self._append(wanted)
+        self.cells.update((row["key"], row["value"]) for row in rows[1:])
+
+    def cell(self, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+        """The value under `key`, as plain JSON types; computed and stored first where it is absent."""
+        name = json.dumps(key, sort_keys=True)
+        if name not in self.cells:
+            self.cells[name] = json.loads(json.dumps(compute()))
+            self._append({"key": name, "value": self.cells[name]})
+        return self.cells[name]
+
+    def _append(self, row: Any) -> None:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a") as stream:
+                stream.write(json.dumps(row) + "\n")
+
+
+def _rows(path: Path | None) -> list[Any]:
+    """The lines written so far; one cut short by an interruption is dropped, from the file too."""
+    if path is None or not path.is_file():
+        return []
+    lines = path.read_text().split("\n")
+    if lines.pop():
+        path.write_text("".join(f"{line}\n" for line in lines))
+    return [json.loads(line) for line in lines]
+
+
+class Replayer:
+    """Serves blocks of a trace's requests: block b at one concurrency is the same for every arm."""
+
+    def __init__(
+        self, config: EvalConfig, trace: Trace, costs: CostArrays, make: MakeController, ledger: Path | None = None
+    ) -> None:
+        self.config, self.trace, self.make = config, trace, make
+        self._backend = ReplayBackend(trace, costs)
+        self._requests = trace.requests()
+        settings = {name: getattr(config, name) for name in ("requests", "warmup", "seed")}
+        self.settings = settings | {
+            "version": __version__, "trace": fingerprint(trace), "costs": _digest(repr(costs.profile).encode())
+        }  # fmt: skip
+        self._ledger = Ledger(ledger, self.settings)
+
+    def controller(self, arm: str) -> Controller:
+        """A new one. Raises `UnknownController` and `ConfigError`."""
+        parsed = Arm.parse(arm)
+        return self.make(parsed.controller, **parsed.options)
+
+    def measure(self, arm: str, concurrency: int, blocks: range, warm: bool = True) -> list[Block]:
+        """These blocks under one controller, after its warm-up unless `warm` is False (it learns nothing).
+
+        Raises `TraceError` where it plans what wasn't recorded, and what `controller` raises.
+        """
+        key = {"arm": arm, "concurrency": concurrency, "blocks": [blocks.start, blocks.stop], "warm": warm}
+        rows = self._ledger.cell(key, lambda: [asdict(block) for block in self._serve(arm, concurrency, blocks, warm)])
+        return [Block(**row) for row in rows]
+
+    def _serve(self, arm: str, concurrency: int, blocks: range, warm: bool) -> list[Block]:
+        controller, first = self.controller(arm), self.config.warmup  # measured blocks follow the warm-up's
+        for number in range(first if warm else 0):
+            self._block(controller, concurrency, number)
+        return [self._block(controller, concurrency, first + number) for number in blocks]
+
+    def _block(self, controller: Controller, concurrency: int, number: int) -> Block:
+        backend = self._backend
+        backend.restart(self.config.seed + number)
+        run = serve(backend, controller, self.requests(concurrency, number), concurrency, clock=backend.clock)
+        committed, rows = (sum(getattr(step, name) for step in run.steps) for name in ("committed", "batch_size"))
+        return Block(run.output_tokens, run.seconds, len(run.steps), committed, rows)
+
+    def requests(self, concurrency: int, number: int) -> list[Request]:
+        """Those of one block: the trace in one shuffled order after another, cut into blocks."""
+        count = max(self.config.requests, 2 * concurrency)
+        wanted, size = range(number * count, (number + 1) * count), len(self._requests)
+        laps = range(wanted.start // size, wanted.stop // size + 1)
+        orders = {lap: np.random.default_rng((self.config.seed, lap)).permutation(size) for lap in laps}
+        chosen = ((n, self._requests[orders[n // size][n % size]]) for n in wanted)
+        return [replace(request, id=f"{request.id}#{n}") for n, request in chosen]
+
+
+def evaluate(
+    config: EvalConfig,
+    trace: Trace,
+    costs: CostArrays,
+    make: MakeController,
+    out: Path | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measures what ``out/cells.jsonl`` lacks; returns the result, and writes ``result.json`` and ``speedup.png``.
+
+    `make(name, **options)` makes a controller. An arm that plans wider or deeper than the trace was recorded,
+    or whose policy can't be loaded, is left out and named under ``left_out``. Raises `UnknownController` or
+    `ConfigError` where an arm can't be made, `ConfigError` where `out` belongs to another trace or profile.
+    """
+    replayer = Replayer(config, trace, costs, make, out / "cells.jsonl" if out else None)
+    measured, left_out = _measure(replayer, console)
+    best = {}
+    if config.hindsight:
+        with Progress(console=console) as progress:
+            found = {c: best_fixed(replayer, c) for c in progress.track(config.concurrency, description="hindsight")}
+        measured[HINDSIGHT] = {c: blocks for c, (_, blocks) in found.items()}
+        best = {str(c): arm for c, (arm, _) in found.items()}
+    result = report(config, measured) | {"hindsight": best, "left_out": left_out, "settings": replayer.settings}
+    if out:
+        write_json(out / "result.json", result)
+        draw(result, out)
+    return result
+
+
+Measured = dict[str, dict[int, list[Block]]]
+"""Blocks by arm and concurrency."""
+
+
+def _measure(replayer: Replayer, console: Console | None) -> tuple[Measured, dict[str, str]]:
+    config = replayer.config
+    left_out: dict[str, str] = {}
+    measured: Measured = {}
+    for arm in config.all_arms:
+        try:
+            replayer.controller(arm)  # before anything is measured: a misspelt name shall not cost minutes
+        except PolicyError as error:
+            left_out[arm] = str(error)
+    with Progress(console=console) as progress:
+        for arm in progress.track([arm for arm in config.all_arms if arm not in left_out], description="replaying"):
+            try:
+                measured[arm] = {c: replayer.measure(arm, c, range(config.blocks)) for c in config.concurrency}
+            except TraceError as error:
+                left_out[arm] = str(error)
+    for arm in (BASELINE, REFERENCE):
+        if arm in left_out:
+            raise TraceError(f"'{arm}', which the others are compared with, cannot be replayed: {left_out[arm]}")
+    return measured, left_out
+
+
+# ----------------------------------------------------------------------------- search
+
+
+def best_fixed(
+    replayer: Replayer,
+    concurrency: int,
+    shapes: Sequence[tuple[float, int, int]] = SHAPES,
+    keep: float = 0.5,
+) -> tuple[str, list[Block]]:
+    """The fixed plan that serves the measured blocks fastest, and those blocks.
+
+    Chosen on the very blocks that it is then judged by: what a fixed plan of the grid could have reached, not
+    a controller. Plans that the trace can't replay are not tried; `halving` says what `keep` means.
+    """
+    trace = replayer.trace
+    arms = [f"fixed:nodes={n:g},depth={d},width={w}" for n, d, w in shapes if d <= trace.max_depth]
+    arms = [arm for arm in arms if Arm.parse(arm).options["width"] <= trace.max_width]
+    served: dict[str, list[Block]] = {arm: [] for arm in arms}
+
+    def measure(arm: str, blocks: range) -> bool:
+        served[arm] += replayer.measure(arm, concurrency, blocks, warm=False)
+        return True
+
+    best = halving(arms, replayer.config.blocks, measure, lambda arm: _pooled(served[arm]), keep)[0]
+    return best, served[best]
+
+
+def halving(
+    arms: Sequence[str],
+    blocks: int,
+    measure: Callable[[str, range], bool],
+    score: Callable[[str], float],
+    keep: float = 0.5,
+    always: Sequence[str] = (),
+) -> list[str]:
+    """Successive halving over blocks (Jamieson and Talwalkar 2016): those that saw every block, best first.
+
+    All arms serve the first block; then the share `keep` of them goes on to twice as many blocks, until the
+    rest has served all. `measure` serves more blocks and says whether it could (False takes the arm out),
+    `score` judges by the blocks so far; arms in `always` are kept whatever their score. On the blocks that it
+    served, no arm that is taken out was ahead of a kept one (but `always`). `keep` 1 measures everything.
+    """
+    served, left = 0, list(arms)
+    while served < blocks and left:
+        part = range(served, min(blocks, max(1, 2 * served)))
+        left = sorted((arm for arm in left if measure(arm, part)), key=score, reverse=True)
+        served = part.stop
+        if served < blocks:
+            most = ceil(keep * len(left))
+            left = [arm for place, arm in enumerate(left) if place < most or arm in always]
+    return left
+
+
+def _pooled(blocks: Sequence[Block]) -> float:
+    return sum(block.tokens for block in blocks) / sum(block.seconds for block in blocks)
+
+
+# ----------------------------------------------------------------------------- report
+
+
+def report(config: EvalConfig, measured: Mapping[str, Mapping[int, Sequence[Block]]]) -> dict[str, Any]:
+    """As plain JSON types: a cell per load and arm, the overall ranking, and who wins each load.
+
+    ``hindsight`` has cells but no rank: it is no controller.
+    """
+    cells = [_cell(measured, arm, load) for load in config.concurrency for arm in measured]
+    winners = [_winner(measured, load) for load in config.concurrency]
+    return {
+        "config": asdict(config),
+        "baseline": BASELINE,
+        "reference": REFERENCE,
+        "cells": cells,
+        "winners": winners,
+        "ranking": _ranking(measured, [winner["arm"] for winner in winners]),
+    }
+
+
+def _cell(measured: Mapping[str, Mapping[int, Sequence[Block]]], arm: str, load: int) -> dict[str, Any]:
+    ours = measured[arm][load]
+    rows = sum(block.rows for block in ours)
+    return {
+        "arm": arm,
+        "concurrency": load,
+        "throughput": asdict(metrics.rate([block.rate for block in ours])),
+        "speedup": asdict(_ratio(measured, arm, BASELINE, load)),
+        "over_reference": asdict(_ratio(measured, arm, REFERENCE, load)),
+        "mat": sum(block.committed for block in ours) / rows if rows else None,
+        "steps": sum(block.steps for block in ours),
+        "tokens": sum(block.tokens for block in ours),
+        "seconds": sum(block.seconds for block in ours),
+    }
+
+
+def _ratio(
+    measured: Mapping[str, Mapping[int, Sequence[Block]]], arm: str, against: str, load: int
+) -> metrics.Interval:
+    ours, theirs = ([block.rate for block in measured[name][load]] for name in (arm, against))
+    return metrics.rate_ratio(ours, theirs)
+
+
+def _winner(measured: Mapping[str, Mapping[int, Sequence[Block]]], load: int) -> dict[str, Any]:
+    """The fastest arm at a load, and the arms that can't be told from it."""
+    arms = sorted((arm for arm in measured if arm != HINDSIGHT), key=lambda arm: -_pooled(measured[arm][load]))
+    ends = {arm: _ratio(measured, arm, arms[0], load).high for arm in arms[1:]}
+    return {"concurrency": load, "arm": arms[0], "tied": [arm for arm, high in ends.items() if high and high >= 1.0]}
+
+
+def _ranking(measured: Mapping[str, Mapping[int, Sequence[Block]]], winners: Sequence[str]) -> list[dict[str, Any]]:
+    overall = {arm: geometric_mean(measured[arm], measured[BASELINE]) for arm in measured}
+    places = sorted((arm for arm in measured if arm != HINDSIGHT), key=lambda arm: -overall[arm].estimate)
+    order = sorted(measured, key=lambda arm: -overall[arm].estimate)
+    return [
+        {
+            "rank": places.index(arm) + 1 if arm in places else None,
+            "arm": arm,
+            "speedup": asdict(overall[arm]),
+            "over_reference": asdict(geometric_mean(measured[arm], measured[REFERENCE])),
+            "wins": winners.count(arm),
+        }
+        for arm in order
+    ]
+
+
+def mean_speedup(ours: Mapping[int, Sequence[Block]], theirs: Mapping[int, Sequence[Block]]) -> float:
+    """Geometric mean over loads of the ratio of pooled rates."""
+    return float(np.exp(np.mean([np.log(_pooled(blocks) / _pooled(theirs[load])) for load, blocks in ours.items()])))
+
+
+def geometric_mean(
+    ours: Mapping[int, Sequence[Block]], theirs: Mapping[int, Sequence[Block]], level: float = 0.95, seed: int = 0
+) -> metrics.Interval:
+    """`mean_speedup` with its interval, which resamples pairs of blocks, each load on its own."""
+    generator = np.random.default_rng(seed)
+    estimate, logs = mean_speedup(ours, theirs), np.zeros(RESAMPLES)
+    for load, blocks in ours.items():
+        sides = [np.array([(b.tokens, b.seconds) for b in side]) for side in (blocks, theirs[load])]
+        rows = generator.integers(len(blocks), size=(RESAMPLES, len(blocks)))
+        a, b = (side[rows].sum(1) for side in sides)  # [RESAMPLES, 2] tokens, seconds
+        logs += np.log(a[:, 0] / a[:, 1] * b[:, 1] / b[:, 0]) / len(ours)
+    fewest = min(len(blocks) for blocks in ours.values())
+    if fewest < 2:
+        return metrics.Interval(estimate, None, None, fewest)
+    low, high = np.exp(np.quantile(logs, [(1 - level) / 2, (1 + level) / 2]))
+    return metrics.Interval(estimate, float(low), float(high), fewest)
+
+
+def draw(result: Result, out: Path) -> Path:
+    """Writes ``speedup.png``: speed-up over plain decoding against concurrency, a line an arm, best first."""
+    with rc_context(plots.STYLE):
+        figure = Figure(figsize=(9.5, 5.0), layout="constrained")
+        axes = figure.subplots()
+        for place, row in enumerate(row for row in result["ranking"] if row["arm"] != BASELINE):
+            cells = [cell for cell in result["cells"] if cell["arm"] == row["arm"]]
+            axes.plot(
+                [cell["concurrency"] for cell in cells],
+                [cell["speedup"]["estimate"] for cell in cells],
+                color=plots.COLOURS[place % 8], marker=plots.MARKERS[place % 8], linestyle=DASHES[place // 8 % 3],
+                markersize=4, linewidth=1.5, label=f"{row['arm']} ({row['speedup']['estimate']:.2f})",
+            )  # fmt: skip
+        axes.axhline(1.0, color="#777777", linewidth=1)
+        plots.concurrency_axis(axes, [cell["concurrency"] for cell in result["cells"]])
+        axes.set_ylabel(f"speed-up over {result['baseline']}")
+        figure.legend(loc="outside right upper", fontsize="small", title="geometric mean")
+        path = out / "speedup.png"
+        figure.savefig(path, bbox_inches="tight")
+    return path
+
+
+def fingerprint(trace: Trace) -> str:
+    """The first 12 digits of a hash over what a replay depends on."""
+    parts = [repr(trace.responses).encode()]
+    parts += [array.tobytes() for level in trace.levels for array in (level.scores, level.parents, level.path)]
+    return _digest(*parts)
+
+
+def _digest(*parts: bytes) -> str:
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()[:12]
