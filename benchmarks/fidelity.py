@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,19 @@ from echo_rl.costs import CostArrays
 from echo_rl.env.replay import ReplayBackend
 from echo_rl.env.trace import Trace
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
-from echo_rl.loop import RunRecord, StepRecord, serve
+from echo_rl.loop import serve
+from echo_rl.metrics import kendall
 from echo_rl.profile import CostProfile
 from echo_rl.record import RecordOptions, record
+from echo_rl.records import RunRecord
 from echo_rl.results import write_json
 from echo_rl.runtime.engine import Engine
 from echo_rl.sweep import Arm
 
 EXACT = ("chain", "static", "eagle3:total=30,depth=6,top_k=6", "echo:nodes=7", "echo_unscheduled:nodes=3")
 ARMS = (
-    "none", "chain", "eagle3", "static", "fixed:nodes=1,depth=2,width=2", "fixed:nodes=2,depth=3,width=3",
+    "none", "chain", "eagle3:total=30,depth=6,top_k=8", "static",
+    "fixed:nodes=1,depth=2,width=2", "fixed:nodes=2,depth=3,width=3",
     "fixed:nodes=5,depth=4,width=3", "fixed:nodes=15,depth=5,width=4", "echo",
 )  # fmt: skip
 
@@ -44,8 +48,8 @@ class Args:
     quick: bool = False
     """Fewer arms, loads and steps."""
     trace: Path = RESULTS / "work" / "trace" / "trace.safetensors"
-    concurrency: tuple[int, ...] = (1, 4, 8, 16, 32)
-    blocks: int = 2
+    concurrency: tuple[int, ...] = (1, 4, 16, 32)
+    blocks: int = 1
     exact_steps: int = 2_000
     """Steps that must be equal, over the controllers together."""
     engine: EngineOptions = field(default_factory=EngineConfig)
@@ -65,8 +69,9 @@ def script() -> None:
         for concurrency in args.concurrency:
             arms = ARMS if block % 2 == 0 else ARMS[::-1]
             for arm in arms:
-                key = {"arm": arm, "concurrency": concurrency, "block": block}
-                cells.append(key | ledger.cell(key, lambda k=key: throughput(engine, trace, costs, **k)))
+                place_in_run = (arm, concurrency, block)
+                key = dict(zip(("arm", "concurrency", "block"), place_in_run, strict=True))
+                cells.append(key | ledger.cell(key, partial(throughput, engine, trace, costs, *place_in_run)))
     result = {
         "environment": environment,
         "cells": cells,
@@ -104,20 +109,14 @@ def agreement(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     errors = [abs(rates["replay"] / rates["live"] - 1.0) for rates in mean.values()]
     taus = {}
     for load in sorted({k[0] for k in mean}):
-        rates = [r for k, r in mean.items() if k[0] == load]
-        taus[str(load)] = kendall([r["live"] for r in rates], [r["replay"] for r in rates])
+        sides = [{k[1]: float(r[side]) for k, r in mean.items() if k[0] == load} for side in ("live", "replay")]
+        taus[str(load)] = kendall(*sides)
     return {
         "median_error": float(np.median(errors)),
         "largest_error": float(np.max(errors)),
         "kendall_tau": taus,
-        "mean_tau": float(np.mean(list(taus.values()))),
+        "mean_tau": float(np.mean([tau for tau in taus.values() if tau is not None])),
     }
-
-
-def kendall(a: Sequence[float], b: Sequence[float]) -> float:
-    """Kendall's tau of two sequences without ties."""
-    x, y = np.sign(np.subtract.outer(a, a)), np.sign(np.subtract.outer(b, b))
-    return float((x * y).sum() / (len(a) * (len(a) - 1)))
 
 
 def speed(trace: Trace, costs: CostArrays) -> dict[str, float]:
@@ -167,11 +166,7 @@ def _part(requests: Sequence[Request], concurrency: int) -> list[Request]:
 def same_but_time(run: RunRecord) -> list[dict[str, Any]]:
     """Everything about the steps that a replay must reproduce."""
     left_out = {"end", "seconds", "times"}
-    return [{k: v for k, v in asdict(step).items() if k not in left_out} for step in _steps(run)]
-
-
-def _steps(run: RunRecord) -> tuple[StepRecord, ...]:
-    return run.steps
+    return [{k: v for k, v in asdict(step).items() if k not in left_out} for step in run.steps]
 
 
 if __name__ == "__main__":

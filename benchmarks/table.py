@@ -110,6 +110,63 @@ def losslessness(result: Result) -> str:
     return _table(heads, rows)
 
 
+def rivals(result: Result) -> str:
+    """Geometric means over loads and the speed-up at each load, fastest first."""
+    loads = sorted({cell["concurrency"] for cell in result["cells"]})
+    found = {(cell["arm"], cell["concurrency"]): cell["speedup"]["estimate"] for cell in result["cells"]}
+    rows = [
+        [
+            str(row["rank"] or "-"),
+            f"`{row['arm']}`",
+            Interval(**row["speedup"]).text(2, "×"),
+            *(_number(found[row["arm"], load]) for load in loads),
+        ]
+        for row in result["ranking"]
+    ]
+    return _table(["rank", "controller, tuned", "all loads", *map(str, loads)], rows)
+
+
+def policies(result: Result) -> str:
+    """The learned controller against ECHO and plain serving, workload by workload."""
+    names = ("over_echo_by_workload", "hindsight_over_echo", "over_none_by_workload", "echo_over_none")
+    rows = [
+        [f"`{workload}`", *(_ratio(result[name][i]) for name in names)]
+        for i, workload in enumerate(result["workloads"])
+    ]
+    rows.append(["all", _ratio(result["over_echo"]), "", "", ""])
+    heads = ["workload", "`ppo` over `echo`", "best fixed plan over `echo`", "`ppo` over `none`", "`echo` over `none`"]
+    return _table(heads, rows)
+
+
+def training(result: Result) -> str:
+    """What each change to the training does to the result."""
+    rows = [[name, _ratio(interval)] for name, interval in {**result["seeds"], **result["ablations"]}.items()]
+    return _table(["training", "over `echo`"], rows)
+
+
+def fidelity(result: Result) -> str:
+    """How a replay's throughput compares with the live loop's."""
+    cells: dict[tuple[int, str], list[float]] = {}
+    for cell in result["cells"]:
+        cells.setdefault((cell["concurrency"], cell["arm"]), []).append(cell["replay"] / cell["live"])
+    loads = sorted({load for load, _ in cells})
+    arms = dict.fromkeys(arm for _, arm in cells)
+    rows = [[f"`{arm}`", *(_number(sum(cells[c, arm]) / len(cells[c, arm])) for c in loads)] for arm in arms]
+    taus = ["Kendall's tau", *(_number(result["kendall_tau"][str(load)]) for load in loads)]
+    exact, speeds = result["exact"], result["speed"]
+    words = (
+        f"\nMedian error {result['median_error']:.1%}. In float32 {exact['differed']} of {exact['steps']} steps differ "
+        f"from the live loop. Serving steps a second on one core: "
+        + ", ".join(f"{speed:,.0f} at batch {batch}" for batch, speed in speeds.items())
+        + ".\n"
+    )
+    return _table(["replayed over live tokens/s", *map(str, loads)], [*rows, taus]) + words
+
+
+def _ratio(interval: Mapping[str, float]) -> str:
+    return f"{interval['value']:.3f}× [{interval['low']:.3f}, {interval['high']:.3f}]"
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "headline": ("throughput", headline),
     "ablations": ("throughput", ablations),
@@ -117,6 +174,10 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "acceptance": ("acceptance", acceptance),
     "plain_decoding": ("plain_decoding", plain_decoding),
     "losslessness": ("losslessness", losslessness),
+    "rivals": ("rivals", rivals),
+    "policies": ("policies", policies),
+    "training": ("policies", training),
+    "fidelity": ("fidelity", fidelity),
 }
 
 

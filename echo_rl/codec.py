@@ -36,33 +36,43 @@ class ActionTable:
     widths: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
     gate_scales: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5)
     """Multiplies the calibrated thresholds; 0 switches the gates off."""
+    floors: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4)
+    """Least calibrated path probability of a node that is verified."""
 
     def __post_init__(self) -> None:
         if self.nodes[0] != 0.0 or any(b <= a for a, b in zip(self.nodes, self.nodes[1:], strict=False)):
             raise ConfigError(f"action nodes {self.nodes} must begin with 0 and increase")
         if min(self.depths) < 1 or max(self.depths) > DEPTHS or min(self.widths) < 1 or min(self.gate_scales) < 0:
             raise ConfigError(f"action table needs depths in 1..{DEPTHS}, widths >= 1 and gate scales >= 0")
+        if not 0.0 <= min(self.floors) <= max(self.floors) < 1.0:
+            raise ConfigError(f"action floors {self.floors} must be probabilities below 1")
 
     @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        return len(self.nodes), len(self.depths), len(self.widths), len(self.gate_scales)
+    def values(self) -> tuple[tuple[float, ...], ...]:
+        """The knobs' values, knob by knob."""
+        return self.nodes, self.depths, self.widths, self.gate_scales, self.floors
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(map(len, self.values))
 
     def knobs(self, actions: Ints) -> Knobs:
-        """[E, 4] indices -> the values they stand for. Raises `ConfigError` on an index out of range."""
+        """[E, 5] indices -> the values they stand for. Raises `ConfigError` on an index out of range."""
         actions = np.atleast_2d(np.asarray(actions))
-        if actions.shape[1] != 4 or (actions < 0).any() or (actions >= np.array(self.sizes)).any():
+        if actions.shape[1] != len(self.sizes) or (actions < 0).any() or (actions >= np.array(self.sizes)).any():
             raise ConfigError(f"action {actions.tolist()} is outside the table's {self.sizes}")
-        tables = (self.nodes, self.depths, self.widths, self.gate_scales)
-        nodes, depth, width, scale = (np.asarray(t)[actions[:, i]] for i, t in enumerate(tables))
-        return Knobs(nodes.astype(np.float64), depth, width, scale.astype(np.float64))
+        nodes, depth, width, scale, floor = (np.asarray(t)[actions[:, i]] for i, t in enumerate(self.values))
+        return Knobs(nodes.astype(np.float64), depth, width, scale.astype(np.float64), floor.astype(np.float64))
 
-    def nearest(self, nodes: float, depth: int, width: int, gate_scale: float = 1.0) -> tuple[int, int, int, int]:
+    def nearest(
+        self, nodes: float, depth: int, width: int, gate_scale: float = 1.0, floor: float = 0.0
+    ) -> tuple[int, ...]:
         """The action closest to a plan (nodes by ratio), for cloning another controller."""
         ladder = [abs(np.log((n or 0.1) / max(nodes, 0.1))) for n in self.nodes]
-        near = [[abs(v - x) for v in t] for t, x in ((self.depths, depth), (self.widths, width))]
-        scales = [abs(s - gate_scale) for s in self.gate_scales]
+        wanted = (depth, width, gate_scale, floor)
         first = 0 if nodes <= 0 else max(1, int(np.argmin(ladder)))
-        return first, int(np.argmin(near[0])), int(np.argmin(near[1])), int(np.argmin(scales))
+        others = zip(self.values[1:], wanted, strict=True)
+        return first, *(int(np.argmin([abs(v - x) for v in table])) for table, x in others)
 
     def plan(self, action: Sequence[int], load: LoadView, gates: Gates) -> SpecPlan:
         """One action as the plan of a step; `gates` are the calibrated sparse thresholds."""
@@ -70,9 +80,20 @@ class ActionTable:
         budget = int(knobs.budget(np.array([load.batch_size]))[0])
         if not budget:
             return AUTOREGRESSIVE
-        depth, scale = int(knobs.depth[0]), float(knobs.gate_scale[0])
-        kept = tuple((d, min(1.0, tau * scale)) for d, tau in gates if d < depth - 1) if scale else ()
-        return SpecPlan(budget, depth, int(knobs.width[0]), kept)
+        depth, scale, floor = int(knobs.depth[0]), float(knobs.gate_scale[0]), float(knobs.floor[0])
+        return SpecPlan(budget, depth, int(knobs.width[0]), scaled_gates(gates, depth, scale, floor), floor)
+
+
+def scaled_gates(gates: Gates, depth: int, scale: float, floor: float) -> Gates:
+    """The thresholds of a plan of `depth` levels, in order of depth.
+
+    Nodes below the floor are never verified and nothing below them is likelier, so with a floor every
+    depth has a gate of at least that: it saves drafting and costs nothing.
+    """
+    scaled = {d: min(1.0, tau * scale) for d, tau in gates if scale and d < depth - 1}
+    if floor:
+        scaled = {d: max(scaled.get(d, 0.0), floor) for d in range(depth - 1)}
+    return tuple(sorted(scaled.items()))
 
 
 @dataclass(frozen=True)
@@ -83,6 +104,7 @@ class Knobs:
     depth: Ints
     width: Ints
     gate_scale: Floats
+    floor: Floats
 
     def budget(self, batch: Ints) -> Ints:
         """[E] nodes over the whole batch: rounded, at least one where speculation is on."""

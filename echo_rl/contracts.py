@@ -100,6 +100,8 @@ class SpecPlan:
     width: int = 1
     """Nodes expanded a level, and children proposed by each."""
     gates: tuple[tuple[int, float], ...] = ()
+    floor: float = 0.0
+    """Least path probability at which ECHO's scheduler verifies a node, even where budget is left."""
     nested: bool = False
     """Expand also what every narrower width would expand, so that the forest contains theirs (recording)."""
 
@@ -108,6 +110,8 @@ class SpecPlan:
             raise ConfigError(f"budget is {self.budget}; give 0 (plain decoding) or more")
         if self.budget and (self.max_depth < 1 or self.width < 1):
             raise ConfigError(f"depth {self.max_depth} and width {self.width} must be at least 1 when budget > 0")
+        if not 0.0 <= self.floor < 1.0:
+            raise ConfigError(f"floor is {self.floor}; give a probability below 1, 0 for none")
 
     @property
     def speculates(self) -> bool:

@@ -37,6 +37,8 @@ from echo_rl.sweep import Arm
 
 Result = Mapping[str, Any]
 BASELINE, REFERENCE, HINDSIGHT = "none", "echo", "hindsight"
+BOUNDS = (HINDSIGHT, "oracle")
+"""Arms that know the answer before they choose: shown, but neither ranked nor winners."""
 RESAMPLES = 2000
 DASHES = ("-", "--", ":")
 
@@ -304,7 +306,7 @@ def _pooled(blocks: Sequence[Block]) -> float:
 def report(config: EvalConfig, measured: Mapping[str, Mapping[int, Sequence[Block]]]) -> dict[str, Any]:
     """As plain JSON types: a cell per load and arm, the overall ranking, and who wins each load.
 
-    ``hindsight`` has cells but no rank: it is no controller.
+    `BOUNDS` have cells but no rank.
     """
     cells = [_cell(measured, arm, load) for load in config.concurrency for arm in measured]
     winners = [_winner(measured, load) for load in config.concurrency]
@@ -343,15 +345,15 @@ def _ratio(
 
 def _winner(measured: Mapping[str, Mapping[int, Sequence[Block]]], load: int) -> dict[str, Any]:
     """The fastest arm at a load, and the arms that can't be told from it."""
-    arms = sorted((arm for arm in measured if arm != HINDSIGHT), key=lambda arm: -_pooled(measured[arm][load]))
+    arms = sorted(filter(_competes, measured), key=lambda arm: -_pooled(measured[arm][load]))
     ends = {arm: _ratio(measured, arm, arms[0], load).high for arm in arms[1:]}
     return {"concurrency": load, "arm": arms[0], "tied": [arm for arm, high in ends.items() if high and high >= 1.0]}
 
 
 def _ranking(measured: Mapping[str, Mapping[int, Sequence[Block]]], winners: Sequence[str]) -> list[dict[str, Any]]:
     overall = {arm: geometric_mean(measured[arm], measured[BASELINE]) for arm in measured}
-    places = sorted((arm for arm in measured if arm != HINDSIGHT), key=lambda arm: -overall[arm].estimate)
     order = sorted(measured, key=lambda arm: -overall[arm].estimate)
+    places = list(filter(_competes, order))
     return [
         {
             "rank": places.index(arm) + 1 if arm in places else None,
@@ -362,6 +364,10 @@ def _ranking(measured: Mapping[str, Mapping[int, Sequence[Block]]], winners: Seq
         }
         for arm in order
     ]
+
+
+def _competes(arm: str) -> bool:
+    return Arm.parse(arm).controller not in BOUNDS
 
 
 def mean_speedup(ours: Mapping[int, Sequence[Block]], theirs: Mapping[int, Sequence[Block]]) -> float:

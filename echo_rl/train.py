@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,10 @@ class TrainConfig:
     """Serving steps for which a decision stands, in training and in serving."""
     randomise: bool = False
     """Draw another machine's costs for each episode, for a policy that transfers."""
+    noise: bool = False
+    """Train under noisy step times. Without, rewards are exact and differ by what was decided alone."""
+    reference: bool = True
+    """Take the reward of a fixed plan on the same forests off each step's, see `FleetOptions.reference`."""
     hidden: tuple[str, ...] = ()
     """Groups of observations (load, speculation, cost) that the policy never sees: for ablations."""
     held_out: float = 0.3
@@ -169,8 +173,9 @@ def make_env(config: TrainConfig, setting: Setting) -> VecEnv:
     options = FleetOptions(
         workloads=config.workloads, table=setting.table, reward=config.reward, horizon=config.horizon,
         repeat=config.repeat, randomise=config.randomise, hidden=config.hidden,
-        gates=setting.gates, score_power=setting.calibration.score_power,
+        gates=setting.gates, score_power=setting.calibration.score_power, noise=config.noise,
     )  # fmt: skip
+    options = options if config.reference else replace(options, reference=None)
     return ReplayVecEnv(setting.training, setting.costs, options, config.lanes, config.learner.seed)
 
 

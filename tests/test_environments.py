@@ -58,7 +58,7 @@ def test_a_recording_comes_as_a_file_too_and_one_workload_as_one_text(trace, tmp
     trace.save(tmp_path / "trace.safetensors")
     env = make_replay(tmp_path / "trace.safetensors", "closed:1", table=TABLE)
     _, info = env.reset(seed=0)
-    assert info == {"workload": "closed:1"} and env.step([3, 2, 2, 2])[4]["budget"] == 1.0
+    assert info == {"workload": "closed:1"} and env.step([3, 2, 2, 2, 0])[4]["budget"] == 1.0
     env.close()
 
 

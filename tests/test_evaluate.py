@@ -64,11 +64,12 @@ def test_a_constructed_case_is_ranked():
         "tall": blocks({1: [900, 990], 8: [200, 220]}),
         "twin": blocks({1: [910, 979], 8: [100, 110]}),
         HINDSIGHT: blocks({1: [950, 1045], 8: [900, 990]}),
+        "oracle:depth=3": blocks({1: [999, 1099], 8: [999, 1099]}),
     }
     result = report(EvalConfig(("flat", "tall", "twin"), (1, 8), blocks=2), measured)
     ranking = by_arm(result, "ranking")
-    assert list(ranking) == [HINDSIGHT, "tall", "twin", "echo", "flat", "none"]
-    assert [row["rank"] for row in ranking.values()] == [None, 1, 2, 3, 4, 5]
+    assert list(ranking) == ["oracle:depth=3", HINDSIGHT, "tall", "twin", "echo", "flat", "none"]
+    assert [row["rank"] for row in ranking.values()] == [None, None, 1, 2, 3, 4, 5]
     assert [(w["arm"], w["tied"]) for w in result["winners"]] == [("tall", ["twin"]), ("flat", [])]
     assert (ranking["tall"]["wins"], ranking["flat"]["wins"], ranking["echo"]["wins"]) == (1, 1, 0)
     assert ranking["tall"]["speedup"]["estimate"] == pytest.approx((9 * 0.5) ** 0.5)

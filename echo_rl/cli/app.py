@@ -53,10 +53,22 @@ class Train(Heavy):
     """Train a policy on replayed servers; rerun it to go on where it stopped."""
 
 
+@dataclass(frozen=True)
+class Eval(Heavy):
+    """Rank controllers on recorded responses in simulated time."""
+
+
+@dataclass(frozen=True)
+class Tune(Heavy):
+    """Search the options of controllers on recorded responses, for eval --tuned."""
+
+
 GROUPS: dict[str, tuple[str, type[Heavy]]] = {
     "calibrate": ("echo_rl.cli.calibrate", Calibrate),
     "drafter": ("echo_rl.cli.drafter", Drafter),
     "record": ("echo_rl.cli.record", Record),
+    "eval": ("echo_rl.cli.evaluate", Eval),
+    "tune": ("echo_rl.cli.tune", Tune),
     "train": ("echo_rl.cli.train", Train),
 }
 
@@ -68,6 +80,8 @@ AnyCommand = (
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Drafter, tyro.conf.subcommand("drafter")]
     | Annotated[Record, tyro.conf.subcommand("record")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Weights, tyro.conf.subcommand("weights")]
     | Annotated[Version, tyro.conf.subcommand("version")]

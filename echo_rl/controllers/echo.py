@@ -15,12 +15,13 @@ probabilities, so the batch-wide top-K *is* the greedy optimum. Its size never e
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from echo_rl.contracts import AUTOREGRESSIVE, Forest, LoadView, Selection, SpecPlan, StepReport
+from echo_rl.contracts import AUTOREGRESSIVE, NO_GATE, Forest, LoadView, Selection, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController, even_split, global_top_k, pack, per_request_top_k
 from echo_rl.controllers.gates import GateCalibration
 from echo_rl.controllers.planner import BudgetPlanner, PlannerOptions, Shape
@@ -60,6 +61,8 @@ class CalibratedSelection(BaseController):
 
     def select(self, forest: Forest, plan: SpecPlan) -> Selection:
         scored = self._calibrated(forest)
+        if plan.floor:
+            scored = replace(scored, scores=scored.scores.masked_fill(scored.scores < math.log(plan.floor), NO_GATE))
         if self.scheduled:
             return pack(forest, global_top_k(scored, plan.budget, self._node_cap))
         return pack(forest, per_request_top_k(scored, even_split(plan.budget, forest.batch_size, forest.scores.device)))

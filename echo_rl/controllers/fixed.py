@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +41,8 @@ class NoSpeculation(BaseController):
 class ChainOptions:
     steps: int = 3
     """Tokens drafted in a row (SGLang's EAGLE-3 serving default)."""
+
+    TUNABLE: ClassVar[Mapping[str, tuple[int, ...]]] = {"steps": (1, 2, 3, 4, 5)}
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -94,6 +98,10 @@ class Eagle3Options:
     total: int = 60
     depth: int = 8
     top_k: int = 10
+
+    TUNABLE: ClassVar[Mapping[str, tuple[int, ...]]] = {
+        "total": (3, 7, 15, 30, 60), "depth": (3, 4, 6, 8), "top_k": (3, 8),
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         if min(self.total, self.depth, self.top_k) < 1:

@@ -80,7 +80,7 @@ class Policy:
         result: Array = x @ last.weight.T + last.bias
         return result
 
-    def act(self, observation: Array, generator: np.random.Generator | None = None) -> tuple[int, int, int, int]:
+    def act(self, observation: Array, generator: np.random.Generator | None = None) -> tuple[int, ...]:
         """The likeliest action at one observation, or one drawn by the generator.
 
         Raises `PolicyError` where a logit is not finite: there is no likeliest action then.
@@ -90,8 +90,7 @@ class Policy:
             raise PolicyError("the policy's logits are not finite")
         if generator is not None:
             logits = logits + generator.gumbel(size=logits.shape).astype(np.float32)
-        a, b, c, d = (int(part.argmax()) for part in self.split(logits))
-        return a, b, c, d
+        return tuple(int(part.argmax()) for part in self.split(logits))
 
     def split(self, logits: Array) -> list[Array]:
         """[..., sum(table.sizes)] -> one array a knob."""

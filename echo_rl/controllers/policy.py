@@ -21,7 +21,7 @@ from echo_rl.errors import ConfigError
 from echo_rl.packages import shipped_checkpoints
 from echo_rl.profile import CostProfile
 
-Action = tuple[int, int, int, int]
+Action = tuple[int, ...]
 log = logging.getLogger(__name__)
 
 

@@ -9,6 +9,15 @@ from types import MappingProxyType
 from typing import Any
 
 from echo_rl.contracts import Controller
+from echo_rl.controllers.bandit import Bandit, BanditOptions
+from echo_rl.controllers.batch_level import (
+    DSpark,
+    DSparkOptions,
+    SglangAdaptive,
+    SglangAdaptiveOptions,
+    Tetris,
+    TetrisOptions,
+)
 from echo_rl.controllers.cost_aware import (
     Cast,
     CastOptions,
@@ -42,6 +51,7 @@ from echo_rl.controllers.fixed import (
     Static,
     StaticOptions,
 )
+from echo_rl.controllers.goodput import AdaSpec, AdaSpecOptions, TurboSpec, TurboSpecOptions
 from echo_rl.controllers.oracle import Oracle, OracleOptions
 from echo_rl.controllers.policy import Ppo, PpoOptions
 from echo_rl.errors import ConfigError, UnknownController
@@ -72,6 +82,12 @@ CONTROLLERS: Mapping[str, Family] = MappingProxyType(
             Family(Smart, SmartOptions),
             Family(Cast, CastOptions),
             Family(Evict, EvictOptions),
+            Family(Tetris, TetrisOptions),
+            Family(SglangAdaptive, SglangAdaptiveOptions),
+            Family(DSpark, DSparkOptions),
+            Family(TurboSpec, TurboSpecOptions),
+            Family(AdaSpec, AdaSpecOptions),
+            Family(Bandit, BanditOptions),
             Family(Echo, EchoOptions),
             Family(EchoDense, EchoOptions),
             Family(EchoFixed, EchoFixedOptions),

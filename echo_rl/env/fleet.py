@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_rl.codec import CONFIDENCE, DEPTHS, Knobs, Loads, Outcomes
+from echo_rl.codec import CONFIDENCE, DEPTHS, Knobs, Loads, Outcomes, scaled_gates
 from echo_rl.contracts import LoadView
 from echo_rl.costs import CostArrays, Scaling
 from echo_rl.env.lane import Gain, Lane, LaneOptions, Turn
@@ -38,6 +38,15 @@ class FleetStep:
     seconds: Floats
     plain: Plain
     kept: tuple[Ints, ...]  # per lane: tokens of each decoding request
+    reference: Reference | None  # what the fleet's reference plan would have brought instead
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The counterfactual of a step under one fixed plan, [E] each: same requests, same forests, no noise."""
+
+    decoded: Floats
+    seconds: Floats
 
 
 class Fleet:
@@ -53,8 +62,10 @@ class Fleet:
         lanes: int,
         limits: LaneOptions | None = None,
         noisy: bool = True,
+        reference: tuple[float, int, int] | None = None,
     ) -> None:
-        self._costs, self._gates, self._noisy = costs, gates, noisy
+        """`reference` is a plan (nodes a request, depth, width) whose outcome every step tells too."""
+        self._costs, self._gates, self._noisy, self._reference = costs, gates, noisy, reference
         self._limits = limits or LaneOptions()
         self._tables = {width: Table(trace.restricted(width), score_power) for width in widths}
         self._suites = {"": np.arange(len(trace.responses))} | {
@@ -91,6 +102,7 @@ class Fleet:
         batch = loads.batch.astype(np.int64)
         budgets = np.minimum(knobs.budget(batch), batch * self._limits.max_nodes)
         tally = _Tally(self.lanes)
+        reference = self._counterfactual(loads, batch) if self._reference else None
         turns = list(self._turns)
         gains = [self._serve(lane, knobs, int(budgets[lane]), tally) for lane in range(self.lanes)]
         work = Work(
@@ -122,21 +134,45 @@ class Fleet:
         )
         for lane in range(self.lanes):
             self._advance(lane)
-        return FleetStep(outcomes, tokens, decoded, phases.total, plain, tuple(gain.kept for gain in gains))
+        return FleetStep(outcomes, tokens, decoded, phases.total, plain, tuple(gain.kept for gain in gains), reference)
 
     def _serve(self, lane: int, knobs: Knobs, budget: int, tally: _Tally) -> Gain:
         """Decide and commit one lane's step."""
         turn = self._turns[lane]
         accepted = np.zeros(len(turn.decoding), dtype=np.int64)
         if budget:
-            scale = float(knobs.gate_scale[lane])
-            gates = [(d, min(1.0, tau * scale)) for d, tau in self._gates] if scale else []
+            depth, floor = int(knobs.depth[lane]), float(knobs.floor[lane])
+            gates = scaled_gates(self._gates, depth, float(knobs.gate_scale[lane]), floor)
             table = self._tables[int(knobs.width[lane])]
-            verdict = table.decide(turn.positions, budget, int(knobs.depth[lane]), gates, self._limits.max_nodes)
+            verdict = table.decide(turn.positions, budget, depth, gates, self._limits.max_nodes, floor)
             tally.take(lane, verdict)
             accepted = verdict.accepted
         tally.committed[lane] = accepted.sum() + len(accepted)
         return self._lanes[lane].commit(turn, accepted, budget > 0)
+
+    def _counterfactual(self, loads: Loads, batch: Ints) -> Reference:
+        """The coming step under the reference plan."""
+        assert self._reference is not None
+        nodes, depth, width = self._reference
+        budgets = np.minimum(np.maximum(np.rint(nodes * batch), 1), batch * self._limits.max_nodes).astype(np.int64)
+        tally, decoded = _Tally(self.lanes), np.zeros(self.lanes)
+        for lane, (turn, server) in enumerate(zip(self._turns, self._lanes, strict=True)):
+            gates = scaled_gates(self._gates, depth, 1.0, 0.0)
+            verdict = self._tables[width].decide(
+                turn.positions, int(budgets[lane]), depth, gates, self._limits.max_nodes
+            )
+            tally.take(lane, verdict)
+            decoded[lane] = server.kept(turn, verdict.accepted).sum()
+        work = Work(
+            batch=loads.batch,
+            context=loads.context,
+            prefill=loads.prefill,
+            verified=tally.verified,
+            width=np.full(self.lanes, float(width)),
+            drafting=tally.drafting,
+            unseen=np.array([float(turn.unseen) for turn in self._turns]),
+        )
+        return Reference(decoded, step_phases(self._costs, self.scaling, work).total)
 
     def _times(self, work: Work) -> Phases:
         phases = step_phases(self._costs, self.scaling, work)
@@ -199,7 +235,7 @@ _AT = np.array(CONFIDENCE)
 
 def _quantiles(values: NDArray[np.float32]) -> Floats:
     """`np.quantile(values, CONFIDENCE)` without its overhead."""
-    ordered = np.sort(values)
+    ordered = np.sort(values).astype(np.float64)
     place = _AT * (len(ordered) - 1)
     low = place.astype(np.int64)
     high = np.minimum(low + 1, len(ordered) - 1)

@@ -125,12 +125,14 @@ class Lane:
             arrived=arrived,
         )
 
+    def kept(self, turn: Turn, accepted: Ints) -> Ints:
+        """[B] tokens that decoding requests get: accepted nodes and a bonus token, none past their end."""
+        return np.minimum(accepted + 1, self._length[turn.responses] - turn.emitted)
+
     def commit(self, turn: Turn, accepted: Ints, drafted: bool) -> Gain:
         """Advance by the accepted nodes and a bonus token each; finished requests leave."""
         state, at = self._state, turn.decoding
-        new = accepted + 1
-        length = self._length[turn.responses]
-        kept = np.minimum(new, length - turn.emitted)
+        new, kept = accepted + 1, self.kept(turn, accepted)
         state[EMITTED, at] += kept
         state[UNSEEN, at] = new if drafted else state[UNSEEN, at] + new
         for ticket, response in turn.prompts:

@@ -121,7 +121,10 @@ class ReplayBackend:
     def _grow(self, turn: Turn, plan: SpecPlan, controller: Controller) -> Forest:
         """The recorded forest of this plan, cut where the controller's gates stop a request."""
         if plan.max_depth > self.trace.max_depth:
-            raise TraceError(f"the trace holds {self.trace.max_depth} levels, the plan wants {plan.max_depth}")
+            raise TraceError(
+                f"the trace holds {self.trace.max_depth} levels, not {plan.max_depth}; record with "
+                f"--depth {plan.max_depth}, or give the controller a smaller depth"
+            )
         recorded = self.trace.restricted(plan.width)
         rows = torch.from_numpy(turn.positions)
         scores = torch.from_numpy(recorded.scores[turn.positions, : recorded.nodes(plan.max_depth)])

@@ -56,7 +56,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
     calls (choosing actions, learning) does not pass on the server.
 
     ## Action space
-    ``MultiDiscrete([13, 8, 6, 4])``: one index into each column of the action table (`codec.ActionTable`):
+    ``MultiDiscrete([13, 8, 6, 4, 6])``: one index into each column of the action table (`codec.ActionTable`):
 
     | knob | values |
     |---|---|
@@ -64,6 +64,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
     | levels drafted | 1, 2, 3, 4, 5, 6, 7, 8 |
     | nodes expanded a level | 1, 2, 3, 4, 6, 8 |
     | factor on the calibrated gates (0: no gates) | 0, 0.5, 1, 1.5 |
+    | least calibrated path probability of a verified node | 0, 0.05, 0.1, 0.2, 0.3, 0.4 |
 
     Zero nodes is plain decoding, whatever the other knobs say. Nodes times batch, rounded, is the budget of the
     whole batch: a hard cap. An action of another shape, with other than whole numbers or outside the

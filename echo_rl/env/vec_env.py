@@ -39,6 +39,10 @@ class FleetOptions:
     """Serving steps under one action."""
     randomise: bool = False
     """Draw another machine's costs each episode."""
+    reference: tuple[float, int, int] | None = (3.0, 3, 3)
+    """A plan (nodes a request, depth, width) whose reward on the same forests is taken off each step's: a control
+    variate that takes the luck of a step out of the reward and changes no policy's rank. None for the plain reward;
+    only in the forms ``relative`` and ``goodput``."""
     hidden: tuple[str, ...] = ()
     """Groups of observations (`codec.GROUPS`) shown as zeros: for ablations."""
     noise: bool = True
@@ -72,13 +76,21 @@ class ReplayVecEnv(VecEnv):
         self.options, self._costs = options, costs
         self._workloads: list[Workload] = [parse(text) for text in options.workloads]
         self._fleet = Fleet(
-            trace, costs, options.table.widths, options.gates, options.score_power, lanes, options.limits, options.noise
+            trace,
+            costs,
+            options.table.widths,
+            options.gates,
+            options.score_power,
+            lanes,
+            options.limits,
+            options.noise,
+            options.reference if options.reward.form in ("relative", "goodput") else None,
         )
         self._meter = RewardMeter(options.reward, lanes)
         self._visible = np.ones(len(FEATURES), dtype=np.float32)
         for group in options.hidden:
             self._visible[slice(*GROUPS[group])] = 0.0
-        self._actions = np.zeros((lanes, 4), dtype=np.int64)
+        self._actions = np.zeros((lanes, len(options.table.sizes)), dtype=np.int64)
         self._start(seed)
 
     def reset(self) -> NDArray[np.float32]:
@@ -158,8 +170,12 @@ class ReplayVecEnv(VecEnv):
         if self.options.reward.form == "goodput":
             rates = zip(step.seconds, step.kept, strict=True)
             good = np.array([float((s / np.maximum(k, 1e-9) <= slo).mean()) for s, k in rates])
-        batch = o.loads.batch
+        batch, baseline = o.loads.batch, np.zeros(self.num_envs)
+        if step.reference is not None:
+            spent = (step.reference.seconds - step.plain.prompts) / step.plain.decode
+            baseline = step.reference.decoded / batch - self._meter.speedup * spent
         terms = self._meter.score(step.decoded, step.seconds - step.plain.prompts, step.plain.decode, batch, good)
+        terms = terms | {"reference": -baseline, "reward": terms["reward"] - baseline}
         worth = step.plain.worth(step.decoded, batch)
         facts = {"tokens": step.tokens, "seconds": step.seconds, "plain_seconds": worth, "batch": batch}
         return terms | facts | {"budget": o.budget, "depth": o.depth, "width": o.width}

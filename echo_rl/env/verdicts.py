@@ -6,6 +6,7 @@ node is accepted depends only on whether its score is among the K best of the ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -48,8 +49,8 @@ class Table:
         self._best = np.stack(levels, axis=1)  # [P, D] the likeliest path of each level, as drafted
         self._best_calibrated = self._best * powers[:depths]
 
-    def decide(self, positions: Ints, budget: int, depth: int, gates: Gates, limit: int) -> Verdict:
-        """`gates` are (depth, threshold); `limit` is the most nodes of one request."""
+    def decide(self, positions: Ints, budget: int, depth: int, gates: Gates, limit: int, floor: float = 0.0) -> Verdict:
+        """`gates` are (depth, threshold); `limit` is the most nodes of one request, `floor` see `SpecPlan`."""
         best = self._best[positions, :depth]  # [B, d]
         stop = self._stops(best, depth, gates)
         scores = self._scores[positions, : self.starts[depth]]  # a copy
@@ -58,6 +59,9 @@ class Table:
             scores[self._depths[: self.starts[depth]] > stop[:, None]] = NONE
             beyond = np.arange(depth) > stop[:, None]
             path, tops = np.where(beyond, NONE, path), np.where(beyond, NONE, tops)
+        if floor:
+            least = np.float32(math.log(floor))
+            scores, path, tops = (np.where(s >= least, s, NONE) for s in (scores, path, tops))
         threshold, verified = _threshold(scores, budget, limit)
         if budget < scores.size and int((scores >= threshold).sum()) > verified:
             taken, has = self._tied(scores, threshold, verified, positions, depth)
@@ -83,9 +87,9 @@ class Table:
         """
         wanted = np.where(scores >= threshold, scores, NONE).T  # [M, B]
         order = np.argsort(-wanted, axis=None, kind="stable")[:verified]
-        mask = np.zeros(wanted.size, dtype=bool)
-        mask[order] = True
-        mask = mask.reshape(wanted.shape).T
+        picked = np.zeros(wanted.size, dtype=bool)
+        picked[order] = True
+        mask: NDArray[np.bool_] = picked.reshape(wanted.shape).T
         nodes = self._nodes[positions, :depth]
         rows = np.arange(len(mask))[:, None]
         has = np.stack([mask[:, a:b].any(1) for a, b in pairwise(self.starts[: depth + 1])], axis=1)

@@ -23,6 +23,8 @@ from echo_rl.learning.play import MakeController, World, play
 
 PLAIN = 0
 """The index of zero nodes: with it, the other knobs mean nothing."""
+FLOOR = 4
+"""The place of the floor among the knobs."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Scene:
 @dataclass(frozen=True)
 class Demonstrations:
     observations: NDArray[np.float32]  # [N, F]
-    actions: NDArray[np.int64]  # [N, 4]
+    actions: NDArray[np.int64]  # [N, knobs]
 
 
 def demonstrate(scene: Scene, make: MakeController, options: CloneOptions, seed: int) -> Demonstrations:
@@ -158,7 +160,7 @@ def _logits(policy: ActorCriticPolicy, observations: torch.Tensor) -> list[torch
 
 
 def _matters(actions: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """[N, 4] whether a knob has an effect."""
+    """[N, knobs] whether the demonstration has anything to say about a knob: of the floor ECHO has no opinion."""
     matters = np.repeat((actions[:, :1] != PLAIN), actions.shape[1], axis=1)
-    matters[:, 0] = True
+    matters[:, 0], matters[:, FLOOR] = True, False
     return matters

@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import pytest
 
-from echo_rl.contracts import AUTOREGRESSIVE
 from echo_rl.controllers import make
 from echo_rl.controllers.planner import PlannerOptions
 from echo_rl.errors import ConfigError

@@ -41,7 +41,7 @@ def random_policy(seed: int = 0, repeat: int = 1, net: tuple[int, ...] = (64, 64
     return Policy(layers, repeat=repeat, activation=activation)
 
 
-def constant_policy(action: tuple[int, int, int, int], repeat: int = 1) -> Policy:
+def constant_policy(action: tuple[int, ...], repeat: int = 1) -> Policy:
     """Always says this action."""
     bias = np.concatenate([np.eye(n, dtype=np.float32)[a] for n, a in zip(SIZES, action, strict=True)])
     return Policy((Layer(np.zeros((sum(SIZES), len(FEATURES)), np.float32), bias),), repeat=repeat)
@@ -144,7 +144,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 
 def test_another_table_is_served_where_it_is_asked_for(tmp_path):
-    other = ActionTable(nodes=(0.0, 1.0), depths=(1, 2), widths=(1,), gate_scales=(1.0,))
+    other = ActionTable(nodes=(0.0, 1.0), depths=(1, 2), widths=(1,), gate_scales=(1.0,), floors=(0.0,))
     weight = np.zeros((sum(other.sizes), len(FEATURES)), np.float32)
     Policy((Layer(weight, weight[:, 0]),), other).save(tmp_path, {})
     assert Policy.load(tmp_path, other).table == other
@@ -174,27 +174,27 @@ def test_bad_options_are_refused(options):
 
 
 def test_actions_are_the_likeliest_of_each_knob():
-    assert constant_policy((5, 2, 1, 3)).act(np.zeros(len(FEATURES), np.float32)) == (5, 2, 1, 3)
+    assert constant_policy((5, 2, 1, 3, 4)).act(np.zeros(len(FEATURES), np.float32)) == (5, 2, 1, 3, 4)
 
 
 def test_drawn_actions_follow_the_probabilities():
-    policy, g = constant_policy((5, 2, 1, 3)), np.random.default_rng(0)
+    policy, g = constant_policy((5, 2, 1, 3, 4)), np.random.default_rng(0)
     drawn = np.array([policy.act(np.zeros(len(FEATURES), np.float32), g) for _ in range(4000)])
     share = float(np.mean(drawn[:, 3] == 3))
     assert abs(share - np.e / (np.e + 3)) < 0.03  # logits 1, 0, 0, 0
 
 
 def test_the_action_becomes_the_plan(serve, make_load):
-    plan = serve(constant_policy((6, 3, 2, 2))).plan(make_load(4))
+    plan = serve(constant_policy((6, 3, 2, 2, 0))).plan(make_load(4))
     table = ActionTable()
     assert plan == SpecPlan(4 * int(table.nodes[6]), table.depths[3], table.widths[2], ((0, 0.2), (2, 0.35)))
-    assert serve(constant_policy((0, 3, 2, 2))).plan(make_load(4)) == AUTOREGRESSIVE
+    assert serve(constant_policy((0, 3, 2, 2, 0))).plan(make_load(4)) == AUTOREGRESSIVE
 
 
 def test_a_decision_stands_for_its_steps_and_follows_the_batch(serve, make_load):
-    policy = constant_policy((6, 3, 2, 2), repeat=3)
+    policy = constant_policy((6, 3, 2, 2, 0), repeat=3)
     asked = []
-    object.__setattr__(policy, "act", lambda *a: (asked.append(1), (6, 3, 2, 2))[1])
+    object.__setattr__(policy, "act", lambda *a: (asked.append(1), (6, 3, 2, 2, 0))[1])
     ppo = serve(policy)
     budgets = [ppo.plan(make_load(batch)).budget for batch in (1, 2, 8, 1)]
     assert len(asked) == 2 and budgets == [5, 10, 40, 5]
@@ -202,8 +202,8 @@ def test_a_decision_stands_for_its_steps_and_follows_the_batch(serve, make_load)
 
 def test_what_it_learns_of_a_step_reaches_the_next_observation(serve, make_load):
     seen = []
-    policy = constant_policy((6, 3, 2, 2))
-    object.__setattr__(policy, "act", lambda observation, generator: (seen.append(observation), (6, 3, 2, 2))[1])
+    policy = constant_policy((6, 3, 2, 2, 0))
+    object.__setattr__(policy, "act", lambda observation, generator: (seen.append(observation), (6, 3, 2, 2, 0))[1])
     ppo, load = serve(policy), make_load(1)
     ppo.observe(report_of(load, ppo.plan(load)))
     ppo.plan(load)
@@ -226,7 +226,7 @@ def test_the_plan_never_exceeds_what_the_load_admits(profile, seed, batch, cap, 
 
 
 def test_selection_keeps_to_the_budget(serve, make_forest, make_load):
-    ppo = serve(constant_policy((3, 2, 2, 2)))  # one node a request
+    ppo = serve(constant_policy((3, 2, 2, 2, 0)))  # one node a request
     plan = ppo.plan(make_load(2))
     forest = make_forest([(-1, 0.9), (-1, 0.05), (0, 0.8)], [(-1, 0.5), (-1, 0.3), (0, 0.4)])
     assert plan.budget == ppo.select(forest, plan).size == 2
@@ -253,7 +253,7 @@ def test_a_failing_policy_leaves_the_decision_to_echo(fault, serve, make_load, m
 
 
 def test_echo_decides_only_as_long_as_the_policy_fails(serve, make_load):
-    policy, answers = constant_policy((6, 3, 2, 2), repeat=2), [None, (6, 3, 2, 2)]
+    policy, answers = constant_policy((6, 3, 2, 2, 0), repeat=2), [None, (6, 3, 2, 2, 0)]
 
     def act(*_):
         answer = answers.pop(0)
@@ -281,6 +281,8 @@ def test_steered_follows_and_selects_as_echo(make_forest, make_load, make_profil
     forest = make_forest([(-1, 0.9), (0, 0.8), (1, 0.7)], [(-1, 0.6), (0, 0.5), (1, 0.4)])
     ours, theirs = steered.select(forest, plan), echo.select(forest, plan)
     assert torch.equal(ours.counts, theirs.counts) and torch.equal(ours.tokens, theirs.tokens)
+    floored = SpecPlan(3, 3, 2, floor=0.7)  # calibrated: .9, .8 ** 1.5 = .72, .7 ** 1.5 = .59
+    assert steered.select(forest, floored).counts.tolist() == [2, 0]
     steered.steer(SpecPlan(1000, 3, 2))
     assert steered.plan(make_load(2, max_nodes=4)).budget == 8
 

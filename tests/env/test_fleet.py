@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 
@@ -11,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_rl.codec import ActionTable, Knobs, Loads, Outcomes, Tracker
+from echo_rl.codec import ActionTable, Knobs, Loads, Outcomes, Tracker, scaled_gates
 from echo_rl.contracts import NO_GATE, Forest, Frontier, SpecPlan
-from echo_rl.controllers.base import global_top_k, pack
+from echo_rl.controllers.base import global_top_k
+from echo_rl.controllers.echo import CalibratedSelection
+from echo_rl.controllers.gates import GateCalibration
 from echo_rl.costs import CostArrays, Scaling
 from echo_rl.env.fleet import Fleet
 from echo_rl.env.levels import restrict
@@ -62,15 +65,19 @@ def plan_forest(trace: Trace, positions: np.ndarray, depth: int, width: int, gat
     st.integers(1, WIDTH),
     st.integers(1, 30),
     st.lists(st.tuples(st.integers(0, DEPTH), st.floats(0.0, 0.6)), max_size=3, unique_by=lambda gate: gate[0]),
+    st.sampled_from((0.0, 0.01, 0.1, 0.5)),
 )
-def test_decisions_are_those_of_the_scheduler(seed, batch, budget, depth, width, limit, gates):
+def test_decisions_are_those_of_the_scheduler(seed, batch, budget, depth, width, limit, gates, floor):
     trace = random_trace(seed % 3)
     positions = np.random.default_rng(seed).integers(0, len(trace.levels[0].path), batch)
     gates = tuple(sorted(gates))
-    verdict = Table(trace.restricted(width), POWERS).decide(positions, budget, depth, gates, limit)
+    verdict = Table(trace.restricted(width), POWERS).decide(positions, budget, depth, gates, limit, floor)
     forest = plan_forest(trace, positions, depth, width, gates)
     powers = torch.tensor([*POWERS, *[POWERS[-1]] * DEPTH])[forest.depths]
-    mask = global_top_k(replace(forest, scores=forest.scores * powers), budget, limit)
+    scores = forest.scores * powers
+    if floor:
+        scores = scores.masked_fill(scores < math.log(floor), NO_GATE)
+    mask = global_top_k(replace(forest, scores=scores), budget, limit)
     path = trace.restricted(width).path[positions, :depth]
     taken = np.array([[p >= 0 and bool(mask[row, p]) for p in nodes] for row, nodes in enumerate(path)])
     assert verdict.verified == int(mask.sum()) <= budget
@@ -82,27 +89,18 @@ def test_decisions_are_those_of_the_scheduler(seed, batch, budget, depth, width,
     assert verdict.reached.tolist() == reached.sum(0).tolist()
 
 
-class Knobbed:
+class Knobbed(CalibratedSelection):
     """A controller that follows given knobs by ECHO's rule."""
 
     name = "knobbed"
 
     def __init__(self, plans):
-        self.plans, self.reports = iter(plans), []
+        super().__init__(GateCalibration((), (), score_power=POWERS))
+        self.plans = iter(plans)
 
-    def plan(self, load):
+    def propose(self, load):
         plan = next(self.plans)
-        return replace(plan, budget=min(plan.budget * load.batch_size, load.batch_size * load.max_nodes))
-
-    def extend(self, frontier, plan):
-        return frontier.alive & (frontier.confidence >= plan.gate(frontier.depth))
-
-    def select(self, forest, plan):
-        powers = torch.tensor([*POWERS, *[POWERS[-1]] * DEPTH])[forest.depths]
-        return pack(forest, global_top_k(replace(forest, scores=forest.scores * powers), plan.budget, 64))
-
-    def observe(self, report):
-        self.reports.append(report)
+        return replace(plan, budget=plan.budget * load.batch_size)
 
 
 def test_the_fleet_is_the_replay_backend_vectorised(costs):
@@ -122,13 +120,19 @@ def test_the_fleet_is_the_replay_backend_vectorised(costs):
             sent += 1
 
     g = np.random.default_rng(0)
-    shapes = [(int(g.integers(0, 4)), int(g.integers(1, 6)), int(g.integers(1, 5))) for _ in range(300)]
-    plans = [SpecPlan(n, d, w, tuple(x for x in gates if x[0] < d - 1)) if n else SpecPlan(0) for n, d, w in shapes]
+    shapes = [
+        (int(g.integers(0, 4)), int(g.integers(1, 6)), int(g.integers(1, 5)), float(g.choice((0.0, 0.2))))
+        for _ in range(300)
+    ]
+    plans = [
+        SpecPlan(n, d, w, scaled_gates(gates, d, 1.0, floor), floor) if n else SpecPlan(0)
+        for n, d, w, floor in shapes
+    ]
     controller = Knobbed(plans)
     one, many = Tracker(costs), Tracker(costs, 1, Scaling.none(1))
     top_up(0)
     running = 5
-    for nodes, depth, width in shapes:
+    for nodes, depth, width, floor in shapes:
         arrived = 0
         while True:
             report = backend.step(controller)
@@ -140,7 +144,7 @@ def test_the_fleet_is_the_replay_backend_vectorised(costs):
                 break
         report = replace(report, load=replace(report.load, arrived=arrived))
         loads = fleet.loads()
-        step = fleet.step(Knobs(*(np.array([x]) for x in (float(nodes), depth, width, 1.0))))
+        step = fleet.step(Knobs(*(np.array([x]) for x in (float(nodes), depth, width, 1.0, floor))))
         assert Loads.of(report.load) == loads
         assert step.tokens[0] == sum(len(o.tokens) for o in report.outputs)
         assert step.outcomes.verified[0] == report.verified
@@ -156,10 +160,10 @@ def test_the_fleet_is_the_replay_backend_vectorised(costs):
 
 def test_plans_of_actions_are_their_knobs():
     table = ActionTable()
-    knobs = table.knobs(np.array([[0, 2, 1, 1], [4, 3, 2, 0]]))
+    knobs = table.knobs(np.array([[0, 2, 1, 1, 0], [4, 3, 2, 0, 3]]))
     assert knobs.budget(np.array([7, 7])).tolist() == [0, 14]
     with pytest.raises(ConfigError, match="outside"):
-        table.knobs(np.array([[0, 9, 0, 0]]))
+        table.knobs(np.array([[0, 9, 0, 0, 0]]))
     for nodes, depth, width in ((0.0, 1, 1), (7.0, 4, 3), (60.0, 8, 10)):
         action = table.nearest(nodes, depth, width)
         found = table.knobs(np.array(action))
@@ -216,5 +220,23 @@ def test_a_fleet_is_fast_enough(costs):
     env.reset()
     begin = time.perf_counter()
     for _ in range(100):
-        env.step(np.tile([5, 3, 2, 1], (3, 1)))
+        env.step(np.tile([5, 3, 2, 1, 2], (3, 1)))
     assert time.perf_counter() - begin < 5.0
+
+
+def test_the_reference_is_what_that_plan_would_have_brought(costs):
+    """Taking the reference plan itself leaves a reward of zero, step for step; rewards differ by it alone."""
+    table = ActionTable(depths=(1, 2, 3, 4, 5), widths=(1, 2, 3, 4), gate_scales=(1.0,), floors=(0.0,))
+    common = {"workloads": ("closed:3",), "table": table, "horizon": 50, "repeat": 1, "noise": False}
+    gates = ((0, 0.3), (1, 0.2))
+    same = np.tile(table.nearest(3.0, 3, 3), (2, 1))
+    other = np.tile(table.nearest(1.0, 2, 2), (2, 1))
+    for actions in (same, other):
+        taken_off = ReplayVecEnv(random_trace(), costs, FleetOptions(**common, gates=gates), 2, seed=4)
+        plain = ReplayVecEnv(random_trace(), costs, FleetOptions(**common, gates=gates, reference=None), 2, seed=4)
+        assert np.array_equal(taken_off.reset(), plain.reset())
+        for _ in range(20):
+            (_, less, _, infos), (_, full, _, _) = taken_off.step(actions), plain.step(actions)
+            np.testing.assert_allclose(less, full + [info["reference"] for info in infos], rtol=1e-4, atol=1e-5)
+            if actions is same:
+                np.testing.assert_allclose(less, 0.0, atol=1e-5)

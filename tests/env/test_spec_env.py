@@ -25,8 +25,8 @@ from echo_rl.errors import ConfigError
 from echo_rl.profile import CostProfile
 from tests import tiny
 
-PLAIN = [0, 0, 0, 2]
-CHAIN = [5, 2, 0, 2]  # 3 nodes a request, 3 levels, width 1
+PLAIN = [0, 0, 0, 2, 0]
+CHAIN = [5, 2, 0, 2, 0]  # 3 nodes a request, 3 levels, width 1
 
 
 class FakeBackend:
@@ -186,8 +186,8 @@ def test_it_only_truncates_and_serves_on_afterwards():
 
 @pytest.mark.parametrize(
     "action",
-    [[13, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0], [0, 0, 0, 0, 0], [[0, 0, 0, 0]], 3, [0.0, 1.0, 1.0, 1.0],
-     [float("nan")] * 4, [True] * 4, None, "plan"],
+    [[13, 0, 0, 0, 0], [0, -1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [[0, 0, 0, 0, 0]], 3,
+     [0.0, 1.0, 1.0, 1.0, 1.0], [float("nan")] * 5, [True] * 5, None, "plan"],
 )  # fmt: skip
 def test_a_bad_action_is_refused_and_nothing_is_lost(action):
     env, other = make(), make()
@@ -417,6 +417,6 @@ def test_the_docstring_lists_every_feature_and_knob():
             bounds[index] = (float(low), float(high))
     assert bounds == {i: (low, high) for i, (_, low, high) in enumerate(FEATURES)}
     table = ActionTable()
-    for values in (table.nodes, table.depths, table.widths, table.gate_scales):
+    for values in table.values:
         assert f"| {', '.join(f'{value:g}' for value in values)} |" in text
     assert f"MultiDiscrete({list(table.sizes)})" in text and f"Box({len(FEATURES)},)" in text

@@ -105,6 +105,7 @@ def test_cloning_reproduces_a_rule(make_env):
     def rule(x):
         quiet, good = x[:, 0] < 0.5, x[:, 6] > 0.5
         columns = (np.where(quiet, 6, 3), np.where(good, 5, 2), np.where(quiet & good, 3, 1), np.full(len(x), 2))
+        columns += (np.where(good, 1, 4),)
         return np.stack(columns, axis=1)
 
     x = g.random((3000, len(FEATURES))).astype(np.float32)
@@ -117,10 +118,10 @@ def test_cloning_reproduces_a_rule(make_env):
 
 def test_plain_demonstrations_teach_nothing_of_the_other_knobs(make_env):
     x = np.zeros((64, len(FEATURES)), np.float32)
-    plain, deep = np.tile([0, 0, 0, 0], (32, 1)), np.tile([5, 6, 3, 2], (32, 1))
+    plain, deep = np.tile([0, 0, 0, 0, 0], (32, 1)), np.tile([5, 6, 3, 2, 1], (32, 1))
     policy = build(LearnerOptions(), make_env()).policy
     found = clone(policy, Demonstrations(x, np.concatenate([plain, deep])), CloneOptions(epochs=40), seed=0)
-    assert found[1:] == (1.0, 1.0, 1.0)  # contradictory only where it doesn't matter
+    assert found[1:] == (1.0, 1.0, 1.0, 1.0)  # contradictory only where it doesn't matter
 
 
 def test_demonstrations_are_the_controllers_decisions(world):

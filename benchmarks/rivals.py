@@ -1,0 +1,58 @@
+"""Every controller, tuned on one part of the recorded prompts and ranked on the other, in simulated time.
+
+Needs a trace: ``echo-rl record --width 10 --out benchmarks/results/work/trace``. Interrupted, the same command goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from common import CONSOLE, RESULTS, Place, main
+from echo_rl.cli.evaluate import loads, ranking
+from echo_rl.controllers import registry
+from echo_rl.costs import CostArrays
+from echo_rl.env.trace import Trace
+from echo_rl.evaluate import EvalConfig, evaluate
+from echo_rl.profile import CostProfile
+from echo_rl.results import write_json
+from echo_rl.tune import TuneConfig, load_tuned, tune
+
+TUNED_ELSEWHERE = ("none", "fixed", "ppo", "oracle")
+"""Not tuned here: no options, the search for the best fixed plan, a trained policy, a bound."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Tune and rank all controllers."""
+
+    quick: bool = False
+    """Four controllers, two loads, few blocks."""
+    trace: Path = RESULTS / "work" / "trace" / "trace.safetensors"
+    held_out: float = 0.3
+    """Share of the prompts for the ranking."""
+    blocks: int = 8
+
+
+def script() -> None:
+    args = tyro.cli(Args)
+    place = Place("rivals", args.quick)
+    train, test = Trace.load(args.trace).split(args.held_out)
+    costs = CostArrays(CostProfile.default())
+    names = ("chain", "evict", "echo", "none") if args.quick else registry.names()
+    searched = tuple(name for name in names if name not in TUNED_ELSEWHERE)
+    tuning = TuneConfig(searched, concurrency=(1, 8), blocks=2) if args.quick else TuneConfig(searched)
+    tune(tuning, train, costs, registry.make, place.work / "tune", CONSOLE)
+    tuned = load_tuned(place.work / "tune" / "tuned.json")
+    arms = tuple(tuned.get(name, name) for name in names)
+    sizes = (1, 8) if args.quick else (1, 2, 4, 8, 16, 32)
+    config = EvalConfig(arms, concurrency=sizes, blocks=2 if args.quick else args.blocks, hindsight=not args.quick)
+    result = evaluate(config, test, costs, registry.make, place.work / "eval", CONSOLE)
+    write_json(place.result, result)
+    CONSOLE.print(ranking(result), loads(result))
+
+
+if __name__ == "__main__":
+    main(script)

@@ -1,0 +1,278 @@
+"""Expected tokens a second: what the rules that weigh a step's yield against its time have in common.
+
+The time of a step is the machine's profile scaled by what steps really took (`StepClock`), its yield
+the drafter's own confidence corrected by what was accepted (`YieldCurve`). `Switch` decides whether to
+draft at all, and pays for rare probes while that does not pay.
+
+Shapes: B requests, M forest nodes a request, N ranked nodes of the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from echo_rl.contracts import AUTOREGRESSIVE, Forest, LoadView, Selection, SpecPlan, StepReport
+from echo_rl.controllers.base import BaseController, global_top_k, pack
+from echo_rl.controllers.clock import Pace, ProbeLedger
+from echo_rl.controllers.dynamic import Gates, probabilities
+from echo_rl.controllers.shapes import REFERENCE_HIT
+from echo_rl.costs import CostArrays, Floats
+from echo_rl.errors import ConfigError
+from echo_rl.profile import CostProfile
+
+MOST_LEVELS = 8
+"""Levels that recordings hold."""
+
+
+@dataclass(frozen=True)
+class CostedOptions:
+    """What every rule of this kind can be told. The papers state none of these numbers."""
+
+    profile: CostProfile | str | Path | None = None
+    """The machine's costs, or their file; None takes this machine's own, else the packaged one."""
+    horizon: float = 128.0
+    """Requests served over which acceptance is averaged."""
+    probe_share: float = 0.005
+    """Share of plain decoding time that looking at the drafter may cost, see `ProbeLedger`."""
+    probe_period: int = 64
+    """Fewest plain steps between two looks."""
+
+    def __post_init__(self) -> None:
+        if not self.horizon > 0 or self.probe_period < 1 or not 0 <= self.probe_share < 1:
+            raise ConfigError(
+                f"horizon {self.horizon}, probe_period {self.probe_period}, probe_share {self.probe_share}: "
+                "give positive numbers and a share in [0, 1)"
+            )
+
+
+class StepClock:
+    """Predicted seconds of whole steps."""
+
+    def __init__(self, profile: CostProfile | str | Path | None) -> None:
+        self.profile = CostProfile.of(profile)
+        self._arrays = CostArrays(self.profile)
+        self._pace = Pace(self.profile)
+
+    def plain(self, load: LoadView) -> float:
+        """A step that does not speculate."""
+        batch, pace = load.batch_size, self._pace
+        verify = self.profile.ar_seconds(batch, load.mean_context) * pace.verify(batch, speculative=False)
+        return verify + self.profile.overhead_seconds(batch) * pace.rest[False]
+
+    def speculative(self, load: LoadView, nodes: Floats, width: int, depth: Floats | float) -> Floats:
+        """Steps that draft `depth` levels and verify `nodes` over the batch, drafting included; arrays broadcast."""
+        batch, pace, arrays = load.batch_size, self._pace, self._arrays
+        verify = arrays.verify(batch, batch + nodes, load.mean_context) * pace.verify(batch, speculative=True)
+        rest = arrays.overhead(batch, nodes, True) * pace.rest[True]
+        return verify + rest + arrays.draft(batch, width, depth) * pace.draft
+
+    def level(self, alive: Floats, width: int, depth: int) -> Floats:
+        """Drafting level `depth` (0 = the root's children) for so many requests, on top of the levels above it."""
+        arrays = self._arrays
+        return (arrays.draft(alive, width, depth + 1) - arrays.draft(alive, width, depth)) * self._pace.draft
+
+    def draft(self, load: LoadView, width: int, depth: int) -> float:
+        """Drafting `depth` levels."""
+        return self.profile.draft_seconds(load.batch_size, width, depth) * self._pace.draft
+
+    def observe(self, report: StepReport) -> None:
+        levels = len(report.drafting)
+        if 0 < levels < report.plan.max_depth:  # drafting that stopped early is timed as what it was
+            report = replace(report, plan=replace(report.plan, max_depth=levels))
+        self._pace.observe(report)
+
+
+class Switch:
+    """Whether a step drafts: while it pays, and as a rare probe while it does not."""
+
+    def __init__(self, clock: StepClock, options: CostedOptions) -> None:
+        self._clock = clock
+        self._ledger = ProbeLedger(options.probe_share, options.probe_period)
+        self.probing = False
+        """The step in progress is a probe."""
+
+    def open(self, load: LoadView, pays: bool, excess: float) -> bool:
+        """`excess`: predicted seconds that drafting makes the step longer."""
+        self.probing = not pays and not load.prefill_tokens and self._ledger.affords(max(0.0, excess))
+        return pays or self.probing
+
+    def observe(self, report: StepReport) -> None:
+        ledger, load, plan = self._ledger, report.load, report.plan
+        if not plan.speculates:
+            ledger.plain(report.times.total)
+            return
+        if ledger.steps:
+            usual = self._clock.draft(load, plan.width, max(1, len(report.drafting) or plan.max_depth))
+            ledger.backlog = max(0.0, report.times.draft - usual) / ledger.steps
+        if self.probing:
+            ledger.spent(report.times.total - self._clock.plain(load))
+        else:
+            ledger.restart()
+
+
+class Memory:
+    """How much a new measurement weighs: the more requests were served since the last, the more.
+
+    So a probe after a long spell of plain decoding counts for more than a step among many.
+    """
+
+    MOST = 0.15
+
+    def __init__(self, horizon: float) -> None:
+        self._horizon = horizon
+        self._served = 0
+
+    def passed(self, report: StepReport) -> None:
+        self._served += report.load.batch_size
+
+    def weight(self) -> float:
+        """The weight of what the step just reported says; forgets what was served until then."""
+        served, self._served = self._served, 0
+        return min(self.MOST, 1.0 - math.exp(-served / self._horizon))
+
+
+class Acceptance:
+    """Running chance that a token is accepted when the one before it was."""
+
+    def __init__(self, horizon: float) -> None:
+        self._memory = Memory(horizon)
+        self.chance = REFERENCE_HIT
+
+    def observe(self, report: StepReport) -> None:
+        self._memory.passed(report)
+        reached = sum(report.reached_by_depth)
+        if reached:
+            measured = sum(report.accepted_by_depth) / reached
+            self.chance += self._memory.weight() * (measured - self.chance)
+
+
+class YieldCurve:
+    """The batch's running survival curve: accepted nodes a request that n verified nodes a request are worth.
+
+    Nodes are taken likeliest first over the whole batch, so the curve holds what unequal requests gain
+    from sharing. It is made of the drafter's path probabilities, of verified and unverified nodes alike
+    (what was picked does not bias it), times one correction: accepted over promised, where verified. The
+    prior is a chain with the reference hit rate.
+    """
+
+    NODES = np.array([*np.arange(0.25, 8.25, 0.25), 10.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0])
+
+    def __init__(self, horizon: float) -> None:
+        self._memory = Memory(horizon)
+        chain = np.cumsum(REFERENCE_HIT ** np.arange(1, MOST_LEVELS + 1))
+        self._gains: Floats = np.interp(self.NODES, np.arange(MOST_LEVELS + 1), np.append(0.0, chain))
+        self._reach: Floats = chain  # [MOST_LEVELS] what all nodes of the first 1, 2, ... levels are worth
+        self._accepted = self._promised = 1.0  # nodes a request
+        self._seen: tuple[Floats, Floats] | None = None  # both curves of the step in progress
+        self._picked = 0.0  # what its verified nodes promise
+
+    @property
+    def correction(self) -> float:
+        """Accepted over promised nodes."""
+        return self._accepted / self._promised
+
+    def gains(self, depths: Sequence[int]) -> Floats:
+        """[D, NODES] accepted nodes a request when so many levels are drafted.
+
+        Fewer levels bound the curve by what they hold in all, which is exact at both of its ends.
+        """
+        bound = self._reach[np.asarray(depths) - 1][:, None]
+        return np.minimum(np.minimum(self._gains, bound) * self.correction, self.NODES)
+
+    def look(self, running: Floats, levels: Floats, batch: int, picked: int) -> None:
+        """A drafted forest.
+
+        `running` [N + 1]: summed probability of the likeliest 0, 1, ... nodes, of which `picked` are
+        verified. `levels` [D]: summed probability of each level.
+        """
+        gains = np.interp(self.NODES, np.arange(len(running)) / batch, running / batch)
+        reach = np.cumsum(np.pad(levels, (0, MOST_LEVELS - len(levels)))) / batch
+        self._seen, self._picked = (gains, reach), float(running[picked])
+
+    def observe(self, report: StepReport) -> None:
+        self._memory.passed(report)
+        if self._seen is None:
+            return
+        weight, batch = self._memory.weight(), report.load.batch_size
+        gains, reach = self._seen
+        self._gains, self._reach = (
+            self._gains + weight * (gains - self._gains),
+            self._reach + weight * (reach - self._reach),
+        )
+        if self._picked:
+            self._accepted += weight * (report.accepted / batch - self._accepted)
+            self._promised += weight * (self._picked / batch - self._promised)
+        self._seen = None
+
+
+class Efficient(BaseController):
+    """Verifies the prefix of the batch's likeliest nodes with the most expected tokens a second.
+
+    With b requests and survival probabilities sorted over the batch, k maximises
+    ``(b + sum of the first k) / T(b + k)``. Before drafting the same is asked of the running survival curve:
+    where no k beats plain decoding, the drafter is not run at all. For falling probabilities and rising
+    marginal costs, the best k is where a node's own tokens a second fall below the step's.
+    """
+
+    def __init__(self, options: CostedOptions, depth: int, width: int) -> None:
+        super().__init__()
+        self._depth, self._width = depth, width
+        self.clock = StepClock(options.profile)
+        self.curve = YieldCurve(options.horizon)
+        self._switch = Switch(self.clock, options)
+        self._depths: Sequence[int] = (depth,)  # levels that a step may end up drafting
+        self._gates: Gates = ()
+        self._load = LoadView(0, 0, 0, 0.0, 0.0, 0)
+
+    def propose(self, load: LoadView) -> SpecPlan:
+        self._load, batch = load, load.batch_size
+        most = min(load.max_nodes, self._depth if self._width == 1 else load.max_nodes)
+        sizes = self.curve.NODES
+        open_to = (sizes * batch >= 1.0) & (sizes <= most)
+        depths = [depth for depth in self._depths if depth <= load.max_nodes] or [load.max_nodes]
+        gains = self.curve.gains(depths)[:, open_to]  # [D, O]
+        seconds = self.clock.speculative(load, sizes[open_to] * batch, self._width, np.array(depths, float)[:, None])
+        rates, seconds = self.rates(batch * (1.0 + gains), seconds).ravel(), seconds.ravel()
+        best, plain = int(rates.argmax()), self.clock.plain(load)
+        excess = float(seconds[best]) - plain if rates[best] else math.inf
+        if not self._switch.open(load, bool(rates[best] > batch / plain), excess):
+            return AUTOREGRESSIVE
+        return SpecPlan(most * batch, min(self._depth, load.max_nodes), self._width, self._gates)
+
+    def rates(self, tokens: Floats, seconds: Floats) -> Floats:
+        """Tokens a second of the choices, 0 for those that are not allowed."""
+        return tokens / seconds
+
+    @property
+    def trust(self) -> float:
+        """Accepted nodes per node promised by the drafter; a probe takes it at its word, or it could never recover."""
+        return 1.0 if self._switch.probing else self.curve.correction
+
+    def select(self, forest: Forest, plan: SpecPlan) -> Selection:
+        probs = probabilities(forest.scores)
+        running = running_sum(probs.flatten(), plan.budget)
+        nodes = np.arange(float(len(running)))
+        seconds = self.clock.speculative(self._load, nodes, plan.width, int(forest.depths[-1]) + 1)
+        tokens = forest.batch_size + self.trust * running
+        k = int(self.rates(tokens, seconds).argmax())
+        levels = np.bincount(forest.depths.cpu().numpy(), weights=probs.sum(0).cpu().numpy()).astype(np.float64)
+        self.curve.look(running, levels, forest.batch_size, k)
+        return pack(forest, global_top_k(forest, k, self._node_cap))
+
+    def observe(self, report: StepReport) -> None:
+        self.clock.observe(report)
+        self.curve.observe(report)
+        self._switch.observe(report)
+
+
+def running_sum(values: Tensor, most: int) -> Floats:
+    """[N + 1] 0, then the sums of the highest 1, 2, ... positive values, at most `most` of them."""
+    ranked = values.sort(descending=True).values[:most]
+    sums: Floats = ranked[ranked > 0.0].double().cumsum(0).cpu().numpy()
+    return np.append(0.0, sums)
