@@ -77,7 +77,7 @@ def script() -> None:
         "cells": cells,
         **agreement(cells),
         "speed": ledger.cell({"part": "speed"}, lambda: speed(trace, costs)),
-        "exact": ledger.cell({"part": "exact"}, lambda: exactness(trace, args.exact_steps, place.work)),
+        "exact": ledger.cell({"part": "exact"}, lambda: exactness(args.engine, trace, args.exact_steps, place.work)),
     }
     write_json(place.result, result)
     CONSOLE.print({name: value for name, value in result.items() if name not in ("cells", "environment")})
@@ -135,10 +135,10 @@ def speed(trace: Trace, costs: CostArrays) -> dict[str, float]:
     return rates
 
 
-def exactness(trace: Trace, steps: int, work: Path) -> dict[str, int]:
+def exactness(config: EngineConfig, trace: Trace, steps: int, work: Path) -> dict[str, int]:
     """fp32: steps compared, and steps that differed in anything but time."""
     options = RecordOptions()
-    engine, _ = load_engine(EngineConfig(dtype="float32", max_expanded=options.expanded))
+    engine, _ = load_engine(replace(config, dtype="float32", max_expanded=options.expanded))
     eos = frozenset(engine.runner.target.arch.eos)
     requests = [replace(r, params=replace(r.params, max_new_tokens=48)) for r in trace.requests()[:24]]
     recorded = record(engine, requests, eos, options, work / "fp32", "float32", CONSOLE)

@@ -175,7 +175,7 @@ def make_env(config: TrainConfig, setting: Setting) -> VecEnv:
         repeat=config.repeat, randomise=config.randomise, hidden=config.hidden,
         gates=setting.gates, score_power=setting.calibration.score_power, noise=config.noise,
     )  # fmt: skip
-    options = options if config.reference else replace(options, reference=None)
+    options = options if config.reference else replace(options, reference=())
     return ReplayVecEnv(setting.training, setting.costs, options, config.lanes, config.learner.seed)
 
 

@@ -187,8 +187,11 @@ def scripts(monkeypatch, tmp_path):
     """The scripts write under a temporary folder, run a tiny model, and say nothing."""
     import acceptance
     import common
+    import fidelity
     import losslessness
     import plain_decoding
+    import policies
+    import rivals
     import throughput
     from tests import tiny
 
@@ -199,13 +202,15 @@ def scripts(monkeypatch, tmp_path):
         "dtype": "float32",
         "kv_tokens": 8192,
     }
-    for script in (acceptance, losslessness, plain_decoding, throughput):
+    for script in (acceptance, losslessness, plain_decoding, throughput, fidelity, policies, rivals):
         monkeypatch.setattr(script, "CONSOLE", QUIET)
-        monkeypatch.setattr(script, "load_prompts", lambda *args, **more: PROMPTS[: more.get("limit")])
+        if hasattr(script, "load_prompts"):
+            monkeypatch.setattr(script, "load_prompts", lambda *args, **more: PROMPTS[: more.get("limit")])
     flags = [f for name, value in engine_options.items() for f in (f"--{name.replace('_', '-')}", str(value))]
 
     def run(script, *more: str) -> dict:
-        monkeypatch.setattr("sys.argv", ["script", "--quick", *more, *flags])
+        own = [] if script in (policies, rivals) else flags
+        monkeypatch.setattr("sys.argv", ["script", "--quick", *more, *own])
         script.script()
         return json.loads((tmp_path / "quick" / f"{script.__name__}.json").read_text())
 
@@ -232,10 +237,31 @@ def test_losslessness_reports_a_divergence_with_its_gap():
     assert total["logit_gap_at_divergence"]["median"] == 0.25 and total["logit_gap_everywhere"]["median"] == 2.0
 
 
+def tiny_trace(root: Path):
+    """What the tiny model answers, with the forests of its random drafter."""
+    from echo_rl.config import EngineConfig
+    from echo_rl.contracts import Request, SamplingParams
+    from echo_rl.record import RecordOptions, record
+    from echo_rl.runtime.engine import Engine
+
+    options = RecordOptions(batch=8)
+    engine = Engine.load(
+        EngineConfig(
+            model=str(root / "target"), drafter=str(root / "drafter"), dtype="float32", max_expanded=options.expanded
+        )
+    )
+    params = SamplingParams(max_new_tokens=24)
+    requests = [Request(f"gsm8k/{i}", tuple(range(66, 72 + i)), params) for i in range(12)]
+    return record(engine, requests, frozenset(), options, root / "parts", "tiny")
+
+
 def test_the_scripts_fill_every_table_of_the_readme(scripts, tmp_path):
     import acceptance
+    import fidelity
     import losslessness
     import plain_decoding
+    import policies
+    import rivals
     import table
     import throughput
 
@@ -243,6 +269,10 @@ def test_the_scripts_fill_every_table_of_the_readme(scripts, tmp_path):
     scripts(acceptance)
     scripts(losslessness, "--dtypes", "float32")
     scripts(plain_decoding)
+    recording = str(tmp_path / "trace.safetensors")
+    tiny_trace(tmp_path).save(Path(recording))
+    for script in (policies, rivals, fidelity):
+        scripts(script, "--trace", recording)
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     names = {match[1] for match in table.MARKED.findall(readme)}
     assert names == set(table.TABLES)

@@ -24,6 +24,8 @@ from echo_rl.env.workload import Arrivals, Workload
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Gates = tuple[tuple[int, float], ...]
+Plans = tuple[tuple[int, tuple[float, int, int]], ...]
+"""(largest batch, (nodes a request, depth, width)), by rising batch; the last one serves all larger batches too."""
 IDLE_STEPS = 10_000
 """Steps without a decoding request after which a workload counts as broken."""
 
@@ -62,9 +64,9 @@ class Fleet:
         lanes: int,
         limits: LaneOptions | None = None,
         noisy: bool = True,
-        reference: tuple[float, int, int] | None = None,
+        reference: Plans = (),
     ) -> None:
-        """`reference` is a plan (nodes a request, depth, width) whose outcome every step tells too."""
+        """`reference` are plans whose outcome every step tells too; none by default."""
         self._costs, self._gates, self._noisy, self._reference = costs, gates, noisy, reference
         self._limits = limits or LaneOptions()
         self._tables = {width: Table(trace.restricted(width), score_power) for width in widths}
@@ -151,16 +153,18 @@ class Fleet:
         return self._lanes[lane].commit(turn, accepted, budget > 0)
 
     def _counterfactual(self, loads: Loads, batch: Ints) -> Reference:
-        """The coming step under the reference plan."""
-        assert self._reference is not None
-        nodes, depth, width = self._reference
-        budgets = np.minimum(np.maximum(np.rint(nodes * batch), 1), batch * self._limits.max_nodes).astype(np.int64)
+        """The coming step under the reference plan, with nothing for the drafter to catch up on.
+
+        What there is to catch up on is the policy's doing; it must not be able to make the reference look bad.
+        """
+        plans = [next((p for most, p in self._reference if size <= most), self._reference[-1][1]) for size in batch]
+        widths = np.array([float(width) for _, _, width in plans])
         tally, decoded = _Tally(self.lanes), np.zeros(self.lanes)
         for lane, (turn, server) in enumerate(zip(self._turns, self._lanes, strict=True)):
+            nodes, depth, width = plans[lane]
+            budget = max(1, round(nodes * int(batch[lane])))
             gates = scaled_gates(self._gates, depth, 1.0, 0.0)
-            verdict = self._tables[width].decide(
-                turn.positions, int(budgets[lane]), depth, gates, self._limits.max_nodes
-            )
+            verdict = self._tables[width].decide(turn.positions, budget, depth, gates, self._limits.max_nodes)
             tally.take(lane, verdict)
             decoded[lane] = server.kept(turn, verdict.accepted).sum()
         work = Work(
@@ -168,9 +172,9 @@ class Fleet:
             context=loads.context,
             prefill=loads.prefill,
             verified=tally.verified,
-            width=np.full(self.lanes, float(width)),
+            width=widths,
             drafting=tally.drafting,
-            unseen=np.array([float(turn.unseen) for turn in self._turns]),
+            unseen=np.zeros(self.lanes),
         )
         return Reference(decoded, step_phases(self._costs, self.scaling, work).total)
 

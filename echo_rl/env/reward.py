@@ -18,6 +18,10 @@ from numpy.typing import NDArray
 from echo_rl.errors import ConfigError
 
 Floats = NDArray[np.float64]
+OCTAVES = 8
+"""Batch sizes from 128 on share one usual speed."""
+USUAL_RATE = 0.5
+"""The usual speeds move this much slower than a lane's own."""
 Form = Literal["relative", "throughput", "tokens", "time", "goodput"]
 
 
@@ -62,13 +66,18 @@ class RewardMeter:
     `speedup` (running ``sum(tokens * plain / batch) / sum(seconds)``) is the lane's speed over plain
     decoding. At one load ``relative`` is ``throughput`` up to a constant factor; across loads it
     measures each step against what its own load allows, which takes the load out of the return.
-    Both running ratios begin as if a whole window of plain decoding had come before the first step.
+    A lane's running ratios begin as if a whole window at the usual speed of its load had come before its first
+    step: the running speed-up at that batch size (by powers of two) over all lanes and episodes, at first plain
+    decoding's. Begun at plain decoding's each time, rho would be too low for a window and pay for too large trees.
     """
 
     def __init__(self, options: RewardOptions, lanes: int) -> None:
         self.options = options
         self._fresh = np.ones(lanes, dtype=np.bool_)
         self._tokens, self._worth, self._seconds = np.ones((3, lanes))  # running; worth: tokens in plain seconds
+        self._usual = np.ones(
+            (2, OCTAVES)
+        )  # running worth and seconds over plain seconds, by power of two of the batch
 
     @property
     def speedup(self) -> Floats:
@@ -79,6 +88,11 @@ class RewardMeter:
     def throughput(self) -> Floats:
         """[E] running tokens a second (of a lane that has scored a step)."""
         return self._tokens / self._seconds
+
+    def usual(self, batch: Floats) -> Floats:
+        """[E] the running speed-up over plain decoding at these batch sizes, over all lanes and episodes."""
+        worth, seconds = self._usual[:, _octave(batch)]
+        return worth / seconds
 
     def reset(self, lanes: NDArray[np.bool_]) -> None:
         """Forget the running speeds of these lanes ([E] bool)."""
@@ -96,12 +110,14 @@ class RewardMeter:
         Lanes whose batch is 0 score 0 and learn nothing.
         """
         live = batch > 0
-        self._begin(live, plain_seconds, batch)
+        self.begin(live, plain_seconds, batch)
         size = np.maximum(batch, 1.0)
         gain, cost = self._terms(tokens, seconds, plain_seconds, size)
         penalty = self._penalty(good, gain)
         gain, cost, penalty = (np.where(live, term, 0.0) for term in (gain, cost, penalty))
-        self._learn(live, tokens, tokens * plain_seconds / size, seconds)
+        worth = tokens * plain_seconds / size
+        self._learn(live, tokens, worth, seconds)
+        self._remember(live, batch, np.stack([worth, seconds]) / plain_seconds)
         return {"reward": gain + cost + penalty, "gain": gain, "cost": cost, "penalty": penalty}
 
     def _terms(self, tokens: Floats, seconds: Floats, plain: Floats, batch: Floats) -> tuple[Floats, Floats]:
@@ -124,13 +140,24 @@ class RewardMeter:
         penalty: Floats = -self.options.slo_weight * (1.0 - good)
         return penalty
 
-    def _begin(self, live: NDArray[np.bool_], plain: Floats, batch: Floats) -> None:
-        """A lane's first step sets its running speeds to those of plain decoding at that load."""
+    def begin(self, live: NDArray[np.bool_], plain: Floats, batch: Floats) -> None:
+        """A lane's first step sets its running speeds to the usual ones at that load."""
         first = self._fresh & live
-        for running, value in ((self._tokens, batch), (self._worth, plain), (self._seconds, plain)):
+        usual = plain / self.usual(batch)
+        for running, value in ((self._tokens, batch), (self._worth, plain), (self._seconds, usual)):
             running[first] = value[first]
         self._fresh &= ~live
 
     def _learn(self, live: NDArray[np.bool_], tokens: Floats, worth: Floats, seconds: Floats) -> None:
         for running, value in ((self._tokens, tokens), (self._worth, worth), (self._seconds, seconds)):
             running += np.where(live, self.options.rate * (value - running), 0.0)
+
+    def _remember(self, live: NDArray[np.bool_], batch: Floats, over_plain: Floats) -> None:
+        octaves = _octave(batch)
+        for octave in np.unique(octaves[live]):
+            mean = over_plain[:, live & (octaves == octave)].mean(1)
+            self._usual[:, octave] += USUAL_RATE * self.options.rate * (mean - self._usual[:, octave])
+
+
+def _octave(batch: Floats) -> NDArray[np.int64]:
+    return np.minimum(np.log2(np.maximum(batch, 1.0)).astype(np.int64), OCTAVES - 1)

@@ -155,7 +155,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         workload = self.options.workloads[int(self.np_random.integers(len(self.options.workloads)))]
         self._server.open(workload, self.np_random)
         self._tracker = Tracker(self._costs)
-        self._meter.reset(np.ones(1, dtype=np.bool_))
+        self._meter = RewardMeter(self.options.reward, lanes=1)  # an episode owes nothing to earlier ones
         self._steps = 0
         return self._observe(self._server.advance(self._learn)), {"workload": workload.name}
 

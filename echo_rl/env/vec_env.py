@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from echo_rl.codec import FEATURES, GROUPS, ActionTable, Tracker
 from echo_rl.costs import CostArrays, Scaling
-from echo_rl.env.fleet import Fleet, FleetStep, Gates
+from echo_rl.env.fleet import Fleet, FleetStep, Gates, Plans
 from echo_rl.env.lane import LaneOptions
 from echo_rl.env.reward import RewardMeter, RewardOptions
 from echo_rl.env.spec_env import observation_space
@@ -39,10 +39,10 @@ class FleetOptions:
     """Serving steps under one action."""
     randomise: bool = False
     """Draw another machine's costs each episode."""
-    reference: tuple[float, int, int] | None = (3.0, 3, 3)
-    """A plan (nodes a request, depth, width) whose reward on the same forests is taken off each step's: a control
-    variate that takes the luck of a step out of the reward and changes no policy's rank. None for the plain reward;
-    only in the forms ``relative`` and ``goodput``."""
+    reference: Plans = ((2, (5.0, 4, 3)), (8, (2.0, 3, 2)), (64, (1.0, 1, 1)))
+    """Plans, by batch size, whose reward on the same forests is taken off each step's: a control variate that
+    takes the luck of a step out of the reward and changes no policy's rank. Empty for the plain reward; only in the
+    forms ``relative`` and ``goodput``."""
     hidden: tuple[str, ...] = ()
     """Groups of observations (`codec.GROUPS`) shown as zeros: for ablations."""
     noise: bool = True
@@ -84,7 +84,7 @@ class ReplayVecEnv(VecEnv):
             lanes,
             options.limits,
             options.noise,
-            options.reference if options.reward.form in ("relative", "goodput") else None,
+            options.reference if options.reward.form in ("relative", "goodput") else (),
         )
         self._meter = RewardMeter(options.reward, lanes)
         self._visible = np.ones(len(FEATURES), dtype=np.float32)
@@ -172,6 +172,7 @@ class ReplayVecEnv(VecEnv):
             good = np.array([float((s / np.maximum(k, 1e-9) <= slo).mean()) for s, k in rates])
         batch, baseline = o.loads.batch, np.zeros(self.num_envs)
         if step.reference is not None:
+            self._meter.begin(batch > 0, step.plain.decode, batch)
             spent = (step.reference.seconds - step.plain.prompts) / step.plain.decode
             baseline = step.reference.decoded / batch - self._meter.speedup * spent
         terms = self._meter.score(step.decoded, step.seconds - step.plain.prompts, step.plain.decode, batch, good)

@@ -35,6 +35,12 @@ def steep(make_profile):
     return make_profile(base=10e-3, free_rows=4, per_row=5e-3)
 
 
+@pytest.fixture
+def paired(make_profile):
+    """For two requests a plain step is 11 ms; a node each is free, then it takes 2 ms, as does a level."""
+    return make_profile(base=10e-3, free_rows=4, per_row=1e-3)
+
+
 def test_evict_takes_the_prefix_with_the_best_rate(steep, make_load, make_forest):
     evict = Evict(EvictOptions(profile=steep, depth=2, top_k=3))
     plan = evict.plan(make_load(1))
@@ -47,6 +53,13 @@ def test_evict_has_one_k_for_the_batch(steep, make_load, make_forest):
     evict = Evict(EvictOptions(profile=steep, depth=2, top_k=2))
     forest = make_forest([(-1, 0.9), (-1, 0.05), (0, 0.8)], [(-1, 0.3), (-1, 0.2), (0, 0.1)])
     # 4 rows are free: one node each. A second brings .8 + .2 tokens in 10 ms, 3.2 come in 11.5 ms without
+    assert evict.select(forest, evict.plan(make_load(2))).counts.tolist() == [1, 1]
+
+
+def test_evict_counts_every_requests_own_token(paired, make_load, make_forest):
+    evict = Evict(EvictOptions(profile=paired, depth=2, top_k=2))
+    forest = make_forest([(-1, 0.8), (0, 0.25)], [(-1, 0.8), (0, 0.25)])
+    # 3.6 tokens in 11.5 ms are 313 a second, 4.1 in 13.5 ms 304; with one token for both requests it would be 226, 230
     assert evict.select(forest, evict.plan(make_load(2))).counts.tolist() == [1, 1]
 
 
@@ -63,6 +76,14 @@ def test_smart_moves_nodes_to_the_request_that_earns_more(steep, make_load, make
     forest = make_forest([(-1, 0.9), (-1, 0.05), (0, 0.8)], [(-1, 0.1), (-1, 0.05), (0, 0.04)])
     # 4 rows are free; then a node of probability .1 costs 5 ms while 3.7 tokens come in 15.5 ms
     assert smart.select(forest, plan).tokens.tolist() == [0, 2]
+
+
+def test_smart_counts_the_drafting_that_was_paid(make_profile, make_load, make_forest):
+    smart = Smart(SmartOptions(profile=make_profile(base=10e-3, free_rows=2, per_row=4e-3), depth=2, top_k=2))
+    plan = smart.plan(make_load(1))
+    # 1.9 tokens in 11.5 ms and 4 ms of drafting; another 4 ms pay from .49 on (from .66 on if drafting were free)
+    for probability, tokens in ((0.55, [0, 1]), (0.45, [0])):
+        assert smart.select(make_forest([(-1, 0.9), (0, probability)]), plan).tokens.tolist() == tokens
 
 
 def test_smart_drafts_on_where_a_node_beats_the_speedup(make_profile, make_load):
@@ -103,12 +124,6 @@ def test_smart_selects_the_fastest_prefix(forest, per_row, free):
     assert rates[selection.size] >= max(rates) * (1.0 - 1e-5) or bool(cut.scores.isnan().any())
 
 
-@pytest.fixture
-def paired(make_profile):
-    """For two requests a plain step is 11 ms; a node each is free, then it takes 2 ms, as does a level."""
-    return make_profile(base=10e-3, free_rows=4, per_row=1e-3)
-
-
 def test_cast_widens_deepens_and_reranks(paired, make_load, make_forest):
     cast = Cast(CastOptions(profile=paired, depth=2, top_k=2, c1=1.0, c2=1.0, c3=1.0, alpha=0.8))
     plan = cast.plan(make_load(2))
@@ -121,8 +136,10 @@ def test_cast_widens_deepens_and_reranks(paired, make_load, make_forest):
 
 
 def test_cast_constants_move_each_decision(paired, make_profile, make_load, make_forest):
-    patient = Cast(CastOptions(profile=paired, depth=2, top_k=2, c2=0.5))  # a level and its node: .18 of u * alpha
-    assert patient.extend(level(0, [0.4, 0.1], [0.15, 0.05]), patient.plan(make_load(2))).tolist() == [True, False]
+    front = level(0, [0.3, 0.05], [0.15, 0.05])  # u * alpha is .24 and .12; a level and its node cost .36
+    for c2, deeper in ((1.0, [False, False]), (0.5, [True, False]), (0.3, [True, True])):
+        cast = Cast(CastOptions(profile=paired, depth=2, top_k=2, c2=c2))
+        assert cast.extend(front, cast.plan(make_load(2))).tolist() == deeper, c2
     alone = make_profile(base=10e-3, free_rows=2, per_row=1e-3)  # one node is free, each further one costs .091
     forest = make_forest([(-1, 0.5), (-1, 0.15), (0, 0.3)])
     for constants, tokens in (({"c3": 0.1}, [0, 1, 2]), ({"c3": 4.0}, [0]), ({"c1": 4.0, "c3": 0.1}, [0, 2])):
@@ -132,6 +149,13 @@ def test_cast_constants_move_each_decision(paired, make_profile, make_load, make
         assert cast.select(forest, plan).tokens.tolist() == tokens, constants
     plan = cast.plan(make_load(1))  # the last step dropped node 1; a new one that isn't asked has dropped nothing
     assert cast.select(forest, plan).tokens.tolist() == [0, 1, 2]
+
+
+def test_cast_stops_where_its_tree_is_full(make_profile, make_load):
+    profile = make_profile(base=10e-3, free_rows=2, per_row=1e-3)  # both candidates are kept, a free level always pays
+    for total, deeper in ((2, False), (3, True)):
+        cast = Cast(CastOptions(profile=profile, total=total, depth=2, top_k=2, c2=0.0))
+        assert cast.extend(level(0, [0.5, 0.15]), cast.plan(make_load(1))).tolist() == [deeper]
 
 
 def test_cast_decodes_plainly_where_no_level_pays(make_profile, make_load):

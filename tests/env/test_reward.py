@@ -76,7 +76,9 @@ def test_a_reset_lane_begins_anew_and_the_other_goes_on(lane):
     score(of, {**FIRST, "seconds": [1.0, 2.0]})  # both now at a speed-up of 1.5
     of.reset(np.arange(2) == lane)
     assert of.speedup.tolist() == [1.0 if i == lane else 1.5 for i in range(2)]
-    expected = [1.0 - (1.0 if i == lane else 1.5) for i in range(2)]
+    # a new episode begins at the usual speed of its load: 1 + .25 * (2 - 1) in plain seconds' worth, 1 in time
+    assert of.usual(np.array(SECOND["batch"])).tolist() == [1.25, 1.25]
+    expected = [1.0 - (1.25 if i == lane else 1.5) for i in range(2)]
     assert score(of, SECOND)["reward"].tolist() == expected
 
 
