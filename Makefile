@@ -37,6 +37,10 @@ bench: setup ## every number of the README (hours; resumable)
 	$(BIN)/python benchmarks/plain_decoding.py
 	$(BIN)/python benchmarks/acceptance.py
 	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/echo-rl record --width 10 --batch 32 --out benchmarks/results/work/trace
+	$(BIN)/python benchmarks/fidelity.py
+	$(BIN)/python benchmarks/rivals.py
+	$(BIN)/python benchmarks/policies.py
 	$(BIN)/python benchmarks/table.py
 
 clean: ## remove build products and caches (not the virtual environment)

@@ -45,27 +45,18 @@ FIXED = (
     )),
 )  # fmt: skip
 """Fixed plans whose best, workload by workload, is the plan to have had in hindsight."""
-BASE = TrainConfig(evaluation_steps=400, learner=LearnerOptions(steps=120_000, evaluate_every=30))
+BASE = TrainConfig(evaluation_steps=400)
 SEEDS = {f"seed{s}": replace(BASE, learner=replace(BASE.learner, seed=s)) for s in range(5)}
-
-
-def _learner(**options: Any) -> TrainConfig:
-    return replace(BASE, learner=replace(BASE.learner, **options))
 
 
 ABLATIONS = {
     "the luck of a step left in the reward": replace(BASE, reference=False, noise=True),
-    "reward throughput": replace(BASE, reward=RewardOptions(form="throughput")),
     "reward tokens": replace(BASE, reward=RewardOptions(form="tokens")),
-    "reward time": replace(BASE, reward=RewardOptions(form="time")),
-    "no look ahead (gamma 0)": _learner(gamma=0.0),
-    "decide every step": replace(BASE, repeat=1, horizon=256, learner=replace(BASE.learner, n_steps=128)),
-    "decide every 16 steps": replace(BASE, repeat=16, horizon=32),
-    "load hidden": replace(BASE, hidden=("load",)),
+    "reward throughput": replace(BASE, reward=RewardOptions(form="throughput")),
     "speculation hidden": replace(BASE, hidden=("speculation",)),
     "cost hidden": replace(BASE, hidden=("cost",)),
+    "decide every step": replace(BASE, repeat=1, horizon=256, learner=replace(BASE.learner, n_steps=128)),
     "no cloning": replace(BASE, clone=CloneOptions(steps=0)),
-    "random machines": replace(BASE, randomise=True),
 }
 
 

@@ -11,7 +11,6 @@ It is bound to the trace, the costs and the release, not to a controller's code:
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil
@@ -31,6 +30,7 @@ from echo_rl.costs import CostArrays
 from echo_rl.env.replay import ReplayBackend
 from echo_rl.env.trace import Trace
 from echo_rl.errors import ConfigError, PolicyError, TraceError
+from echo_rl.ledger import Ledger
 from echo_rl.loop import serve
 from echo_rl.results import write_json
 from echo_rl.sweep import Arm
@@ -93,48 +93,6 @@ class Block:
     @property
     def rate(self) -> metrics.Rate:
         return metrics.Rate(self.tokens, self.seconds)
-
-
-class Ledger:
-    """Finished cells, one JSON line each; a cell whose key is there is not computed again.
-
-    Raises `ConfigError` where the file was begun with other settings. Without a path nothing is kept on disk.
-    """
-
-    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
-        self.path = path
-        self.cells: dict[str, Any] = {}
-        rows = _rows(path)
-        wanted = json.loads(json.dumps({"settings": settings}))
-        if rows and rows[0] != wanted:
-            raise ConfigError(f"{path} was begun with other settings; delete it to start anew")
-        if not rows:
-            self._append(wanted)
-        self.cells.update((row["key"], row["value"]) for row in rows[1:])
-
-    def cell(self, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
-        """The value under `key`, as plain JSON types; computed and stored first where it is absent."""
-        name = json.dumps(key, sort_keys=True)
-        if name not in self.cells:
-            self.cells[name] = json.loads(json.dumps(compute()))
-            self._append({"key": name, "value": self.cells[name]})
-        return self.cells[name]
-
-    def _append(self, row: Any) -> None:
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as stream:
-                stream.write(json.dumps(row) + "\n")
-
-
-def _rows(path: Path | None) -> list[Any]:
-    """The lines written so far; one cut short by an interruption is dropped, from the file too."""
-    if path is None or not path.is_file():
-        return []
-    lines = path.read_text().split("\n")
-    if lines.pop():
-        path.write_text("".join(f"{line}\n" for line in lines))
-    return [json.loads(line) for line in lines]
 
 
 class Replayer:

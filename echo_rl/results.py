@@ -17,6 +17,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 from echo_rl import metrics
 from echo_rl.errors import ConfigError
+from echo_rl.ledger import read_lines
 from echo_rl.records import RequestRecord, RunRecord, pool
 from echo_rl.sweep import BenchConfig, Load, Unit
 
@@ -54,12 +55,7 @@ class Store(Generic[U, R]):
 
     def read(self) -> dict[U, R]:
         """The finished units. A line cut short by an interruption is dropped, from the file too."""
-        if not self.blocks.is_file():
-            return {}
-        lines = self.blocks.read_text().split("\n")
-        if lines.pop():  # no newline at the end: the last write was cut short
-            self.blocks.write_text("".join(f"{line}\n" for line in lines))
-        rows = [json.loads(line) for line in lines]
+        rows = read_lines(self.blocks)
         return {self._unit(**row["unit"]): self._record.from_json(row["record"]) for row in rows}
 
     def append(self, unit: U, record: R) -> None:

@@ -53,7 +53,7 @@ class TrainConfig:
     """The drafter's gates; None takes this machine's own, else the packaged ones."""
     workloads: tuple[str, ...] = (*CLOSED, "poisson:1", "bursty:0.5,4,5,5")
     """What lanes serve, drawn anew for each episode; see `workload.parse`."""
-    lanes: int = 16
+    lanes: int = 32
     """Servers side by side."""
     horizon: int = 64
     """Env steps an episode."""

@@ -41,7 +41,10 @@ def test_help_is_quick_and_names_every_command():
     done = subprocess.run([sys.executable, "-m", "echo_rl.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert time.perf_counter() - begin < 5.0  # generous: the machine may be busy
-    for command in ("generate", "demo", "bench", "calibrate", "drafter", "weights", "version"):
+    for command in (
+        *("generate", "demo", "bench", "calibrate", "drafter", "weights", "version"),
+        *("record", "train", "tune", "eval", "ab"),
+    ):
         assert command in done.stdout
 
 

@@ -76,10 +76,10 @@ def test_better_options_are_found(trace, costs, tmp_path):
 
 
 def test_controllers_without_tunable_options_keep_their_defaults(trace, costs):
-    config = TuneConfig(("none", "chain"), concurrency=(2,), blocks=1, requests=3)
-    tuned = tune(config, trace, costs, families={name: FAMILIES[name] for name in ("none", "chain")})
+    config = TuneConfig(("none", "fixed"), concurrency=(2,), blocks=1, requests=3)
+    tuned = tune(config, trace, costs, families={name: FAMILIES[name] for name in ("none", "fixed")})
     assert tuned["none"] == {"options": {}, "score": 1.0, "default_score": 1.0, "tried": 1}
-    assert tuned["chain"]["options"] == {} and tuned["chain"]["score"] == tuned["chain"]["default_score"] != 1.0
+    assert tuned["fixed"]["options"] == {} and tuned["fixed"]["score"] == tuned["fixed"]["default_score"] != 1.0
 
 
 def test_defaults_that_cannot_be_replayed_have_no_score(trace, costs):
@@ -172,4 +172,4 @@ def test_the_command_writes_what_it_found(trace, tmp_path, capsys, monkeypatch):
     )  # fmt: skip
     assert command.run() == 0
     assert "chain" in capsys.readouterr().out
-    assert load_tuned(tmp_path / "out" / "tuned.json") == {"chain": "chain"}
+    assert load_tuned(tmp_path / "out" / "tuned.json")["chain"].startswith("chain")

@@ -37,9 +37,9 @@ Score = Callable[[Policy], Mapping[str, float]]
 class LearnerOptions:
     """PPO's settings."""
 
-    steps: int = 600_000
+    steps: int = 250_000
     """Env steps in all, over all lanes."""
-    lr: tuple[float, float] = (3e-4, 3e-5)
+    lr: tuple[float, float] = (1e-3, 1e-4)
     """Adam's rate at the start and at the end, linear in between."""
     n_steps: int = 64
     """Env steps a lane between updates."""
@@ -47,7 +47,7 @@ class LearnerOptions:
     """Env steps an optimiser step."""
     n_epochs: int = 6
     """Passes over a rollout."""
-    gamma: float = 0.95
+    gamma: float = 0.8
     """Discount of an env step. Decisions act on the next few steps, so a short horizon suffices."""
     gae_lambda: float = 0.9
     """Lambda of generalised advantage estimation."""
@@ -55,7 +55,7 @@ class LearnerOptions:
     """Clipping range of the probability ratio."""
     target_kl: float | None = 0.03
     """Ends an update early where the policy has moved this far; None never does."""
-    entropy: tuple[float, float] = (0.01, 0.001)
+    entropy: tuple[float, float] = (0.02, 0.002)
     """Entropy bonus at the start and at the end, linear in between."""
     value_weight: float = 0.5
     """Weight of the value loss."""
