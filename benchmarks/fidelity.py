@@ -48,7 +48,7 @@ class Args:
     quick: bool = False
     """Fewer arms, loads and steps."""
     trace: Path = RESULTS / "work" / "trace" / "trace.safetensors"
-    concurrency: tuple[int, ...] = (1, 4, 16, 32)
+    concurrency: tuple[int, ...] = (1, 8, 32)
     blocks: int = 1
     exact_steps: int = 2_000
     """Steps that must be equal, over the controllers together."""

@@ -71,6 +71,8 @@ class Args:
     """Serving steps a workload and seed of the comparison."""
     seeds: int = 3
     """Seeds of arrivals and times in the comparison."""
+    workloads: tuple[str, ...] = WORKLOADS
+    """Of the comparison."""
 
 
 def script() -> None:
@@ -78,7 +80,7 @@ def script() -> None:
     place = Place("policies", args.quick)
     runs: dict[str, TrainConfig] = {**SEEDS, **ABLATIONS}
     if args.quick:
-        args = replace(args, steps=60, seeds=2)
+        args = replace(args, steps=60, seeds=2, workloads=("closed:1", "closed:8"))
         small = LearnerOptions(steps=4_096)
         runs = {name: replace(runs[name], learner=small) for name in ("seed0", "reward tokens")}
     place.work.mkdir(parents=True, exist_ok=True)
@@ -93,7 +95,7 @@ def script() -> None:
     worth |= {name: scores(ledger, world, name, args, run["policy"]) for name, run in trained.items()}
     result = {
         "profile": profile.provenance,
-        "workloads": list(WORKLOADS),
+        "workloads": list(args.workloads),
         "training": trained,
         **compare(worth, [name for name in trained if name in SEEDS], [name for name in trained if name in ABLATIONS]),
         "deciding": ledger.cell({"part": "deciding"}, lambda: deciding(test, profile)),
@@ -134,7 +136,7 @@ def scores(ledger: Ledger, world: World, name: str, args: Args, policy: str | No
 
     def run() -> list[list[float]]:
         seeds = range(100, 100 + args.seeds)
-        return [[measure(world, make(), w, args.steps, seed).speedup for seed in seeds] for w in WORKLOADS]
+        return [[measure(world, make(), w, args.steps, seed).speedup for seed in seeds] for w in args.workloads]
 
     cell: list[list[float]] = ledger.cell({"score": name}, run)
     return cell
@@ -151,10 +153,10 @@ def compare(worth: Mapping[str, Any], seeds: Sequence[str], ablations: Sequence[
     gain = ours.mean((0, 2)) - echo.mean(1)
     return {
         "over_echo": _interval((ours - echo).mean(1).reshape(-1)),
-        "over_echo_by_workload": [_interval((ours - echo)[:, i].reshape(-1)) for i in range(len(WORKLOADS))],
-        "over_none_by_workload": [_interval((ours - logs["none"])[:, i].reshape(-1)) for i in range(len(WORKLOADS))],
-        "echo_over_none": [_interval((echo - logs["none"])[i]) for i in range(len(WORKLOADS))],
-        "hindsight_over_echo": [_interval((best - echo)[i]) for i in range(len(WORKLOADS))],
+        "over_echo_by_workload": [_interval((ours - echo)[:, i].reshape(-1)) for i in range(len(echo))],
+        "over_none_by_workload": [_interval((ours - logs["none"])[:, i].reshape(-1)) for i in range(len(echo))],
+        "echo_over_none": [_interval((echo - logs["none"])[i]) for i in range(len(echo))],
+        "hindsight_over_echo": [_interval((best - echo)[i]) for i in range(len(echo))],
         "gap_closed": float(gain.sum() / hindsight.sum()) if hindsight.sum() > 0 else None,
         "ablations": {name: _interval((logs[name] - echo).mean(0)) for name in ablations},
         "seeds": {name: _interval((logs[name] - echo).mean(0)) for name in seeds},
@@ -188,6 +190,7 @@ class _Timed(Ppo):
     def __init__(self, options: PpoOptions) -> None:
         super().__init__(options)
         self.taken: list[float] = []
+        self._begun = 0.0
 
     def propose(self, load: LoadView) -> SpecPlan:
         begin = time.perf_counter()
@@ -198,7 +201,8 @@ class _Timed(Ppo):
     def observe(self, report: StepReport) -> None:
         begin = time.perf_counter()
         super().observe(report)
-        self.taken.append(self._begun + time.perf_counter() - begin)
+        if report.load.batch_size:
+            self.taken.append(self._begun + time.perf_counter() - begin)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from echo_rl.metrics import Interval
 
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 PENDING = "*Not measured yet: run `make bench`.*\n"
-HEADLINE = ("none", "chain", "static", "eagle3", "echo")
+HEADLINE = ("none", "chain", "static", "eagle3", "adaspec", "echo", "ppo")
 
 Result = Mapping[str, Any]
 
@@ -48,7 +48,7 @@ def headline(result: Result) -> str:
             _number(cell["mat"]),
         ]
         for cell in result["cells"]
-        if cell["arm"] in HEADLINE
+        if cell["arm"].split(":")[0] in HEADLINE
     ]
     return _table(["in flight", "controller", "tokens/s", "speed-up", "MAT"], rows) + _machine(result["environment"])
 
