@@ -127,7 +127,7 @@ def speed(trace: Trace, costs: CostArrays) -> dict[str, float]:
         options = FleetOptions((f"closed:{batch}",), gates=gates.sparse(9), score_power=gates.score_power)
         env = ReplayVecEnv(few, costs, options, lanes=32)
         env.reset()
-        actions = np.random.default_rng(0).integers(0, options.table.sizes, (100, 32, 4))
+        actions = np.random.default_rng(0).integers(0, options.table.sizes, (100, 32, len(options.table.sizes)))
         begin = time.perf_counter()
         for action in actions:
             env.step(action)

@@ -163,6 +163,21 @@ def fidelity(result: Result) -> str:
     return _table(["replayed over live tokens/s", *map(str, loads)], [*rows, taus]) + words
 
 
+def ab_live(result: Result) -> str:
+    """The live A/B of the learned controller against ECHO."""
+    (venue,) = result["venues"]
+    rows = [
+        [
+            f"`{cell['workload']}`",
+            Interval(**cell["ratios"][cell["headline"]]).text(2, "×"),
+            *(_number(arm["mat"]) for arm in cell["arms"]),
+        ]
+        for cell in venue["cells"]
+    ]
+    heads = ["workload, live", f"`{result['b']}` over `{result['a']}`", f"MAT `{result['a']}`", f"MAT `{result['b']}`"]
+    return _table(heads, rows)
+
+
 def _ratio(interval: Mapping[str, float]) -> str:
     return f"{interval['value']:.3f}× [{interval['low']:.3f}, {interval['high']:.3f}]"
 
@@ -178,6 +193,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "policies": ("policies", policies),
     "training": ("policies", training),
     "fidelity": ("fidelity", fidelity),
+    "ab_live": ("ab_live", ab_live),
 }
 
 

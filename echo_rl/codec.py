@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -157,7 +158,7 @@ class Outcomes:
             committed=np.array([float(report.committed)]),
             reached=_levels(report.reached_by_depth),
             accepted=_levels(report.accepted_by_depth),
-            confidence=np.quantile(first, CONFIDENCE)[None] if first else np.full((1, 3), np.nan),
+            confidence=quantiles(np.array(first))[None] if first else np.full((1, 3), np.nan),
             verify_seconds=np.array([report.times.verify]),
             draft_seconds=np.array([report.times.draft]),
         )
@@ -312,6 +313,19 @@ class Tracker:
 
 _LOW = np.array([low for _, low, _ in FEATURES])
 _HIGH = np.array([high for _, _, high in FEATURES])
+
+
+_AT = np.array(CONFIDENCE)
+
+
+def quantiles(values: NDArray[np.floating[Any]]) -> Floats:
+    """`np.quantile(values, CONFIDENCE)` without its overhead."""
+    ordered = np.sort(values).astype(np.float64)
+    place = _AT * (len(ordered) - 1)
+    low = place.astype(np.int64)
+    high = np.minimum(low + 1, len(ordered) - 1)
+    result: Floats = ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    return result
 
 
 def _levels(counts: Sequence[int]) -> Floats:

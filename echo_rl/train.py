@@ -61,6 +61,8 @@ class TrainConfig:
     """Serving steps for which a decision stands, in training and in serving."""
     randomise: bool = False
     """Draw another machine's costs for each episode, for a policy that transfers."""
+    misjudged: bool = False
+    """With `randomise`: show the profile's own costs nevertheless, so that the policy learns to read the pace."""
     noise: bool = False
     """Train under noisy step times. Without, rewards are exact and differ by what was decided alone."""
     reference: bool = True
@@ -172,7 +174,7 @@ def make_env(config: TrainConfig, setting: Setting) -> VecEnv:
     """The lanes to learn on."""
     options = FleetOptions(
         workloads=config.workloads, table=setting.table, reward=config.reward, horizon=config.horizon,
-        repeat=config.repeat, randomise=config.randomise, hidden=config.hidden,
+        repeat=config.repeat, randomise=config.randomise, misjudged=config.misjudged, hidden=config.hidden,
         gates=setting.gates, score_power=setting.calibration.score_power, noise=config.noise,
     )  # fmt: skip
     options = options if config.reference else replace(options, reference=())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_rl.codec import CONFIDENCE, DEPTHS, Knobs, Loads, Outcomes, scaled_gates
+from echo_rl.codec import CONFIDENCE, DEPTHS, Knobs, Loads, Outcomes, quantiles, scaled_gates
 from echo_rl.contracts import LoadView
 from echo_rl.costs import CostArrays, Scaling
 from echo_rl.env.lane import Gain, Lane, LaneOptions, Turn
@@ -231,17 +231,4 @@ class _Tally:
         self.drafting[lane, :depth] = verdict.drafting
         self.reached[lane, :depth] = verdict.reached
         self.hits[lane, :depth] = verdict.hits
-        self.confidence[lane] = _quantiles(verdict.confidence)
-
-
-_AT = np.array(CONFIDENCE)
-
-
-def _quantiles(values: NDArray[np.float32]) -> Floats:
-    """`np.quantile(values, CONFIDENCE)` without its overhead."""
-    ordered = np.sort(values).astype(np.float64)
-    place = _AT * (len(ordered) - 1)
-    low = place.astype(np.int64)
-    high = np.minimum(low + 1, len(ordered) - 1)
-    result: Floats = ordered[low] + (place - low) * (ordered[high] - ordered[low])
-    return result
+        self.confidence[lane] = quantiles(verdict.confidence)

@@ -39,6 +39,9 @@ class FleetOptions:
     """Serving steps under one action."""
     randomise: bool = False
     """Draw another machine's costs each episode."""
+    misjudged: bool = False
+    """With `randomise`: observations go on telling the profile's costs, so that a policy must learn to see from the
+    measured pace that the machine is another (a slow spell, a stale calibration)."""
     reference: Plans = ((2, (5.0, 4, 3)), (8, (2.0, 3, 2)), (64, (1.0, 1, 1)))
     """Plans, by batch size, whose reward on the same forests is taken off each step's: a control variate that
     takes the luck of a step out of the reward and changes no policy's rank. Empty for the plain reward; only in the
@@ -145,7 +148,8 @@ class ReplayVecEnv(VecEnv):
         self._generator = np.random.default_rng(seed)
         self._scaling = Scaling(*np.ones((4, self.num_envs)))
         self._fleet.scaling = self._scaling
-        self._tracker = Tracker(self._costs, self.num_envs, self._scaling)
+        believed = Scaling.none(self.num_envs) if self.options.misjudged else self._scaling
+        self._tracker = Tracker(self._costs, self.num_envs, believed)
         self._steps = np.zeros(self.num_envs, dtype=np.int64)
         self._returns = np.zeros(self.num_envs)
 

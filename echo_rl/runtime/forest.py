@@ -80,7 +80,10 @@ def _gate(
     """Ask the controller at a gated depth; drop the requests it stops from the expansion."""
     if plan.gate(depth) is None:
         return front, alive
-    alive = alive & extend(Frontier(depth, level.scores, alive), plan)
+    still = alive & extend(Frontier(depth, level.scores, alive), plan)
+    if torch.equal(still, alive):  # the common case: a gate that stops nobody costs next to nothing
+        return front, alive
+    alive = still
     keep = alive[front.requests]
     kept = _Expansion(
         front.requests[keep], front.nodes[keep], front.tokens[keep], front.scores[keep], front.features[keep],

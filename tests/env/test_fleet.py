@@ -125,8 +125,7 @@ def test_the_fleet_is_the_replay_backend_vectorised(costs):
         for _ in range(300)
     ]
     plans = [
-        SpecPlan(n, d, w, scaled_gates(gates, d, 1.0, floor), floor) if n else SpecPlan(0)
-        for n, d, w, floor in shapes
+        SpecPlan(n, d, w, scaled_gates(gates, d, 1.0, floor), floor) if n else SpecPlan(0) for n, d, w, floor in shapes
     ]
     controller = Knobbed(plans)
     one, many = Tracker(costs), Tracker(costs, 1, Scaling.none(1))
