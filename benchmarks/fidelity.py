@@ -88,7 +88,9 @@ def throughput(
 ) -> dict[str, float]:
     """Tokens a second of the same requests, live and replayed. Both controllers serve a warm-up first."""
     count = max(6, 2 * concurrency)
-    requests = [r for i, r in enumerate(trace.requests()) if i // count == block % (len(trace.responses) // count)]
+    requests = [
+        r for i, r in enumerate(trace.requests()) if i // count == block % max(1, len(trace.responses) // count)
+    ]
     parsed = Arm.parse(arm)
     rates = {}
     backend = ReplayBackend(trace, costs, seed=block)
