@@ -8,7 +8,7 @@ Shapes: B requests in the batch, M forest nodes a request (padded), N verified r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from echo_rl.errors import ConfigError, RequestError
@@ -123,6 +123,12 @@ class SpecPlan:
         level = self.width * (self.width + 1) // 2 if self.nested else self.width
         return level * (self.max_depth - 1) if self.speculates else 0
 
+    def within(self, depth: int, width: int) -> SpecPlan:
+        """This plan cut to so many levels and so wide a beam; itself where it fits."""
+        if not self.speculates or (self.max_depth <= depth and self.width <= width):
+            return self
+        return replace(self, max_depth=min(self.max_depth, depth), width=min(self.width, width))
+
     def gate(self, depth: int) -> float | None:
         """The threshold at this depth, or None where the plan has no gate."""
         return dict(self.gates).get(depth)
@@ -166,6 +172,17 @@ class Forest:
     @property
     def exists(self) -> Tensor:
         return self.scores > NO_GATE
+
+    @property
+    def drafting(self) -> tuple[int, ...]:
+        """At index d: requests that drafted depth d."""
+        stops = self.stop_depth.tolist()
+        return tuple(sum(stop >= depth for stop in stops) for depth in range(max(stops) + 1))
+
+    @property
+    def first_confidence(self) -> tuple[float, ...]:
+        """Per request, the drafter's probability of its likeliest first token."""
+        return tuple(self.scores[:, self.depths == 0].amax(1).exp().tolist())
 
 
 @dataclass(frozen=True)

@@ -128,13 +128,14 @@ class Fitted:
 
     def plan(self, load: LoadView) -> SpecPlan:
         plan = self._controller.plan(load)
-        depth, width = min(plan.max_depth, self._depth or plan.max_depth), min(plan.width, self._width or plan.width)
-        if not plan.speculates or (depth, width) == (plan.max_depth, plan.width):
+        cut = plan.within(self._depth or plan.max_depth, self._width or plan.width)
+        if cut is plan:
             return plan
         if not self.cuts:
-            log.warning("plans of %s are cut to depth %d and width %d; record a larger trace", self.name, depth, width)
+            words = "plans of %s are cut to depth %d and width %d; record a larger trace"
+            log.warning(words, self.name, cut.max_depth, cut.width)
         self.cuts += 1
-        return replace(plan, max_depth=depth, width=width)
+        return cut
 
     def extend(self, frontier: Frontier, plan: SpecPlan) -> Tensor:
         return self._controller.extend(frontier, plan)

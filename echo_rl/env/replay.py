@@ -99,7 +99,7 @@ class ReplayBackend:
         selection = _select(controller, forest, plan, load.batch_size, load.max_nodes)
         accepted = _accepted(selection)
         gain = self._lane.commit(turn, accepted.numpy(), plan.speculates)
-        drafting = _drafting(forest)
+        drafting = forest.drafting if forest is not None else ()
         report = StepReport(
             load=load,
             plan=plan,
@@ -112,7 +112,7 @@ class ReplayBackend:
             accepted_by_depth=tuple(int((accepted > d).sum()) for d in range(_deepest(selection))),
             times=self._times(turn, load.mean_context, plan, selection.size, drafting),
             drafting=drafting,
-            confidence=tuple(forest.scores[:, forest.depths == 0].amax(1).exp().tolist()) if forest is not None else (),
+            confidence=forest.first_confidence if forest is not None else (),
         )
         self._now += report.times.total
         controller.observe(report)
@@ -217,10 +217,3 @@ def _reached(selection: Selection, accepted: torch.Tensor) -> tuple[int, ...]:
     has = torch.zeros(len(accepted), _deepest(selection), dtype=torch.bool)
     has[owner, selection.depths] = True
     return tuple(int((has[:, d] & (accepted >= d)).sum()) for d in range(has.shape[1]))
-
-
-def _drafting(forest: Forest | None) -> tuple[int, ...]:
-    if forest is None:
-        return ()
-    stops = forest.stop_depth
-    return tuple(int((stops >= d).sum()) for d in range(int(stops.max()) + 1))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium as gym
@@ -197,8 +196,3 @@ class ReplayVecEnv(VecEnv):
 
     def _observe(self) -> NDArray[np.float32]:
         return self._tracker.observe(self._fleet.loads()) * self._visible
-
-
-def with_workloads(options: FleetOptions, workloads: Sequence[str]) -> FleetOptions:
-    """The same fleet under other workloads."""
-    return replace(options, workloads=tuple(workloads))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -81,7 +81,7 @@ def play(
         server.open(drawn, np.random.default_rng(seed))
         for _ in range(steps):
             load = server.advance(learn)
-            plan = _within(controller.plan(load), world.trace)
+            plan = controller.plan(load).within(world.trace.max_depth, world.trace.max_width)
             yield load, plan, server.serve(change(load, plan))
     finally:
         server.clear()
@@ -139,12 +139,6 @@ class HeldOut:
 def _spread(name: str, workloads: Sequence[str], values: Sequence[float]) -> dict[str, float]:
     mean = math.exp(sum(math.log(v) for v in values) / len(values))
     return {name: mean} | {f"{name}/{w}": v for w, v in zip(workloads, values, strict=True)}
-
-
-def _within(plan: SpecPlan, trace: Trace) -> SpecPlan:
-    if not plan.speculates or (plan.max_depth <= trace.max_depth and plan.width <= trace.max_width):
-        return plan
-    return replace(plan, max_depth=min(plan.max_depth, trace.max_depth), width=min(plan.width, trace.max_width))
 
 
 class _Seat:

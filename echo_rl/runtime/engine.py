@@ -230,14 +230,6 @@ def _report(
         reached_by_depth=tuple(sum(len(p) >= d and (r, d) in has for r, p in enumerate(paths)) for d in range(deepest)),
         accepted_by_depth=tuple(sum(len(p) > d for p in paths) for d in range(deepest)),
         times=times,
-        drafting=_drafting(forest),
-        confidence=tuple(forest.scores[:, forest.depths == 0].amax(1).exp().tolist()) if forest is not None else (),
+        drafting=forest.drafting if forest is not None else (),
+        confidence=forest.first_confidence if forest is not None else (),
     )
-
-
-def _drafting(forest: Forest | None) -> tuple[int, ...]:
-    """How many requests drafted each depth."""
-    if forest is None:
-        return ()
-    stops = forest.stop_depth.tolist()
-    return tuple(sum(stop >= depth for stop in stops) for depth in range(max(stops) + 1))
