@@ -23,6 +23,10 @@ OFF_PATH = -1
 """In a replayed forest the token of every node that the target didn't choose: which one it was changes nothing."""
 
 
+MAX_LOGPROBS = 20
+"""Most alternatives that a request may ask for with every token."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request's tokens are drawn.
@@ -62,6 +66,14 @@ class Request:
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
+    speculate: bool = True
+    """False: one token a step for this request, whatever the controller plans for the others."""
+    logprobs: int | None = None
+    """How many likeliest alternatives to report with every token; 0 = the token's own alone, None = nothing."""
+
+    def __post_init__(self) -> None:
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise RequestError(f"logprobs is {self.logprobs}; give 0 to {MAX_LOGPROBS} alternatives, or none at all")
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class LoadView:
     """What a controller may know before a step. Scalars only, no hidden states."""
 
     batch_size: int
-    """Requests that decode in this step (B)."""
+    """Requests that decode in this step and may speculate (B)."""
     prefill_tokens: int
     """Prompt tokens that share this step's forward pass."""
     waiting: int
@@ -82,6 +94,8 @@ class LoadView:
     """Most drafted nodes that one request may have verified in a step."""
     arrived: int = 0
     """Requests added since the step before."""
+    plain: int = 0
+    """Requests that decode beside them and asked for no speculation."""
 
 
 @dataclass(frozen=True)
@@ -200,12 +214,23 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token was under the target's plain distribution: temperature 1, nothing filtered."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens with their log-probabilities, best first."""
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What verification decided for every request that samples (decodes, then prompts that end in this step)."""
 
     accepted: tuple[tuple[int, ...], ...]  # per request: accepted nodes (index among its selected nodes), root first
     tokens: tuple[tuple[int, ...], ...]  # per request: the accepted nodes' tokens, then the bonus token
     failed: frozenset[int] = frozenset()  # requests whose logits were not finite: they got no token
+    logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()  # per request, one a token where it asked; () if nobody did
 
 
 @dataclass(frozen=True)
@@ -236,6 +261,23 @@ class RequestOutput:
     finish_reason: str | None = None
     """``stop`` (EOS or a stop string), ``length``, ``cancelled`` or ``error``."""
     error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One a token, where the request asked for them."""
+
+
+@dataclass(frozen=True)
+class RequestTree:
+    """What was verified for one request in a step, for showing it."""
+
+    id: str
+    parents: tuple[int, ...]
+    """Per node its parent among the nodes; -1 = child of the root."""
+    depths: tuple[int, ...]
+    """Per node; 0 = child of the root."""
+    accepted: tuple[int, ...]
+    """The nodes of the accepted path, root first."""
+    drafted_depth: int
+    """Levels that the drafter ran for this request; more than the deepest node where the budget was short."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +294,7 @@ class StepReport:
     accepted: int
     """Drafted nodes that were accepted."""
     committed: int
-    """Tokens committed by decoding requests, bonus tokens included (before any cut by a stop)."""
+    """Tokens committed by the B requests of `load`, bonus tokens included (before any cut by a stop)."""
     reached_by_depth: tuple[int, ...]
     """At index d: requests with a selected node at depth d whose path was accepted up to depth d - 1."""
     accepted_by_depth: tuple[int, ...]
@@ -262,6 +304,8 @@ class StepReport:
     """At index d: requests that drafted depth d."""
     confidence: tuple[float, ...] = ()
     """Per decoding request, the drafter's probability of its likeliest first token; empty in a plain step."""
+    trees: tuple[RequestTree, ...] = ()
+    """What was verified for each of the B requests, where the backend was asked to show it."""
 
 
 @runtime_checkable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from echo_rl.contracts import (
     PhaseTimes,
     Request,
     RequestOutput,
+    RequestTree,
     Selection,
     SpecPlan,
     StepReport,
@@ -49,6 +51,8 @@ class Engine:
         self.scheduler = Scheduler(self.block_manager, config.max_batch_size, config.prefill_chunk, eos)
         self._sequences: dict[str, Sequence] = {}
         self._arrived = 0  # since the last step
+        self.trace_trees = False
+        """Whether reports carry the verified trees."""
         self._max_context = min(config.max_context, target.arch.max_positions)
 
     @classmethod
@@ -109,28 +113,29 @@ class Engine:
         batch = self.scheduler.schedule()
         load = self._load(batch)
         clock.lap("schedule")
-        plan = controller.plan(load) if batch.decodes else AUTOREGRESSIVE
+        plan = controller.plan(load) if batch.drafting else AUTOREGRESSIVE
         layout = self._reserve(batch, plan)
         clock.lap("plan")
-        forest = self.runner.draft(batch.decodes, layout, plan, controller.extend) if plan.speculates else None
+        forest = self.runner.draft(batch.drafting, layout, plan, controller.extend) if plan.speculates else None
         clock.lap("draft")
         selection = self._select(controller, forest, plan, len(batch.decodes))
         clock.lap("select")
         verified = self.runner.verify(batch, selection, layout)
         clock.lap("verify")
         sampling = batch.sampling
-        params = [s.request.params for s in sampling]
-        verdict = accept(verified.tree, verified.logits_of, params, [s.next_position for s in sampling])
+        params, logprobs = [s.request.params for s in sampling], [s.request.logprobs for s in sampling]
+        verdict = accept(verified.tree, verified.logits_of, params, [s.next_position for s in sampling], logprobs)
         clock.lap("accept")
         self.runner.keep(layout, verdict.accepted)
         outputs = self._commit(batch, verdict)
         clock.lap("commit")
-        report = _report(load, plan, forest, selection, verdict, outputs, clock.times())
+        trees = _trees(batch, forest, selection, verdict) if self.trace_trees and forest is not None else ()
+        report = _report(load, plan, forest, selection, verdict, outputs, clock.times(), trees)
         controller.observe(report)
         return report
 
     def _load(self, batch: Batch) -> LoadView:
-        lengths = [s.kv_len for s in batch.decodes]
+        lengths = [s.kv_len for s in batch.drafting]
         arrived, self._arrived = self._arrived, 0
         return LoadView(
             batch_size=len(lengths),
@@ -140,6 +145,7 @@ class Engine:
             kv_used=self.block_manager.used_share,
             max_nodes=self.config.max_nodes,
             arrived=arrived,
+            plain=len(batch.plain),
         )
 
     def _reserve(self, batch: Batch, plan: SpecPlan) -> Layout:
@@ -152,7 +158,7 @@ class Engine:
             )
         nodes = max(expanded, min(plan.budget, self.config.max_nodes))
         for sequence in batch.decodes:
-            self.block_manager.grow(sequence, sequence.kv_len + 1 + nodes)
+            self.block_manager.grow(sequence, sequence.kv_len + 1 + (nodes if sequence.request.speculate else 0))
         for chunk in batch.chunks:
             self.block_manager.grow(chunk.sequence, chunk.sequence.kv_len + chunk.count)
         return self.runner.layout(batch.sequences)
@@ -167,7 +173,8 @@ class Engine:
                 f"controller '{controller.name}' selected {selection.size} nodes (most for one request: "
                 f"{int(selection.counts.max())}); the plan allows {plan.budget}, a request {self.config.max_nodes}"
             )
-        return selection
+        idle = selection.counts.new_zeros(decodes - len(selection.counts))  # those that asked for no speculation
+        return replace(selection, counts=torch.cat([selection.counts, idle])) if len(idle) else selection
 
     def _commit(self, batch: Batch, verdict: Verdict) -> tuple[RequestOutput, ...]:
         """Advance every sequence of the batch; finished and failed ones leave and free their blocks."""
@@ -183,7 +190,7 @@ class Engine:
                 outputs.append(RequestOutput(sequence.id, (), finish_reason="error", error=message))
                 continue
             self.block_manager.trim(sequence, sequence.kv_len)
-            output = self.scheduler.commit(sequence, verdict.tokens[i])
+            output = self.scheduler.commit(sequence, verdict.tokens[i], verdict.logprobs[i] if verdict.logprobs else ())
             if output.finish_reason:
                 del self._sequences[sequence.id]
             outputs.append(output)
@@ -214,10 +221,11 @@ def _report(
     verdict: Verdict,
     outputs: tuple[RequestOutput, ...],
     times: PhaseTimes,
+    trees: tuple[RequestTree, ...],
 ) -> StepReport:
     paths = verdict.accepted[: load.batch_size]
     deepest = int(selection.depths.max()) + 1 if selection.size else 0
-    owner = torch.repeat_interleave(torch.arange(load.batch_size), selection.counts.cpu()).tolist()
+    owner = torch.repeat_interleave(torch.arange(len(selection.counts)), selection.counts.cpu()).tolist()
     has = {(r, d) for r, d in zip(owner, selection.depths.tolist(), strict=True)}
     return StepReport(
         load=load,
@@ -232,4 +240,16 @@ def _report(
         times=times,
         drafting=forest.drafting if forest is not None else (),
         confidence=forest.first_confidence if forest is not None else (),
+        trees=trees,
+    )
+
+
+def _trees(batch: Batch, forest: Forest, selection: Selection, verdict: Verdict) -> tuple[RequestTree, ...]:
+    counts = selection.counts.tolist()[: len(batch.drafting)]
+    parents = [tuple(part.tolist()) for part in selection.parents.split(counts)]
+    depths = [tuple(part.tolist()) for part in selection.depths.split(counts)]
+    drafted = (forest.stop_depth + 1).tolist()
+    return tuple(
+        RequestTree(s.id, *row)
+        for s, *row in zip(batch.drafting, parents, depths, verdict.accepted, drafted, strict=False)
     )

@@ -32,7 +32,7 @@ class Probe:
         place = torch.cat([torch.arange(n) for n in nodes.tolist()])
         selection = Selection(nodes, torch.full_like(place, 5), place - 1, place)
         sequences = self._sequences(batch, context, int(nodes.max()) + 1)
-        runner, work = self._engine.runner, Batch(sequences, ())
+        runner, work = self._engine.runner, Batch(sequences, (), ())
         layout = runner.layout(sequences)
         begin = time.perf_counter()
         verified = runner.verify(work, selection, layout)

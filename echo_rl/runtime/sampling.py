@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from echo_kernels import ops_for
-from echo_rl.contracts import SamplingParams
+from echo_rl.contracts import SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -53,3 +53,11 @@ def _filtered(logits: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor
     top_p = logits.new_tensor([[p.top_p] for p in params])
     ordered = ordered.masked_fill((before >= top_p) & (rank > 0), float("-inf"))
     return torch.empty_like(logits).scatter_(1, order, ordered)
+
+
+def likelihood(logits: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:
+    """How likely a token was, and which were likeliest. `logits` is [V] float32."""
+    log_probs = logits.log_softmax(0)
+    best = log_probs.topk(min(alternatives, len(logits)))
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return TokenLogprob(token, float(log_probs[token]), top)

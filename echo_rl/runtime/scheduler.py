@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from echo_rl.contracts import RequestOutput
+from echo_rl.contracts import RequestOutput, TokenLogprob
 from echo_rl.runtime.block_manager import BlockManager
 from echo_rl.runtime.sequence import Sequence
 
@@ -23,9 +23,15 @@ class Chunk:
 class Batch:
     """The requests of one step. Both parts share one forward pass."""
 
-    decodes: tuple[Sequence, ...]
+    drafting: tuple[Sequence, ...]
     """One pending token each; these may speculate."""
+    plain: tuple[Sequence, ...]
+    """One pending token each, and no more wanted."""
     chunks: tuple[Chunk, ...]
+
+    @property
+    def decodes(self) -> tuple[Sequence, ...]:
+        return self.drafting + self.plain
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:
@@ -70,12 +76,17 @@ class Scheduler:
                 count = min(sequence.pending, left)
                 chunks.append(Chunk(sequence, count, last=count == sequence.pending))
                 left -= count
-        return Batch(tuple(s for s in self.running if s.decoding), tuple(chunks))
+        decodes = [s for s in self.running if s.decoding]
+        drafting = tuple(s for s in decodes if s.request.speculate)
+        return Batch(drafting, tuple(s for s in decodes if not s.request.speculate), tuple(chunks))
 
-    def commit(self, sequence: Sequence, tokens: tuple[int, ...]) -> RequestOutput:
+    def commit(
+        self, sequence: Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...] = ()
+    ) -> RequestOutput:
         """Append a verdict's tokens up to the first stop; a finished sequence gives its blocks back.
 
-        The cut looks at one token at a time, so it doesn't depend on how tokens were grouped into steps.
+        `logprobs` are the tokens', or none. The cut looks at one token at a time, so it doesn't depend
+        on how tokens were grouped into steps.
         """
         params, kept, text, reason = sequence.request.params, [], "", None
         for token in tokens:
@@ -90,10 +101,10 @@ class Scheduler:
                 reason = "stop" if stopped else "length"
                 break
         if reason is None:
-            return RequestOutput(sequence.id, tuple(kept), text)
+            return RequestOutput(sequence.id, tuple(kept), text, logprobs=logprobs[: len(kept)])
         text += sequence.text.flush()
         self.remove(sequence)
-        return RequestOutput(sequence.id, tuple(kept), text, reason)
+        return RequestOutput(sequence.id, tuple(kept), text, reason, logprobs=logprobs[: len(kept)])
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, running or waiting, and free all it holds."""

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from echo_rl.contracts import SamplingParams, Selection, Verdict
+from echo_rl.contracts import SamplingParams, Selection, TokenLogprob, Verdict
 from echo_rl.runtime.kv_cache import AttentionView
 from echo_rl.runtime.layout import Layout, spread
-from echo_rl.runtime.sampling import draw
+from echo_rl.runtime.sampling import draw, likelihood
 from echo_rl.runtime.scheduler import Batch
 
 
@@ -89,31 +89,42 @@ def _mask(parent_rows: torch.Tensor, depth: torch.Tensor, local: torch.Tensor, w
 LogitsOf = Callable[[Seq[int]], torch.Tensor]
 
 
-def accept(tree: SuperTree, logits_of: LogitsOf, params: Seq[SamplingParams], positions: Seq[int]) -> Verdict:
+def accept(
+    tree: SuperTree,
+    logits_of: LogitsOf,
+    params: Seq[SamplingParams],
+    positions: Seq[int],
+    logprobs: Seq[int | None] = (),
+) -> Verdict:
     """Walk each tree from its root: while a child is the token that belongs there, accept it; else
     that token is the bonus. Pure: a function of the tree, the rows' logits and the sampling keys.
 
     `params` [Q]; `positions` [Q], where each request's next token goes; `logits_of` gives float32
-    logits [len(rows), V] of rows.
+    logits [len(rows), V] of rows; `logprobs` [Q], alternatives to report with each token (None: nothing).
     """
     current = list(tree.roots)
     accepted: list[list[int]] = [[] for _ in current]
     tokens: list[list[int]] = [[] for _ in current]
+    likelihoods: dict[int, list[TokenLogprob]] = {q: [] for q, n in enumerate(logprobs) if n is not None}
     failed: set[int] = set()
     active = list(range(len(current)))
     while active:
         places = [positions[q] + len(tokens[q]) for q in active]
-        drawn = draw(logits_of([current[q] for q in active]), [params[q] for q in active], places)
+        logits = logits_of([current[q] for q in active])
+        drawn = draw(logits, [params[q] for q in active], places)
         walking = []
-        for q, token, finite in zip(active, drawn.tokens.tolist(), drawn.finite.tolist(), strict=True):
+        for i, (q, token, finite) in enumerate(zip(active, drawn.tokens.tolist(), drawn.finite.tolist(), strict=True)):
             if not finite:
                 failed.add(q)
                 continue
             tokens[q].append(token)
+            if q in likelihoods:
+                likelihoods[q].append(likelihood(logits[i], token, logprobs[q] or 0))
             child = tree.children.get((current[q], token))
             if child is not None:
                 accepted[q].append(child - tree.roots[q] - 1)
                 current[q] = child
                 walking.append(q)
         active = walking
-    return Verdict(tuple(map(tuple, accepted)), tuple(map(tuple, tokens)), frozenset(failed))
+    reported = tuple(tuple(likelihoods.get(q, ())) for q in range(len(tokens))) if likelihoods else ()
+    return Verdict(tuple(map(tuple, accepted)), tuple(map(tuple, tokens)), frozenset(failed), reported)

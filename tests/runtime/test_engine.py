@@ -285,3 +285,72 @@ def test_stop_strings_cut_the_text_wherever_steps_fall(tiny_engine):
                 reason = output.finish_reason
         assert seen == text[: text.index(stop)]
         assert reason == "stop"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_requests_without_speculation_share_the_batch(tiny_engine, temperature):
+    todo = requests(6, temperature)
+    plain = run(tiny_engine, Plain(), todo)
+    mixed = [replace(r, speculate=i % 2 == 0) for i, r in enumerate(todo)]
+    erratic = Erratic(1)
+    tiny_engine.trace_trees = True
+    assert run(tiny_engine, erratic, mixed) == plain
+    tiny_engine.trace_trees = False
+    assert sum(r.accepted for r in erratic.reports) > 0
+    assert any(r.load.plain and r.plan.speculates for r in erratic.reports)
+    shown = {tree.id for r in erratic.reports for tree in r.trees}
+    assert shown == {"r0", "r2", "r4"}
+
+
+def test_a_batch_that_never_speculates_asks_no_controller(tiny_engine):
+    erratic = Erratic(1)
+    erratic.plan = None  # calling it would raise
+    todo = [replace(r, speculate=False) for r in requests(3, 0.0)]
+    assert run(tiny_engine, erratic, todo) == run(tiny_engine, Plain(), requests(3, 0.0))
+
+
+def test_shown_trees_are_what_was_verified(tiny_engine):
+    erratic = Erratic(3)
+    tiny_engine.trace_trees = True
+    run(tiny_engine, erratic, requests(5, 0.0))
+    tiny_engine.trace_trees = False
+    steps = [r for r in erratic.reports if r.plan.speculates]
+    assert steps
+    for report in steps:
+        assert len(report.trees) == report.load.batch_size
+        assert sum(len(t.parents) for t in report.trees) == report.verified
+        assert sum(len(t.accepted) for t in report.trees) == report.accepted
+        for t in report.trees:
+            assert [t.depths[node] for node in t.accepted] == list(range(len(t.accepted)))
+            assert all(t.depths[i] == (t.depths[p] + 1 if p >= 0 else 0) for i, p in enumerate(t.parents))
+            assert max(t.depths, default=-1) < t.drafted_depth
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logprobs_are_the_plain_distribution_and_the_same_with_speculation(tiny_engine, temperature):
+    todo = [replace(r, logprobs=3 if i else None) for i, r in enumerate(requests(3, temperature))]
+
+    def likelihoods(controller):
+        found = {r.id: [] for r in todo}
+        for request in todo:
+            tiny_engine.add(request)
+        while tiny_engine.has_work:
+            for output in tiny_engine.step(controller).outputs:
+                assert len(output.logprobs) == (len(output.tokens) if output.id != "r0" else 0)
+                assert [p.token for p in output.logprobs] == list(output.tokens[: len(output.logprobs)])
+                found[output.id] += output.logprobs
+        return found
+
+    plain, speculated = likelihoods(Plain()), likelihoods(Erratic(2))
+    for key, expected in plain.items():
+        for a, b in zip(expected, speculated[key], strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4) and len(a.top) == 3
+            assert a.logprob <= a.top[0][1] + 1e-6 and a.top[0][1] >= a.top[1][1] >= a.top[2][1]
+            assert sum(torch.tensor([p for _, p in a.top]).exp().tolist()) <= 1 + 1e-5
+            if temperature == 0:
+                assert a.top[0] == (a.token, pytest.approx(a.logprob))
+
+
+def test_too_many_logprobs_are_refused():
+    with pytest.raises(RequestError, match="logprobs"):
+        Request("r", (1,), logprobs=21)
