@@ -67,7 +67,8 @@ class GapRecorder:
             sampling = [sequence.id for sequence in batch.sampling]
             verified = verify(batch, selection, layout)
             if sampling:
-                top = verified.logits_of(list(verified.tree.roots)).topk(2).values
+                logits = verified.logits
+                top = logits.values[[logits.place[row] for row in verified.tree.roots]].float().topk(2).values
                 for request_id, gap in zip(sampling, (top[:, 0] - top[:, 1]).tolist(), strict=True):
                     self.gaps.setdefault(request_id, []).append(gap)
             return verified

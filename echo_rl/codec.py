@@ -192,6 +192,11 @@ FEATURES: tuple[tuple[str, float, float], ...] = (
 )
 """Every entry of an observation: meaning, least and greatest value (clipped)."""
 
+_ARRIVALS, _ACCEPTANCE, _CONFIDENCE = 0, slice(1, 1 + DEPTHS), slice(1 + DEPTHS, 4 + DEPTHS)
+_YIELD, _USED, _PACE = 4 + DEPTHS, 5 + DEPTHS, slice(6 + DEPTHS, 8 + DEPTHS)
+_SPECULATION = slice(1, 6 + DEPTHS)  # averages over speculative steps alone
+_FIRST = np.concatenate([[0.0], np.full(DEPTHS + 3, 0.5), [1.0, 0.0, 0.0, 0.0]])
+
 GROUPS: dict[str, tuple[int, int]] = {"load": (0, 6), "speculation": (6, 23), "cost": (23, 32)}
 """Observation entries by group, [begin, end): what the ablations switch off."""
 
@@ -204,40 +209,36 @@ class Tracker:
         self.scaling = scaling or Scaling.none(lanes)
         self._cached: dict[tuple[int, int], Floats] = {}  # serving: cost features by (batch, context octave half)
         self._one = lanes == 1 and scaling is None
-        self._arrivals = np.zeros(lanes)
-        self._acceptance = np.full((lanes, DEPTHS), 0.5)
-        self._confidence = np.full((lanes, 3), 0.5)
+        self._average = np.tile(_FIRST, (lanes, 1))  # [E, len(_FIRST)] running averages, columns as below
         self._last = np.zeros((lanes, 3))
-        self._yield = np.ones(lanes)
-        self._used = np.zeros(lanes)
         self._plain = np.zeros(lanes)
-        self._pace = np.zeros((lanes, 2))
 
     def reset(self, lanes: NDArray[np.bool_]) -> None:
         """Forget everything about these lanes ([E] bool)."""
-        fresh = Tracker(self._costs, len(lanes))
-        for name in ("_arrivals", "_acceptance", "_confidence", "_last", "_yield", "_used", "_plain", "_pace"):
-            getattr(self, name)[lanes] = getattr(fresh, name)[lanes]
+        self._average[lanes], self._last[lanes], self._plain[lanes] = _FIRST, 0.0, 0.0
 
     def update(self, outcomes: Outcomes) -> None:
         """Learn from a step. Lanes that had no decoding request change nothing but their arrivals."""
         loads, on = outcomes.loads, outcomes.budget > 0
-        live = loads.batch > 0
-        self._arrivals += RATE * (loads.arrived - self._arrivals)
-        batch = np.maximum(loads.batch, 1.0)
+        live, batch = loads.batch > 0, np.maximum(loads.batch, 1.0)
         spoken = on & live
-        weight = SPARSE_RATE * np.minimum(1.0, outcomes.reached / 4.0) * spoken[:, None]
-        hit = outcomes.accepted / np.maximum(outcomes.reached, 1.0)
-        self._acceptance += weight * (hit - self._acceptance)
-        seen = spoken[:, None] & ~np.isnan(outcomes.confidence)
-        self._confidence += np.where(seen, RATE * (outcomes.confidence - self._confidence), 0.0)
+        measured = np.zeros_like(self._average)
+        rate = np.full_like(measured, RATE)
+        reached = outcomes.reached
+        measured[:, _ARRIVALS] = loads.arrived
+        measured[:, _ACCEPTANCE] = outcomes.accepted / np.maximum(reached, 1.0)
+        rate[:, _ACCEPTANCE] = SPARSE_RATE * np.minimum(1.0, reached / 4.0)
+        measured[:, _CONFIDENCE] = outcomes.confidence
+        measured[:, _YIELD] = outcomes.committed / batch
+        measured[:, _USED] = outcomes.verified / np.maximum(outcomes.budget, 1.0)
+        rate[:, _SPECULATION] *= spoken[:, None]
+        measured[:, _PACE], rate[:, _PACE] = self._paces(outcomes, live & (loads.prefill == 0), spoken)
+        unknown = np.isnan(measured)
+        measured[unknown] = rate[unknown] = 0.0
+        self._average += rate * (measured - self._average)
         last = np.stack([outcomes.budget / batch, outcomes.depth, outcomes.width], axis=1)
         self._last[live] = last[live]
-        self._yield += np.where(spoken, RATE * (outcomes.committed / batch - self._yield), 0.0)
-        share = outcomes.verified / np.maximum(outcomes.budget, 1.0)
-        self._used += np.where(spoken, RATE * (share - self._used), 0.0)
         self._plain = np.where(live, np.where(on, 0.0, self._plain + 1.0), self._plain)
-        self._update_pace(outcomes, live & (loads.prefill == 0), spoken)
 
     def observe(self, loads: Loads) -> NDArray[np.float32]:
         """[E, len(FEATURES)], each entry clipped to its range."""
@@ -247,30 +248,30 @@ class Tracker:
             _log2(1.0 + loads.waiting) / 6.0,
             _log2(1.0 + loads.context) / 11.0,
             loads.kv_used,
-            _log2(1.0 + self._arrivals) / 6.0,
-            *self._acceptance.T,
-            *self._confidence.T,
+            _log2(1.0 + self._average[:, _ARRIVALS]) / 6.0,
+            *self._average[:, _ACCEPTANCE].T,
+            *self._average[:, _CONFIDENCE].T,
             _log2(1.0 + self._last[:, 0]) / 6.0,
             self._last[:, 1] / 8.0,
             self._last[:, 2] / 8.0,
-            self._yield / 9.0,
-            self._used,
+            self._average[:, _YIELD] / 9.0,
+            self._average[:, _USED],
             _log2(1.0 + self._plain) / 10.0,
             *self._cost_features(loads).T,
-            *self._pace.T,
+            *self._average[:, _PACE].T,
         ]
         return np.clip(np.stack(columns, axis=1), _LOW, _HIGH).astype(np.float32)
 
-    def _update_pace(self, outcomes: Outcomes, clean: NDArray[np.bool_], spoken: NDArray[np.bool_]) -> None:
-        """Pace is read from steps without prefill, whose predicted time is known."""
+    def _paces(self, outcomes: Outcomes, clean: NDArray[np.bool_], spoken: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+        """[E, 2] log of measured over predicted seconds, and their weights.
+
+        Read from steps without prefill, whose predicted time is known.
+        """
         expected = self._expected_one(outcomes) if self._one else self._expected(outcomes)
-        measured = (outcomes.verify_seconds, outcomes.draft_seconds)
-        for column, (taken, predicted, counts) in enumerate(
-            zip(measured, expected, (clean, clean & spoken), strict=True)
-        ):
-            ratio = np.log(np.maximum(taken, 1e-9) / np.maximum(predicted, 1e-9))
-            change = RATE * (np.clip(ratio, -2.0, 2.0) - self._pace[:, column])
-            self._pace[:, column] += np.where(counts & (taken > 0), change, 0.0)
+        taken = np.stack([outcomes.verify_seconds, outcomes.draft_seconds], axis=1)
+        ratio = np.log(np.maximum(taken, 1e-9) / np.maximum(np.stack(expected, axis=1), 1e-9))
+        counts = np.stack([clean, clean & spoken], axis=1) & (taken > 0)
+        return np.clip(ratio, -2.0, 2.0), RATE * counts
 
     def _expected(self, outcomes: Outcomes) -> tuple[Floats, Floats]:
         """[E] predicted seconds of the verify pass and of drafting."""

@@ -63,7 +63,8 @@ class Ppo(CalibratedSelection):
     """A learned policy, which decides every `Policy.repeat` steps with decoding requests.
 
     Where it can't (it raises, or its numbers are not finite) ECHO decides in its stead: counted in
-    `fallbacks`, logged the first time. ECHO's planner therefore follows every step.
+    `fallbacks`, logged the first time. From then on ECHO's planner follows every step, which a sound
+    policy doesn't pay for.
     """
 
     name = "ppo"
@@ -94,7 +95,8 @@ class Ppo(CalibratedSelection):
 
     def observe(self, report: StepReport) -> None:
         self._tracker.update(Outcomes.of(report))
-        self.echo.observe(report)
+        if self.fallbacks:
+            self.echo.observe(report)
 
     def _decide(self, load: LoadView) -> Action | None:
         try:

@@ -124,7 +124,7 @@ class Engine:
         clock.lap("verify")
         sampling = batch.sampling
         params, logprobs = [s.request.params for s in sampling], [s.request.logprobs for s in sampling]
-        verdict = accept(verified.tree, verified.logits_of, params, [s.next_position for s in sampling], logprobs)
+        verdict = accept(verified.tree, verified.logits, params, [s.next_position for s in sampling], logprobs)
         clock.lap("accept")
         self.runner.keep(layout, verdict.accepted)
         outputs = self._commit(batch, verdict)

@@ -17,7 +17,7 @@ from echo_rl.runtime.layout import Layout, spread
 from echo_rl.runtime.scheduler import Batch
 from echo_rl.runtime.sequence import Sequence
 from echo_rl.runtime.target import Target
-from echo_rl.runtime.verify import SuperTree, flatten
+from echo_rl.runtime.verify import RowLogits, SuperTree, flatten
 
 ABSORB_REQUESTS = 16
 """Requests whose committed tokens the drafter reads in one pass."""
@@ -25,10 +25,10 @@ ABSORB_REQUESTS = 16
 
 @dataclass(frozen=True)
 class Verified:
-    """The super-tree of a step and its logits on demand."""
+    """The super-tree of a step and its logits."""
 
     tree: SuperTree
-    logits_of: Callable[[Seq[int]], torch.Tensor]
+    logits: RowLogits
 
 
 class Runner:
@@ -108,17 +108,12 @@ class Runner:
             self.cache.features[tree.view.slots] = features
         return Verified(tree, self._logits(tree, hidden))
 
-    def _logits(self, tree: SuperTree, hidden: torch.Tensor) -> Callable[[Seq[int]], torch.Tensor]:
+    def _logits(self, tree: SuperTree, hidden: torch.Tensor) -> RowLogits:
         """Logits of every row that `accept` could ask for, computed in one product."""
         first_chunk = max(tree.children.values(), default=-1) + 1
         rows = sorted({*range(first_chunk), *tree.roots})
-        place = {row: i for i, row in enumerate(rows)}
         logits = self.target.logits(hidden if len(rows) == len(hidden) else hidden[rows])
-
-        def logits_of(wanted: Seq[int]) -> torch.Tensor:
-            return logits[[place[row] for row in wanted]].float()
-
-        return logits_of
+        return RowLogits(logits, {row: i for i, row in enumerate(rows)})
 
     @torch.inference_mode()
     def keep(self, layout: Layout, accepted: Seq[tuple[int, ...]]) -> None:

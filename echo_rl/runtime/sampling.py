@@ -23,20 +23,20 @@ class Draw:
     finite: torch.Tensor
 
 
-def draw(logits: torch.Tensor, params: Seq[SamplingParams], positions: Seq[int]) -> Draw:
-    """Draw the token that belongs at each row's position. `logits` is [R, V] float32."""
-    best, tokens = logits.max(dim=1)  # max propagates NaN
-    finite = best.isfinite()
+def draw(logits: torch.Tensor, rows: Seq[int], params: Seq[SamplingParams], positions: Seq[int]) -> Draw:
+    """Draw the token that belongs at each row's position. `logits` is [N, V] of any float dtype, R rows of it count."""
+    ops, at = ops_for(logits.device), torch.tensor(rows, device=logits.device)
+    tokens, best = ops.best_token(logits, at)
     noisy = [i for i, p in enumerate(params) if p.temperature > 0]
     if noisy:
-        rows = torch.tensor(noisy, device=logits.device)
         chosen = [params[i] for i in noisy]
-        scaled = logits[rows] / logits.new_tensor([[p.temperature] for p in chosen])
+        temperatures = torch.tensor([[p.temperature] for p in chosen], device=logits.device)
+        scaled = logits[at[noisy]].float() / temperatures
         seeds = torch.tensor([p.seed for p in chosen], device=logits.device)
         keys = torch.tensor([positions[i] for i in noisy], device=logits.device)
-        noise = ops_for(logits.device).gumbel(seeds, keys, logits.shape[1], logits.device)
-        tokens[rows] = (_filtered(scaled, chosen) + noise).argmax(dim=1)
-    return Draw(tokens, finite)
+        noise = ops.gumbel(seeds, keys, logits.shape[1], logits.device)
+        tokens[noisy] = (_filtered(scaled, chosen) + noise).argmax(dim=1)
+    return Draw(tokens, best.isfinite())
 
 
 def _filtered(logits: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
@@ -56,7 +56,7 @@ def _filtered(logits: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor
 
 
 def likelihood(logits: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:
-    """How likely a token was, and which were likeliest. `logits` is [V] float32."""
+    """How likely a token was, and which were likeliest. `logits` is [V], float32."""
     log_probs = logits.log_softmax(0)
     best = log_probs.topk(min(alternatives, len(logits)))
     top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))

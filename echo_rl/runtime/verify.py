@@ -5,7 +5,6 @@ Row order: for each decoding request its root and its selected nodes, then each 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -86,12 +85,17 @@ def _mask(parent_rows: torch.Tensor, depth: torch.Tensor, local: torch.Tensor, w
     return mask
 
 
-LogitsOf = Callable[[Seq[int]], torch.Tensor]
+@dataclass(frozen=True)
+class RowLogits:
+    """The target's logits of those rows of a pass that may decide a token."""
+
+    values: torch.Tensor  # [P, V]
+    place: dict[int, int]  # row of the pass -> row of `values`
 
 
 def accept(
     tree: SuperTree,
-    logits_of: LogitsOf,
+    logits: RowLogits,
     params: Seq[SamplingParams],
     positions: Seq[int],
     logprobs: Seq[int | None] = (),
@@ -99,8 +103,8 @@ def accept(
     """Walk each tree from its root: while a child is the token that belongs there, accept it; else
     that token is the bonus. Pure: a function of the tree, the rows' logits and the sampling keys.
 
-    `params` [Q]; `positions` [Q], where each request's next token goes; `logits_of` gives float32
-    logits [len(rows), V] of rows; `logprobs` [Q], alternatives to report with each token (None: nothing).
+    `params` [Q]; `positions` [Q], where each request's next token goes; `logprobs` [Q],
+    alternatives to report with each token (None: nothing).
     """
     current = list(tree.roots)
     accepted: list[list[int]] = [[] for _ in current]
@@ -110,8 +114,8 @@ def accept(
     active = list(range(len(current)))
     while active:
         places = [positions[q] + len(tokens[q]) for q in active]
-        logits = logits_of([current[q] for q in active])
-        drawn = draw(logits, [params[q] for q in active], places)
+        rows = [logits.place[current[q]] for q in active]
+        drawn = draw(logits.values, rows, [params[q] for q in active], places)
         walking = []
         for i, (q, token, finite) in enumerate(zip(active, drawn.tokens.tolist(), drawn.finite.tolist(), strict=True)):
             if not finite:
@@ -119,7 +123,7 @@ def accept(
                 continue
             tokens[q].append(token)
             if q in likelihoods:
-                likelihoods[q].append(likelihood(logits[i], token, logprobs[q] or 0))
+                likelihoods[q].append(likelihood(logits.values[rows[i]].float(), token, logprobs[q] or 0))
             child = tree.children.get((current[q], token))
             if child is not None:
                 accepted[q].append(child - tree.roots[q] - 1)

@@ -196,6 +196,21 @@ class Ops:
             need(False, f"vocab is {vocab}; give a positive count")
         return self._impl.gumbel(seeds, positions, vocab, torch.device(device))
 
+    def best_token(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest token of some rows: logits [N, V], rows [R] int64 -> (tokens [R] int64, their logits [R]
+        float32).
+
+        Of equal logits the first wins. A row that holds a NaN gives NaN and token 0.
+        """
+        need_float("logits", logits, self._dtypes)
+        need_matrix("logits", logits)
+        need_dtype("rows", rows, torch.int64)
+        if rows.dim() != 1:
+            need(False, f"rows has shape {tuple(rows.shape)}; expected [R]")
+        if not logits.shape[1]:
+            need(False, "logits has no column; give a vocabulary")
+        return self._impl.best_token(logits, rows)
+
 
 def _need_weight(name: str, weight: Tensor, width: int, like: Tensor) -> None:
     need_dtype(name, weight, like.dtype)

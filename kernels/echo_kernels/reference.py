@@ -103,6 +103,11 @@ def gumbel_uniform(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     return ((bits.float() + 0.5) * 2.0**-32).clamp(max=BELOW_ONE)
 
 
+def best_token(logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    best, tokens = logits[rows].float().max(dim=1)  # max propagates NaN
+    return tokens.masked_fill(best.isnan(), 0), best
+
+
 def _normalise(x: Tensor, eps: float) -> Tensor:
     """x over its root mean square, in float32 (HF Llama: cast to x.dtype *before* the weight)."""
     h = x.float()

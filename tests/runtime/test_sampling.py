@@ -11,7 +11,7 @@ from echo_rl.runtime.sampling import draw
 
 def frequencies(logits: torch.Tensor, n: int = 6000, **params: float) -> torch.Tensor:
     rows = logits.expand(n, -1)
-    tokens = draw(rows, [SamplingParams(seed=7, **params)] * n, list(range(n))).tokens
+    tokens = draw(rows.contiguous(), range(n), [SamplingParams(seed=7, **params)] * n, list(range(n))).tokens
     return torch.bincount(tokens, minlength=logits.shape[0]) / n
 
 
@@ -39,8 +39,8 @@ def test_a_draw_depends_on_its_own_row_alone():
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 50, generator=g)
     params = [SamplingParams(temperature=t, seed=s) for s, t in enumerate((0.0, 0.5, 1.0, 2.0, 0.0))]
-    together = draw(logits, params, [3, 4, 5, 6, 7]).tokens.tolist()
-    alone = [int(draw(logits[i : i + 1], [params[i]], [3 + i]).tokens) for i in range(5)]
+    together = draw(logits, range(5), params, [3, 4, 5, 6, 7]).tokens.tolist()
+    alone = [int(draw(logits, [i], [params[i]], [3 + i]).tokens) for i in range(5)]
     assert together == alone
     assert together[0] == int(logits[0].argmax())
 
@@ -49,4 +49,4 @@ def test_a_draw_depends_on_its_own_row_alone():
 def test_rows_that_are_not_finite_are_flagged(bad):
     logits = torch.zeros(2, 8)
     logits[1, 3] = bad
-    assert draw(logits, [SamplingParams()] * 2, [0, 0]).finite.tolist() == [True, False]
+    assert draw(logits, [0, 1], [SamplingParams()] * 2, [0, 0]).finite.tolist() == [True, False]

@@ -116,6 +116,18 @@ Tensor gumbel_py(const Tensor& seeds, const Tensor& positions, int64_t vocab, co
   return out;
 }
 
+py::tuple best_token_py(const Tensor& logits, const Tensor& rows) {
+  const int64_t n = rows.size(0), *row = data<int64_t>(rows);
+  for (int64_t i = 0; i < n; i++)
+    if (row[i] < 0 || row[i] >= logits.size(0)) throw std::out_of_range("a row lies outside the logits");
+  Tensor tokens = at::empty({n}, rows.options()), best = at::empty({n}, rows.options().dtype(at::kFloat));
+  by_dtype(logits, [&](auto e) {
+    using T = decltype(e);
+    best_token<T>(data<T>(logits), row, data<int64_t>(tokens), data<float>(best), n, logits.size(1));
+  });
+  return py::make_tuple(tokens, best);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -126,5 +138,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("tree_attention", &tree_attention_py);
   m.def("compact_kv", &compact_kv_py);
   m.def("gumbel", &gumbel_py);
+  m.def("best_token", &best_token_py);
   m.attr("lanes") = LANES;
 }

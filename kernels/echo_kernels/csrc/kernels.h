@@ -54,3 +54,8 @@ void compact_rows(char* pool, int64_t layers, int64_t rows, int64_t row_bytes, c
                   int64_t count);
 
 void gumbel(const int64_t* seeds, const int64_t* positions, float* out, int64_t n, int64_t vocab);
+
+// The first index of each row's largest logit, and that logit (NaN, and index 0, where the row holds one).
+// logits [*, vocab]; rows, tokens, best [n].
+template <class T>
+void best_token(const T* logits, const int64_t* rows, int64_t* tokens, float* best, int64_t n, int64_t vocab);
