@@ -97,6 +97,11 @@ def scaled_gates(gates: Gates, depth: int, scale: float, floor: float) -> Gates:
     return tuple(sorted(scaled.items()))
 
 
+def gates_asked(gates: Gates, depth: int, drafting: Sequence[int]) -> int:
+    """Gates of a plan of `depth` levels that were asked, where so many requests drafted each level."""
+    return sum(d < depth - 1 and d < len(drafting) and drafting[d] > 0 for d, _ in gates)
+
+
 @dataclass(frozen=True)
 class Knobs:
     """Decoded actions, [E] each."""

@@ -11,7 +11,7 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -73,19 +73,33 @@ class CostProfile:
     """Seconds that each verified node adds to a step outside its passes."""
     catch_up: float = 0.0
     """Drafting seconds for each committed token past the usual two a request that the drafter hasn't seen."""
+    gate_overhead: float = 0.0
+    """Drafting seconds that asking at one gate adds."""
     prefill_weight: float = 1.0
     """Verified rows that one prompt token costs as much as (it needs no logits)."""
     noise: float = 0.0
     """Standard deviation of log(measured / profile)."""
     provenance: str = ""
+    modelled: bool = field(default=False, repr=False)
+    """Worked out from published figures (`echo_rl.roofline`), not measured; `device` and `provenance` say so too. Not
+    in the repr: ledgers digest that, and what was begun before there was a label goes on."""
 
     def __post_init__(self) -> None:
         _check_surface("verify", self.verify, (self.batches, self.rows, self.contexts))
         _check_surface("draft", self.draft, (self.draft_batches, self.widths, self.depths))
-        scalars = ("step_overhead", "spec_overhead", "request_overhead", "node_overhead", "catch_up")
+        scalars = ("step_overhead", "spec_overhead", "request_overhead", "node_overhead", "catch_up", "gate_overhead")
         for name in (*scalars, "prefill_weight", "noise"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"profile {name} is {getattr(self, name)}; give a finite number >= 0")
+        if not isinstance(self.modelled, bool):
+            raise ConfigError(f"profile modelled is {self.modelled!r}; give true or false")
+        if self.modelled and not all(text.startswith("modelled") for text in (self.device, self.provenance)):
+            raise ConfigError("the device and the provenance of a modelled profile must begin with 'modelled'")
+
+    @property
+    def title(self) -> str:
+        """The machine and model in a few words, for the heads of tables; a modelled one begins with ``modelled``."""
+        return f"{self.device}, {self.model} {self.dtype}"
 
     def verify_seconds(self, batch: int, rows: float, context: float = 0.0) -> float:
         """One verify pass. Linear between knots and past the last row; batch and context are clamped to the grid."""

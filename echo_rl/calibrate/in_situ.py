@@ -2,7 +2,7 @@
 
 Serves prompts under random plans at several concurrencies and fits, to the steps of each phase, a
 factor per batch size for plain and for speculative verify passes and for drafting, the fixed costs of
-a step, a request and a node, the cost of catching up, the weight of a prompt token, and the noise.
+a step, a request and a node, the costs of catching up and of a gate, the weight of a prompt token, and the noise.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from echo_rl.codec import gates_asked
 from echo_rl.contracts import Backend, LoadView, Request, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
 from echo_rl.loop import serve
@@ -28,6 +29,8 @@ STRETCH = 3
 """Steps under one plan; more of them, and the drafter would never have much to catch up on."""
 MOST_ROWS = 320
 """Rows of the largest random step: larger ones take long and are never chosen."""
+GATES = (0.0, 0.0, 0.02, 0.1, 0.3)
+"""Thresholds of the random plans, the same at every depth; 0 = no gates."""
 FEWEST = 8
 """Steps that a factor must rest on."""
 
@@ -50,15 +53,17 @@ class RandomPlans(BaseController):
         self.samples: list[Sample] = []
         self._prompts = prompts  # request id -> prompt tokens
         self._unseen: dict[str, int] = {}
-        self._random, self._left, self._shape = random.Random(seed), 0, SHAPES[0]
+        self._random, self._left, self._shape, self._gate = random.Random(seed), 0, SHAPES[0], GATES[0]
 
     def propose(self, load: LoadView) -> SpecPlan:
         if not self._left:
             fits = [shape for shape in SHAPES if load.batch_size * (1 + shape[0]) <= MOST_ROWS]
             self._shape, self._left = self._random.choice(fits), STRETCH
+            self._gate = self._random.choice(GATES)
         self._left -= 1
         nodes, depth, width = self._shape
-        return SpecPlan(round(nodes * load.batch_size), depth, width)
+        gates = tuple((d, self._gate) for d in range(depth - 1)) if self._gate else ()
+        return SpecPlan(round(nodes * load.batch_size), depth, width, gates)
 
     def observe(self, report: StepReport) -> None:
         decodes = report.outputs[: report.load.batch_size]
@@ -97,15 +102,22 @@ def correct(profile: CostProfile, samples: Sequence[Sample]) -> CostProfile:
 
 
 def predicted(profile: CostProfile, sample: Sample) -> tuple[float, float, float]:
-    """(verify, draft, rest) seconds that the profile gives a step with decoding requests and no gates."""
-    load, plan = sample.report.load, sample.report.plan
-    batch, verified = load.batch_size, sample.report.verified
+    """(verify, draft, rest) seconds that the profile gives a step with decoding requests."""
+    report, load, plan = sample.report, sample.report.load, sample.report.plan
+    batch, verified = load.batch_size, report.verified
     rows = batch + verified + profile.prefill_weight * load.prefill_tokens
     verify = profile.verify_seconds(batch, rows, load.mean_context)
     draft = 0.0
     if plan.speculates:
-        draft = profile.draft_seconds(batch, plan.width, plan.max_depth) + profile.catch_up * sample.unseen
+        draft = sum(_level(profile, alive, plan.width, d) for d, alive in enumerate(report.drafting) if alive)
+        asked = gates_asked(plan.gates, plan.max_depth, report.drafting)
+        draft += profile.catch_up * sample.unseen + profile.gate_overhead * asked
     return verify, draft, profile.overhead_seconds(batch, verified, plan.speculates)
+
+
+def _level(profile: CostProfile, alive: int, width: int, depth: int) -> float:
+    """Seconds of drafting one more level for the requests that do."""
+    return profile.draft_seconds(alive, width, depth + 1) - profile.draft_seconds(alive, width, depth)
 
 
 def _fit_overheads(profile: CostProfile, samples: Sequence[Sample]) -> CostProfile:
@@ -153,17 +165,28 @@ def _scale_verify(profile: CostProfile, clean: Sequence[Sample]) -> CostProfile:
 
 
 def _scale_draft(profile: CostProfile, clean: Sequence[Sample]) -> CostProfile:
-    """Factors from steps with nothing to catch up on, then the cost of catching up from the others."""
+    """Factors from steps with no gate and nothing to catch up on, then the costs of either from the others."""
     drafted = [s for s in clean if s.report.plan.speculates]
-    usual = [
-        (s, s.report.times.draft / predicted(profile, s)[1]) for s in drafted if s.unseen <= s.report.load.batch_size
-    ]
+    fresh = [s for s in drafted if s.unseen <= s.report.load.batch_size]
+    usual = [(s, s.report.times.draft / predicted(profile, s)[1]) for s in fresh if not s.report.plan.gates]
     factors = _factors(profile.draft_batches, usual)
     planes = [[[t * f for t in line] for line in plane] for plane, f in zip(profile.draft, factors, strict=True)]
-    fitted = replace(profile, draft=_monotone(planes), catch_up=0.0)
+    fitted = replace(profile, draft=_monotone(planes), catch_up=0.0, gate_overhead=0.0)
+    fitted = replace(fitted, gate_overhead=_gate_overhead(fitted, fresh, profile.gate_overhead))
     behind = [s for s in drafted if s.unseen > 4 * s.report.load.batch_size]
     each = [(s.report.times.draft - predicted(fitted, s)[1]) / s.unseen for s in behind]
     return replace(fitted, catch_up=max(0.0, float(np.median(each))) if len(each) >= FEWEST else profile.catch_up)
+
+
+def _gate_overhead(profile: CostProfile, fresh: Sequence[Sample], fallback: float) -> float:
+    """Median of what each gate added to drafting; `profile` has none yet."""
+    gated = [s for s in fresh if s.report.plan.gates]
+    each = [
+        (s.report.times.draft - predicted(profile, s)[1])
+        / max(1, gates_asked(s.report.plan.gates, s.report.plan.max_depth, s.report.drafting))
+        for s in gated
+    ]
+    return max(0.0, float(np.median(each))) if len(each) >= FEWEST else fallback
 
 
 def _factors(batches: Sequence[int], ratios: Sequence[tuple[Sample, float]]) -> list[float]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_rl.codec import CONFIDENCE, DEPTHS, Knobs, Loads, Outcomes, quantiles, scaled_gates
+from echo_rl.codec import CONFIDENCE, DEPTHS, Knobs, Loads, Outcomes, gates_asked, quantiles, scaled_gates
 from echo_rl.contracts import LoadView
 from echo_rl.costs import CostArrays, Scaling
 from echo_rl.env.lane import Gain, Lane, LaneOptions, Turn
@@ -107,16 +107,8 @@ class Fleet:
         reference = self._counterfactual(loads, batch) if self._reference else None
         turns = list(self._turns)
         gains = [self._serve(lane, knobs, int(budgets[lane]), tally) for lane in range(self.lanes)]
-        work = Work(
-            batch=loads.batch,
-            context=loads.context,
-            prefill=loads.prefill,
-            verified=tally.verified,
-            width=knobs.width.astype(np.float64),
-            drafting=tally.drafting,
-            unseen=np.array([float(turn.unseen) for turn in turns]),
-        )
-        phases = self._times(work)
+        unseen = np.array([float(turn.unseen) for turn in turns])
+        phases = self._times(tally.work(loads, knobs.width.astype(np.float64), unseen))
         plain = plain_step(self._costs, self.scaling, loads.batch, loads.context, loads.prefill)
         self.now += phases.total
         decoded = np.array([float(gain.kept.sum()) for gain in gains])
@@ -147,7 +139,7 @@ class Fleet:
             gates = scaled_gates(self._gates, depth, float(knobs.gate_scale[lane]), floor)
             table = self._tables[int(knobs.width[lane])]
             verdict = table.decide(turn.positions, budget, depth, gates, self._limits.max_nodes, floor)
-            tally.take(lane, verdict)
+            tally.take(lane, verdict, gates_asked(gates, depth, verdict.drafting))
             accepted = verdict.accepted
         tally.committed[lane] = accepted.sum() + len(accepted)
         return self._lanes[lane].commit(turn, accepted, budget > 0)
@@ -165,17 +157,9 @@ class Fleet:
             budget = max(1, round(nodes * int(batch[lane])))
             gates = scaled_gates(self._gates, depth, 1.0, 0.0)
             verdict = self._tables[width].decide(turn.positions, budget, depth, gates, self._limits.max_nodes)
-            tally.take(lane, verdict)
+            tally.take(lane, verdict, gates_asked(gates, depth, verdict.drafting))
             decoded[lane] = server.kept(turn, verdict.accepted).sum()
-        work = Work(
-            batch=loads.batch,
-            context=loads.context,
-            prefill=loads.prefill,
-            verified=tally.verified,
-            width=widths,
-            drafting=tally.drafting,
-            unseen=np.zeros(self.lanes),
-        )
+        work = tally.work(loads, widths, unseen=np.zeros(self.lanes))
         return Reference(decoded, step_phases(self._costs, self.scaling, work).total)
 
     def _times(self, work: Work) -> Phases:
@@ -222,13 +206,27 @@ class _Tally:
     def __post_init__(self) -> None:
         self.verified = np.zeros(self.lanes)
         self.committed = np.zeros(self.lanes)
+        self.asked = np.zeros(self.lanes)
         self.drafting, self.reached, self.hits = np.zeros((3, self.lanes, DEPTHS))
         self.confidence = np.full((self.lanes, len(CONFIDENCE)), np.nan)
 
-    def take(self, lane: int, verdict: Verdict) -> None:
+    def take(self, lane: int, verdict: Verdict, asked: int) -> None:
         depth = len(verdict.drafting)
-        self.verified[lane] = verdict.verified
+        self.verified[lane], self.asked[lane] = verdict.verified, asked
         self.drafting[lane, :depth] = verdict.drafting
         self.reached[lane, :depth] = verdict.reached
         self.hits[lane, :depth] = verdict.hits
         self.confidence[lane] = quantiles(verdict.confidence)
+
+    def work(self, loads: Loads, width: Floats, unseen: Floats) -> Work:
+        """What the steps did, for their times."""
+        return Work(
+            batch=loads.batch,
+            context=loads.context,
+            prefill=loads.prefill,
+            verified=self.verified,
+            width=width,
+            drafting=self.drafting,
+            unseen=unseen,
+            asked=self.asked,
+        )

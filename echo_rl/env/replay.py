@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from echo_rl.codec import gates_asked
 from echo_rl.contracts import (
     AUTOREGRESSIVE,
     NO_GATE,
@@ -170,6 +171,7 @@ class ReplayBackend:
             width=np.array([float(plan.width)]),
             drafting=levels,
             unseen=np.array([float(turn.unseen)]),
+            asked=np.array([float(gates_asked(plan.gates, plan.max_depth, drafting))]),
         )
         phases = step_phases(self._costs, self._scaling, work)
         if self._options.noise:

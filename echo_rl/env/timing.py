@@ -23,6 +23,7 @@ class Work:
     width: Floats
     drafting: Floats  # [E, D] requests that drafted each depth
     unseen: Floats  # tokens that the drafter caught up on, past two a request
+    asked: Floats  # gates that were asked
 
 
 @dataclass(frozen=True)
@@ -86,5 +87,5 @@ def _draft(costs: CostArrays, scaling: Scaling, work: Work, speculative: NDArray
     depth = np.arange(1, levels + 1)
     at = (np.maximum(alive, 1.0), np.maximum(work.width, 1.0)[:, None])
     step = costs.draft(*at, depth) - costs.draft(*at, depth - 1)
-    caught_up = costs.profile.catch_up * work.unseen
-    return scaling.draft * (np.where(alive > 0, step, 0.0).sum(1) + np.where(speculative, caught_up, 0.0))
+    besides = costs.profile.catch_up * work.unseen + costs.profile.gate_overhead * work.asked
+    return scaling.draft * (np.where(alive > 0, step, 0.0).sum(1) + np.where(speculative, besides, 0.0))
