@@ -41,6 +41,7 @@ bench: setup ## every number of the README (hours; resumable)
 	$(BIN)/python benchmarks/fidelity.py
 	$(BIN)/python benchmarks/rivals.py
 	$(BIN)/python benchmarks/policies.py
+	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/table.py
 
 clean: ## remove build products and caches (not the virtual environment)

@@ -178,6 +178,27 @@ def ab_live(result: Result) -> str:
     return _table(heads, rows)
 
 
+def modelled(result: Result) -> str:
+    """Modelled speed-ups over plain decoding: a row per machine and controller, a column a batch size."""
+    cells = [(name, cell) for name, machine in result["machines"].items() for cell in machine["cells"]]
+    loads = sorted({cell["concurrency"] for _, cell in cells})
+    found = {(name, cell["arm"], cell["concurrency"]): cell for name, cell in cells}
+    arms = dict.fromkeys((name, cell["arm"]) for name, cell in cells if cell["arm"] != result["baseline"])
+    rows = []
+    for name, arm in arms:
+        last = found[name, arm, loads[-1]]["over_eagle3"]["estimate"]
+        speeds = (_number(found[name, arm, load]["speedup"]["estimate"]) for load in loads)
+        rows.append([name, f"`{arm}`", *speeds, f"{last - 1:+.1%}"])
+    heads = ["modelled, not measured", "controller", *map(str, loads), f"over `eagle3 5/3/3` at {loads[-1]}"]
+    return _table(heads, rows) + f"\nAcceptance: {result['trace']}. Costs: a roofline; no GPU was used.\n"
+
+
+def modelled_break_even(result: Result) -> str:
+    """Tokens a request and step at which EAGLE-3's light tree is as fast as plain decoding, with any drafter."""
+    rows = [[name, *map(_number, points.values())] for name, points in result["break_even"].items()]
+    return _table(["modelled, not measured", *next(iter(result["break_even"].values()))], rows)
+
+
 def _ratio(interval: Mapping[str, float]) -> str:
     return f"{interval['value']:.3f}× [{interval['low']:.3f}, {interval['high']:.3f}]"
 
@@ -194,6 +215,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "training": ("policies", training),
     "fidelity": ("fidelity", fidelity),
     "ab_live": ("ab_live", ab_live),
+    "modelled": ("roofline", modelled),
+    "modelled_break_even": ("roofline", modelled_break_even),
 }
 
 

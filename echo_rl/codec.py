@@ -97,9 +97,9 @@ def scaled_gates(gates: Gates, depth: int, scale: float, floor: float) -> Gates:
     return tuple(sorted(scaled.items()))
 
 
-def gates_asked(gates: Gates, depth: int, drafting: Sequence[int]) -> int:
+def gates_asked(gates: Gates, depth: int, drafting: Sequence[int] | Ints) -> int:
     """Gates of a plan of `depth` levels that were asked, where so many requests drafted each level."""
-    return sum(d < depth - 1 and d < len(drafting) and drafting[d] > 0 for d, _ in gates)
+    return sum(d < depth - 1 and d < len(drafting) and bool(drafting[d] > 0) for d, _ in gates)
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,8 @@ class Tracker:
         taken = np.stack([outcomes.verify_seconds, outcomes.draft_seconds], axis=1)
         ratio = np.log(np.maximum(taken, 1e-9) / np.maximum(np.stack(expected, axis=1), 1e-9))
         counts = np.stack([clean, clean & spoken], axis=1) & (taken > 0)
-        return np.clip(ratio, -2.0, 2.0), RATE * counts
+        rate: Floats = RATE * counts
+        return np.clip(ratio, -2.0, 2.0), rate
 
     def _expected(self, outcomes: Outcomes) -> tuple[Floats, Floats]:
         """[E] predicted seconds of the verify pass and of drafting."""

@@ -27,7 +27,8 @@ from echo_rl import __version__, metrics, plots
 from echo_rl.bench import MakeController
 from echo_rl.contracts import Controller, Request
 from echo_rl.costs import CostArrays
-from echo_rl.env.replay import ReplayBackend
+from echo_rl.env.lane import LaneOptions
+from echo_rl.env.replay import ReplayBackend, ReplayOptions
 from echo_rl.env.trace import Trace
 from echo_rl.errors import ConfigError, PolicyError, TraceError
 from echo_rl.ledger import Ledger
@@ -102,7 +103,8 @@ class Replayer:
         self, config: EvalConfig, trace: Trace, costs: CostArrays, make: MakeController, ledger: Path | None = None
     ) -> None:
         self.config, self.trace, self.make = config, trace, make
-        self._backend = ReplayBackend(trace, costs)
+        limits = LaneOptions(max_batch=max(LaneOptions.max_batch, *config.concurrency))
+        self._backend = ReplayBackend(trace, costs, ReplayOptions(limits))
         self._requests = trace.requests()
         settings = {name: getattr(config, name) for name in ("requests", "warmup", "seed")}
         self.settings = settings | {
@@ -170,6 +172,7 @@ def evaluate(
         measured[HINDSIGHT] = {c: blocks for c, (_, blocks) in found.items()}
         best = {str(c): arm for c, (arm, _) in found.items()}
     result = report(config, measured) | {"hindsight": best, "left_out": left_out, "settings": replayer.settings}
+    result["machine"] = {"modelled": costs.profile.modelled, "title": costs.profile.title}
     if out:
         write_json(out / "result.json", result)
         draw(result, out)
@@ -367,6 +370,7 @@ def draw(result: Result, out: Path) -> Path:
         axes.axhline(1.0, color="#777777", linewidth=1)
         plots.concurrency_axis(axes, [cell["concurrency"] for cell in result["cells"]])
         axes.set_ylabel(f"speed-up over {result['baseline']}")
+        axes.set_title(f"replayed with the costs of {result['machine']['title']}")
         figure.legend(loc="outside right upper", fontsize="small", title="geometric mean")
         path = out / "speedup.png"
         figure.savefig(path, bbox_inches="tight")

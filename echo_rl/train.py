@@ -97,6 +97,8 @@ class Trained:
     policy: Path
     """Folder of the best policy."""
     steps: int
+    machine: str
+    """Whose costs it was trained on; a modelled machine is called so."""
     curve: tuple[Mapping[str, float], ...]
     """Scores on held-out responses, one evaluation each."""
 
@@ -167,7 +169,7 @@ def train(
         )
     finally:
         env.close()
-    return Trained(config.out / POLICY_FOLDER, int(model.num_timesteps), tuple(run.curve))
+    return Trained(config.out / POLICY_FOLDER, int(model.num_timesteps), setting.profile.title, tuple(run.curve))
 
 
 def make_env(config: TrainConfig, setting: Setting) -> VecEnv:
@@ -223,5 +225,8 @@ def _clone_echo(policy: ActorCriticPolicy, config: TrainConfig, setting: Setting
 def _manifest(config: TrainConfig, setting: Setting, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What a policy's manifest tells of its training."""
     described = {name: value for name, value in claim(config, setting).items() if name not in FILES}
-    trained = {**_provenance(setting), "steps": facts["steps"], "cloned": facts["notes"], "config": described}
+    trained = {
+        **_provenance(setting), "modelled": setting.profile.modelled, "steps": facts["steps"],
+        "cloned": facts["notes"], "config": described,
+    }  # fmt: skip
     return {"trained": trained, "metrics": facts["metrics"], "commit": commit()}

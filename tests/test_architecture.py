@@ -23,7 +23,7 @@ LEVELS = (
     {
         *("loop", "metrics", "prompts", "sweep", "results", "bench", "plots", "record", "drafting", "calibrate"),
         *("environments", "train", "learning", "ab", "evaluate", "tune", "records", "trials", "ledger"),
-        *("report_html", "plots_ab"),
+        *("report_html", "plots_ab", "roofline", "load"),
     },
     {"server", "integrations"},
     {"cli"},

@@ -256,6 +256,35 @@ def test_a_learner_keeps_what_it_learnt(trace, costs):
     assert made == ["chain", "chain"]
 
 
+def test_a_load_above_the_usual_batch_limit_is_served_at_once(trace, costs):
+    replayer = Replayer(EvalConfig(concurrency=(80,), blocks=1, warmup=0), trace, costs, registry.make)
+    (block,) = replayer.measure("none", 80, range(1))
+    assert block.rows / block.steps > 64
+
+
+def test_the_command_says_that_a_profile_is_modelled(trace, tmp_path, capsys, monkeypatch):
+    from echo_rl.cli.evaluate import Eval
+
+    monkeypatch.setenv("COLUMNS", "160")
+    trace.save(tmp_path / "trace.safetensors")
+    (profile,) = (replace(CostProfile.load(packaged("profile.json")), **labels) for labels in (
+        {"modelled": True, "device": "modelled X100", "provenance": "modelled, nothing measured"},
+    ))  # fmt: skip
+    profile.save(tmp_path / "profile.json")
+    planned: list[CostProfile] = []
+    by = registry.planning_by
+    monkeypatch.setattr(registry, "planning_by", lambda given: planned.append(given) or by(given))
+    command = Eval(
+        ("evict",), (1,), blocks=2, requests=2, trace=tmp_path / "trace.safetensors", full=True, out=tmp_path / "out",
+        profile=tmp_path / "profile.json",
+    )  # fmt: skip
+    assert command.run() == 0
+    assert planned == [profile] and by(profile)("evict").profile is profile
+    assert capsys.readouterr().out.count("Costs: modelled X100") == 2
+    machine = json.loads((tmp_path / "out" / "result.json").read_text())["machine"]
+    assert machine == {"modelled": True, "title": "modelled X100, smollm2 bfloat16"}
+
+
 def test_settings_are_checked():
     for change in ({"blocks": 0}, {"concurrency": ()}, {"concurrency": (0,)}, {"requests": 0}, {"warmup": -1}):
         with pytest.raises(ConfigError, match="at least"):

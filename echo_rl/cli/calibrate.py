@@ -12,7 +12,10 @@ from echo_rl.calibrate.cost import Grid
 from echo_rl.calibrate.gates import GateOptions
 from echo_rl.cli.options import EngineOptions
 from echo_rl.config import EngineConfig
+from echo_rl.errors import ConfigError
 from echo_rl.profile import calibrated
+from echo_rl.roofline.hardware import Assumptions
+from echo_rl.roofline.timing import Dtype
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -92,7 +95,47 @@ class Gates:
         return 0
 
 
-AnyCommand = Annotated[Cost, tyro.conf.subcommand("cost")] | Annotated[Gates, tyro.conf.subcommand("gates")]
+@dataclass(frozen=True)
+class Roofline:
+    """Model the costs of a GPU that you don't have: published peaks, model sizes and stated assumptions.
+
+    Nothing is measured, and whatever uses the result says so. Name the file where it is to be used, as in
+    ``echo-rl eval --profile FILE`` or ``echo:profile=FILE``.
+    """
+
+    hardware: str
+    """``h100``, ``h200`` or ``mi300x``."""
+    model: str
+    """``llama-3.1-8b``, ``llama-3.3-70b`` or ``qwen3-235b-a22b``."""
+    out: Path
+    """The profile's file. It may not be this machine's own."""
+    tp: int = 1
+    """GPUs that share the model."""
+    dtype: Dtype = "bfloat16"
+    """Of the weights and of the arithmetic; the KV cache stays bf16."""
+    assumed: Annotated[Assumptions, tyro.conf.arg(name="")] = field(default_factory=Assumptions)
+
+    def run(self) -> int:
+        from rich.console import Console
+
+        from echo_rl.roofline.surface import modelled_profile, roofline
+
+        if self.out.resolve() == calibrated("profile.json").resolve():
+            raise ConfigError(f"{self.out} is where this machine's measured costs belong; give another --out")
+        profile = modelled_profile(roofline(self.hardware, self.model, self.tp, self.dtype, self.assumed))
+        profile.save(self.out)
+        console = Console()
+        console.print(knee_table(profile))
+        console.print(profile.provenance, soft_wrap=True, highlight=False)
+        console.print(f"Written: {self.out}", soft_wrap=True)
+        return 0
+
+
+AnyCommand = (
+    Annotated[Cost, tyro.conf.subcommand("cost")]
+    | Annotated[Gates, tyro.conf.subcommand("gates")]
+    | Annotated[Roofline, tyro.conf.subcommand("roofline")]
+)
 
 
 def gate_table(gates: GateCalibration) -> Table:
@@ -115,7 +158,8 @@ def knee_table(profile: CostProfile) -> Table:
     """K_max, ECHO's own cost model fitted, and the cost of plain decoding at every measured batch size."""
     from rich.table import Table
 
-    table = Table(title=f"cost of a pass on {profile.device} {profile.dtype}, {profile.threads} threads")
+    threads = "" if profile.modelled else f", {profile.threads} threads"
+    table = Table(title=f"cost of a pass on {profile.device} {profile.dtype}{threads}")
     for column in ("batch", "plain pass", "K_max", "free nodes", "gamma", "pass with K_max"):
         table.add_column(column, justify="right")
     for batch in profile.batches:

@@ -30,6 +30,8 @@ class Eval:
     """A ``trace.safetensors`` of ``echo-rl record``; the small one of the package by default."""
     held_out: float = 0.3
     """Share of the prompts that is served; the rest is for `tune` and `train`. 0 serves all."""
+    profile: Path | None = None
+    """A cost profile of ``echo-rl calibrate`` (cost or roofline); this machine's own or the packaged one by default."""
     seed: int = 0
     """Of the requests' order and of the noise of step times."""
     tuned: Path | None = None
@@ -53,7 +55,8 @@ class Eval:
         config = self.config()
         trace = load_trace(self.trace)
         served = trace.split(self.held_out)[1] if self.held_out else trace
-        result = evaluate(config, served, CostArrays(CostProfile.default()), registry.make, self.out, console)
+        profile = CostProfile.of(self.profile)
+        result = evaluate(config, served, CostArrays(profile), registry.planning_by(profile), self.out, console)
         console.print(ranking(result))
         if self.full:
             console.print(loads(result))
@@ -92,7 +95,10 @@ def ranking(result: Mapping[str, Any]) -> Table:
 
     best = {winner["concurrency"]: {winner["arm"], *winner["tied"]} for winner in result["winners"]}
     cells = {(cell["arm"], cell["concurrency"]): cell["speedup"]["estimate"] for cell in result["cells"]}
-    title = f"Speed-up over {result['baseline']}: geometric mean over loads, and by requests in flight"
+    title = (
+        f"Speed-up over {result['baseline']}: geometric mean over loads, and by requests in flight\n"
+        f"Costs: {result['machine']['title']}"
+    )
     view = Table(title=title, title_justify="left", caption="bold: fastest at that load, or not told from it")
     view.add_column("", justify="right")
     view.add_column("controller", overflow="fold")
@@ -113,7 +119,8 @@ def loads(result: Mapping[str, Any]) -> Table:
 
     from echo_rl.metrics import Interval
 
-    view = Table(title="By load, 95 % intervals over blocks", title_justify="left")
+    title = f"By load, 95 % intervals over blocks\nCosts: {result['machine']['title']}"
+    view = Table(title=title, title_justify="left")
     view.add_column("in flight", justify="right")
     view.add_column("controller", overflow="fold")
     for name in ("tokens/s", f"over {result['baseline']}", f"over {result['reference']}", "MAT"):

@@ -22,7 +22,7 @@ class Train:
         console = Console()
         done = train(self.options, console)
         scores = ", ".join(f"{name} {value:.3f}" for name, value in done.best.items() if "/" not in name)
-        console.print(f"{done.policy}: {scores}", soft_wrap=True)
+        console.print(f"{done.policy}: {scores}; on {done.machine}", soft_wrap=True)
         return 0
 
 

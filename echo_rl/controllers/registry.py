@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from types import MappingProxyType
@@ -55,6 +55,7 @@ from echo_rl.controllers.goodput import AdaSpec, AdaSpecOptions, TurboSpec, Turb
 from echo_rl.controllers.oracle import Oracle, OracleOptions
 from echo_rl.controllers.policy import Ppo, PpoOptions
 from echo_rl.errors import ConfigError, UnknownController
+from echo_rl.profile import CostProfile
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,18 @@ def make(name: str, **options: Any) -> Controller:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"controller {name!r} cannot use these options: {error}") from error
     return controller
+
+
+def planning_by(profile: CostProfile) -> Callable[..., Controller]:
+    """`make` for another machine: controllers that plan by costs take this profile unless their options name one."""
+
+    def made(name: str, **options: Any) -> Controller:
+        family = CONTROLLERS.get(name)
+        if family is not None and any(field.name == "profile" for field in fields(family.options)):
+            options = {"profile": profile, **options}
+        return make(name, **options)
+
+    return made
 
 
 def _nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
