@@ -32,7 +32,7 @@ RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 SEPARATE = {"runtime", "env", "controllers"}
 TORCH_FREE = (
     *("contracts", "errors", "config", "costs", "codec", "profile", "packages"),
-    *("loop", "metrics", "sweep", "records", "results", "prompts"),
+    *("loop", "metrics", "sweep", "records", "results", "prompts", "load.run"),
 )
 
 

@@ -42,7 +42,7 @@ def test_help_is_quick_and_names_every_command():
     assert done.returncode == 0
     assert time.perf_counter() - begin < 5.0  # generous: the machine may be busy
     for command in (
-        *("generate", "demo", "bench", "calibrate", "drafter", "weights", "version"),
+        *("generate", "demo", "bench", "load", "serve", "calibrate", "drafter", "weights", "version"),
         *("record", "train", "tune", "eval", "ab"),
     ):
         assert command in done.stdout

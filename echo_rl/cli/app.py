@@ -14,6 +14,8 @@ from echo_rl.cli.ab import Ab
 from echo_rl.cli.bench import Bench
 from echo_rl.cli.demo import Demo
 from echo_rl.cli.generate import Generate
+from echo_rl.cli.load import Load
+from echo_rl.cli.serve import Serve
 from echo_rl.cli.version import Version
 from echo_rl.cli.weights import Weights
 
@@ -35,7 +37,7 @@ class Heavy:
 
 @dataclass(frozen=True)
 class Calibrate(Heavy):
-    """Measure this machine's costs (cost), or where this drafter's gates should cut (gates)."""
+    """Measure this machine's costs (cost), model a GPU's (roofline), or find where this drafter's gates cut (gates)."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,11 @@ GROUPS: dict[str, tuple[str, type[Heavy]]] = {
 
 AnyCommand = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Ab, tyro.conf.subcommand("ab")]
+    | Annotated[Load, tyro.conf.subcommand("load")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Drafter, tyro.conf.subcommand("drafter")]
     | Annotated[Record, tyro.conf.subcommand("record")]

@@ -1,0 +1,151 @@
+"""Sends a workload to a server and records what came back, when. The async counterpart of `loop.drive`."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from echo_rl.contracts import Request
+from echo_rl.env.workload import Arrivals
+from echo_rl.errors import ConfigError
+from echo_rl.load.client import Client
+from echo_rl.load.record import UNKNOWN, LoadRecord
+from echo_rl.load.stream import Stream
+from echo_rl.records import CUT, RequestRecord, RunRecord
+
+PAUSE = 0.1
+"""Seconds that a failed request keeps its place, so that a closed load does not flood a server that fails at once."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """When a run is over, whichever comes first."""
+
+    seconds: float | None = None
+    """What is in flight then is given up and recorded as cut."""
+    requests: int | None = None
+    """Once so many have been sent and all have ended."""
+
+    def __post_init__(self) -> None:
+        given = [end for end in (self.seconds, self.requests) if end is not None]
+        if not given or min(given) <= 0:
+            found = f"(seconds {self.seconds}, requests {self.requests})"
+            raise ConfigError(f"a block needs an end: give seconds or requests above 0 {found}")
+
+
+async def drive(
+    client: Client,
+    arrivals: Arrivals,
+    source: Callable[[str], Request],
+    body: Callable[[Request], bytes],
+    ends: Ends,
+    max_concurrency: int | None = None,
+    name: str = "",
+) -> LoadRecord:
+    """`source(suite)` gives the next request of a suite, `body` what is sent for it; `name` is the arm's.
+
+    A request's times count from its arrival, not from when it was sent: one that `max_concurrency` or
+    this client held back waited all the same. Raises what `source` raises, nothing for a failing server.
+    """
+    run = _Run(client, arrivals, source, body, ends, max_concurrency)
+    cpu, retries = time.process_time(), client.retries
+    await run.to_its_end()
+    seconds, cpu = run.now(), time.process_time() - cpu
+    results = [run.results[order] for order in sorted(run.results)]
+    return LoadRecord(
+        run=RunRecord(name, run.most, seconds, tuple(record for record, _ in results), ()),
+        texts=tuple(stream.text for _, stream in results),
+        chunks=sum(len(stream.texts) for _, stream in results),
+        retries=client.retries - retries,
+        client_cpu_seconds=cpu,
+    )
+
+
+class _Run:
+    def __init__(
+        self,
+        client: Client,
+        arrivals: Arrivals,
+        source: Callable[[str], Request],
+        body: Callable[[Request], bytes],
+        ends: Ends,
+        max_concurrency: int | None,
+    ) -> None:
+        self.client, self.arrivals, self.source, self.body = client, arrivals, source, body
+        self.seconds, self.requests = ends.seconds or math.inf, ends.requests or sys.maxsize
+        self.places = asyncio.Semaphore(max_concurrency or sys.maxsize)
+        self.ended = asyncio.Event()
+        self.seen = 0.0  # all arrivals up to here are added
+        self.sent = self.in_flight = self.most = 0
+        self.results: dict[int, tuple[RequestRecord, Stream]] = {}
+        self.start = time.perf_counter()
+
+    def now(self) -> float:
+        return time.perf_counter() - self.start
+
+    async def to_its_end(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            tasks = set()
+            while (now := self.now()) < self.seconds and (self.sent < self.requests or self.in_flight):
+                for arrival, suite in self._due(now):
+                    tasks.add(task := group.create_task(self._one(self.sent, self.source(suite), arrival)))
+                    task.add_done_callback(tasks.discard)
+                    self.sent, self.in_flight = self.sent + 1, self.in_flight + 1
+                    self.most = max(self.most, self.in_flight)
+                await self._wait()
+            for task in tasks:
+                task.cancel()
+
+    def _due(self, now: float) -> list[tuple[float, str]]:
+        """When each new request arrived, and its suite; no more than are still to be sent."""
+        found = []
+        while (upcoming := self.arrivals.next_time(self.seen)) is not None and upcoming <= now:
+            self.seen = upcoming
+            found += [(upcoming, suite) for suite in self.arrivals.due(upcoming, sys.maxsize)]  # the open ones alone
+        self.seen = now
+        found += [(now, suite) for suite in self.arrivals.due(now, self.in_flight + len(found))]
+        return found[: self.requests - self.sent]
+
+    async def _wait(self) -> None:
+        """Until a request ends, the next one is due or the time is up."""
+        upcoming = self.arrivals.next_time(self.seen) if self.sent < self.requests else None
+        until = min(self.seconds, math.inf if upcoming is None else upcoming)
+        self.ended.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None if until == math.inf else max(0.0, until - self.now())):
+                await self.ended.wait()
+
+    async def _one(self, order: int, request: Request, arrival: float) -> None:
+        stream = Stream(self.now)
+        cut = False
+        try:
+            async with self.places:
+                await self.client.complete(self.body(request), stream)
+        except asyncio.CancelledError:
+            cut = True
+        self.results[order] = (_record(request, arrival, self.now(), stream, cut), stream)
+        if stream.error is not None and not cut:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(PAUSE)
+        self.in_flight -= 1
+        self.ended.set()
+
+
+def _record(request: Request, arrival: float, now: float, stream: Stream, cut: bool) -> RequestRecord:
+    times = stream.token_times()
+    error = None if cut else stream.error
+    return RequestRecord(
+        id=request.id,
+        prompt_tokens=stream.prompt_tokens,
+        arrival=arrival,
+        finish=now,
+        tokens=(UNKNOWN,) * len(times),
+        token_times=tuple(times),
+        finish_reason=CUT if cut else "error" if error else str(stream.finish_reason),
+        error=error,
+    )

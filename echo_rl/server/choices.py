@@ -1,0 +1,100 @@
+"""What may be put in force over HTTP: a controller with plain options, and an operator's checkpoint by its name.
+
+No text of a request ever becomes a path: options that name files are refused, and a checkpoint is looked
+up among the folders that are there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from echo_rl.controllers import registry
+from echo_rl.controllers.network import read_manifest
+from echo_rl.errors import ConfigError, PolicyError
+from echo_rl.sweep import Arm
+
+NEEDS_A_RECORDING = ("oracle",)
+"""Controllers that know the future and so can't serve."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What this server offers."""
+
+    checkpoints: Path
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name in registry.names() if name not in NEEDS_A_RECORDING)
+
+    def options(self, name: str) -> dict[str, Any]:
+        """The options that may be set, with their defaults."""
+        family = fields(registry.CONTROLLERS[name].options)
+        return {field.name: field.default for field in family if _is_plain(field.type)}
+
+    def takes_checkpoint(self, name: str) -> bool:
+        return any(field.name == "path" for field in fields(registry.CONTROLLERS[name].options))
+
+    def policies(self) -> tuple[str, ...]:
+        """Names of the folders that hold a policy."""
+        try:
+            folders = sorted(self.checkpoints.iterdir())
+        except OSError:
+            return ()
+        return tuple(folder.name for folder in folders if folder.is_dir() and _holds_policy(folder))
+
+    def spec(self, text: str, checkpoint: str | None = None) -> str:
+        """The spec to hand to the engine. Raises `ConfigError` on whatever is not offered."""
+        arm = Arm.parse(text)
+        if arm.controller not in self.names():
+            raise ConfigError(f"no controller of that name can be chosen; known: {', '.join(self.names())}")
+        offered = self.options(arm.controller)
+        for option, value in arm.options.items():
+            if option not in offered:
+                raise ConfigError(f"{arm.controller} has no option of that name over HTTP; known: {_listed(offered)}")
+            if not isinstance(value, int | float):
+                raise ConfigError(f"{option} must be a number, true or false")
+        if checkpoint is None:
+            return text
+        if not self.takes_checkpoint(arm.controller):
+            raise ConfigError(f"{arm.controller} takes no checkpoint")
+        path = f"path={self._folder(checkpoint)}"
+        return f"{text},{path}" if arm.options else f"{arm.controller}:{path}"
+
+    def _folder(self, checkpoint: str) -> Path:
+        names = self.policies()
+        if checkpoint not in names:
+            raise ConfigError(f"no checkpoint of that name; known: {_listed(names)}")
+        folder = self.checkpoints / checkpoint
+        if set(",=") & set(str(folder)):
+            raise ConfigError(f"the folder of checkpoint {checkpoint} has ',' or '=' in its path; rename it")
+        return folder
+
+
+def public(spec: str) -> str:
+    """A spec without folders: of every path only its last part."""
+    head, colon, tail = spec.partition(":")
+    return head + colon + ",".join(map(_last_part, tail.split(",")))
+
+
+def _is_plain(annotation: Any) -> bool:
+    """Whether an option is a number or a switch; what is a text or a record may name a file."""
+    return str(annotation).removesuffix(" | None") in ("int", "float", "bool")
+
+
+def _holds_policy(folder: Path) -> bool:
+    try:
+        read_manifest(folder)
+    except PolicyError:
+        return False
+    return True
+
+
+def _last_part(item: str) -> str:
+    key, equals, value = item.partition("=")
+    return key + equals + value.rpartition("/")[2]
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(names) or "none"

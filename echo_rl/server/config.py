@@ -1,0 +1,53 @@
+"""Settings of the HTTP front: one frozen record, each default stated once. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from echo_rl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Where to listen, whom to serve and how much. Raises `ConfigError` on values out of range."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Without an admin key, /admin answers on a loopback address alone."""
+    port: int = 8000
+    """0 takes a free one, which the log names."""
+    served_model_name: str | None = None
+    """What clients call the model; by default its name or the last part of its path."""
+    max_queue: int = 256
+    """Most completions unfinished at once, waiting ones included; more are refused with 429."""
+    max_tokens: int | None = None
+    """Most output tokens that a completion may ask for; None leaves it to the context."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt; None leaves it to the context."""
+    max_body_bytes: int = 1_048_576
+    """Largest request body; a larger one is refused with 413."""
+    request_timeout: float = 600.0
+    """Seconds after which a request is cancelled (504, or an error event in a stream)."""
+    drain_seconds: float = 30.0
+    """Seconds that requests in flight get to finish after SIGTERM or SIGINT; a second signal ends them at once."""
+    api_key_file: Path | None = None
+    """File with the key that /v1 asks for; else $ECHO_RL_API_KEY; with neither, /v1 is open."""
+    admin_key_file: Path | None = None
+    """File with the key that /admin asks for; else $ECHO_RL_ADMIN_KEY."""
+    checkpoints: Path | None = None
+    """Folder whose policies /admin may put in force by name; by default the shipped ones."""
+    log_format: Literal["json", "text"] = "text"
+    """One line per request and admin action; prompts, outputs and keys are never logged."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65_536:
+            raise ConfigError(f"port is {self.port}; give 0 (a free one) to 65535")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.startswith(("max_", "request_", "drain_")) and value is not None and not 0 < value < 2**40:
+                raise ConfigError(f"{field.name} is {value}; give a number above 0")
+
+    def model_name(self, model: str) -> str:
+        """What clients call an engine's `model`, a name or a path."""
+        return self.served_model_name or Path(model).name or model

@@ -1,0 +1,142 @@
+"""The two forms in which OpenAI's API gives a completion: text, and a chat's answer. Pure formatting."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from echo_rl.contracts import TokenLogprob
+
+LEAST_LOGPROB = -9999.0
+"""OpenAI's stand-in for minus infinity, which JSON lacks."""
+Decode = Callable[[Sequence[int]], str]
+
+
+class Dialect(Protocol):
+    """How choices look on the wire."""
+
+    prefix: str
+    """Of completion ids."""
+    kind: str
+    """The ``object`` of whole answers."""
+    chunk_kind: str
+    """The ``object`` of chunks."""
+    opening: str | None
+    """What a stream says first of each choice."""
+    closing: str
+    """What a chunk holds beside a finish reason."""
+
+    def delta(self, text: str) -> str:
+        """New text of a choice, as members of a JSON object."""
+        ...
+
+    def choice(self, text: str) -> dict[str, Any]:
+        """The whole text of a choice."""
+        ...
+
+    def logprobs(self, tokens: Sequence[TokenLogprob], decode: Decode, offset: int) -> dict[str, Any]:
+        """`offset` is the length of the choice's text before these tokens."""
+        ...
+
+
+class TextDialect:
+    """/v1/completions."""
+
+    prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
+    opening: str | None = None
+    closing = '"text":""'
+
+    def delta(self, text: str) -> str:
+        return f'"text":{json.dumps(text)}'
+
+    def choice(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def logprobs(self, tokens: Sequence[TokenLogprob], decode: Decode, offset: int) -> dict[str, Any]:
+        texts, offsets = [decode((t.token,)) for t in tokens], []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        tops = [
+            {text: _finite(t.logprob), **{decode((i,)): _finite(p) for i, p in reversed(t.top)}}
+            for text, t in zip(texts, tokens, strict=True)
+        ]
+        return {
+            "tokens": texts,
+            "token_logprobs": [_finite(t.logprob) for t in tokens],
+            "top_logprobs": tops if any(t.top for t in tokens) else None,
+            "text_offset": offsets,
+        }
+
+
+class ChatDialect:
+    """/v1/chat/completions."""
+
+    prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    opening: str | None = '"delta":{"role":"assistant","content":"","refusal":null}'
+    closing = '"delta":{}'
+
+    def delta(self, text: str) -> str:
+        return f'"delta":{{"content":{json.dumps(text)}}}'
+
+    def choice(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def logprobs(self, tokens: Sequence[TokenLogprob], decode: Decode, offset: int) -> dict[str, Any]:
+        content = [
+            {**_alternative(decode, t.token, t.logprob), "top_logprobs": [_alternative(decode, *top) for top in t.top]}
+            for t in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+
+class ChunkWriter:
+    """Server-sent events of one stream, put together from templates: no object is built for a chunk."""
+
+    def __init__(self, dialect: Dialect, id: str, created: int, model: str, usage: bool) -> None:
+        self._dialect = dialect
+        names = f'"id":{json.dumps(id)},"object":"{dialect.chunk_kind}","created":{created},"model":{json.dumps(model)}'
+        self._start = f'data: {{{names},"choices":['
+        self._end = '],"usage":null}\n\n' if usage else "]}\n\n"
+
+    def opening(self, choices: int) -> bytes:
+        """What comes first, of every choice; empty where the dialect says nothing."""
+        first = self._dialect.opening
+        return b"".join(self._chunk(i, first) for i in range(choices)) if first else b""
+
+    def text(self, index: int, text: str, logprobs: dict[str, Any] | None) -> bytes:
+        return self._chunk(index, self._dialect.delta(text), json.dumps(logprobs) if logprobs else "null")
+
+    def finish(self, index: int, reason: str) -> bytes:
+        return self._chunk(index, self._dialect.closing, reason=json.dumps(reason))
+
+    def usage(self, usage: dict[str, int]) -> bytes:
+        """The chunk without choices that OpenAI sends last where it is asked to."""
+        return f'{self._start}],"usage":{json.dumps(usage)}}}\n\n'.encode()
+
+    def _chunk(self, index: int, members: str, logprobs: str = "null", reason: str = "null") -> bytes:
+        choice = f'{{"index":{index},{members},"logprobs":{logprobs},"finish_reason":{reason}}}'
+        return f"{self._start}{choice}{self._end}".encode()
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def error_event(body: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(body)}\n\n".encode()
+
+
+def usage(prompt: int, completion: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _alternative(decode: Decode, token: int, logprob: float) -> dict[str, Any]:
+    """A part of a character has no text of its own, so its bytes are unknown."""
+    text = decode((token,))
+    return {"token": text, "logprob": _finite(logprob), "bytes": None if "\ufffd" in text else list(text.encode())}
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else LEAST_LOGPROB

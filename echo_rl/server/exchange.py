@@ -1,0 +1,209 @@
+"""One completion request from admission to its last byte, as an ASGI response.
+
+Everything that must be undone (the places held, the engine's work) is undone where it was done, on
+whatever way out: an answer, an error, a timeout, a client that left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any, cast
+
+from fastapi.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from echo_rl.contracts import RequestOutput, TokenLogprob
+from echo_rl.server.dialects import DONE, ChunkWriter, Dialect, error_event, usage
+from echo_rl.server.errors import ApiError, as_api_error
+from echo_rl.server.front import Front
+from echo_rl.server.generation import Indexed, merged
+from echo_rl.server.schemas import Body, ChatRequest, CompletionRequest
+from echo_rl.server.trail import CLIENT_GONE, Trail, trail_of
+
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Choice:
+    """What one completion has so far."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.offset = 0
+        """Length of the text of the tokens whose log-probabilities were sent."""
+        self.finish_reason: str | None = None
+        self.last = 0.0
+        """When its last tokens came."""
+
+
+class Exchange(Response):
+    """Serves `body`; `dialect` says how the answer looks."""
+
+    def __init__(self, front: Front, body: Body, dialect: Dialect) -> None:
+        super().__init__()
+        self._front, self._body, self._dialect = front, body, dialect
+        self._choices: list[Choice] = []
+        self._streaming = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        trail = trail_of(scope)
+        trail.streamed = bool(self._body.stream)
+        if not await unless_gone(receive, self._serve(trail, scope, receive, send)):
+            trail.status = CLIENT_GONE
+            trail.finish_reasons.append("cancelled")
+
+    async def _serve(self, trail: Trail, scope: Scope, receive: Receive, send: Send) -> None:
+        front, body = self._front, self._body
+        front.engine()
+        front.check_model(body.model)
+        count = body.copies * (len(body.prompts) if isinstance(body, CompletionRequest) else 1)
+        with front.admission.enter(count):
+            try:
+                async with asyncio.timeout(front.config.request_timeout):
+                    async with aclosing(cast(Any, self._outputs(trail, count))) as outputs:
+                        serve = self._stream if body.stream else self._answer
+                        await serve(outputs, trail, scope, receive, send)
+            except Exception as error:
+                await self._fail(self._failure(error), trail, send)
+
+    async def _outputs(self, trail: Trail, count: int) -> AsyncIterator[Indexed]:
+        """The engine's outputs, noted in the trail and the metrics. Raises `ApiError` on what is no completion."""
+        prompts = await self._prompts()
+        requests = self._front.requests(trail.id, self._body, prompts, self._body.top_alternatives)
+        trail.prompt_tokens = sum(map(len, prompts))
+        self._front.metrics.prompt(trail.prompt_tokens)
+        self._choices = [Choice() for _ in range(count)]
+        async for index, output in merged(self._front.host.submit, requests):
+            self._note(self._choices[index], output, trail)
+            yield index, output
+        if not all(choice.finish_reason for choice in self._choices):
+            raise ApiError(500, "the engine ended this request without a reason", code="engine_error")
+
+    async def _prompts(self) -> list[tuple[int, ...]]:
+        body, tokenizer = self._body, self._front.tokenizer
+        if isinstance(body, ChatRequest):
+            turns = body.conversation
+            size = sum(len(turn["content"]) for turn in turns)
+            return [await self._front.tokenised(size, lambda: tokenizer.chat(turns))]
+        given = body.prompts
+        size = sum(len(prompt) for prompt in given if isinstance(prompt, str))
+        encode = lambda: [tokenizer.encode(p) if isinstance(p, str) else tuple(p) for p in given]  # noqa: E731
+        return await self._front.tokenised(size, encode)
+
+    def _note(self, choice: Choice, output: RequestOutput, trail: Trail) -> None:
+        if output.tokens:
+            now, metrics = time.perf_counter(), self._front.metrics
+            if trail.first_token is None:
+                trail.first_token = now
+                metrics.first_token(now - trail.started)
+            if choice.last:
+                metrics.more_tokens(len(output.tokens), now - choice.last)
+            choice.last = now
+            trail.output_tokens += len(output.tokens)
+            metrics.generated(len(output.tokens))
+        if output.finish_reason == "error":
+            raise ApiError(500, output.error or "the engine failed on this request", code="engine_error")
+        if output.finish_reason == "cancelled":
+            raise ApiError(503, "the server dropped this request; it is shutting down", code="cancelled")
+        if output.finish_reason:
+            choice.finish_reason = output.finish_reason
+            trail.finish_reasons.append(output.finish_reason)
+
+    async def _answer(
+        self, outputs: AsyncIterator[Indexed], trail: Trail, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        async for index, output in outputs:
+            self._choices[index].texts.append(output.text)
+            self._choices[index].logprobs.extend(output.logprobs)
+        body = {
+            "id": self._dialect.prefix + trail.id,
+            "object": self._dialect.kind,
+            "created": int(time.time()),
+            "model": self._front.model,
+            "choices": [self._whole(index, choice) for index, choice in enumerate(self._choices)],
+            "usage": usage(trail.prompt_tokens, trail.output_tokens),
+        }
+        await JSONResponse(body)(scope, receive, send)
+
+    def _whole(self, index: int, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": index,
+            **self._dialect.choice("".join(choice.texts)),
+            "logprobs": self._logprobs(choice, choice.logprobs),
+            "finish_reason": choice.finish_reason,
+        }
+
+    async def _stream(
+        self, outputs: AsyncIterator[Indexed], trail: Trail, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        wanted = self._body.wants_usage
+        writer = ChunkWriter(
+            self._dialect, self._dialect.prefix + trail.id, int(time.time()), self._front.model, wanted
+        )
+        async for index, output in outputs:
+            chunk = b"" if self._streaming else await self._open(writer, send)
+            logprobs = self._logprobs(self._choices[index], output.logprobs)
+            if output.text or logprobs:
+                chunk += writer.text(index, output.text, logprobs)
+            if output.finish_reason:
+                chunk += writer.finish(index, output.finish_reason)
+            if chunk:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        last = writer.usage(usage(trail.prompt_tokens, trail.output_tokens)) if wanted else b""
+        await send({"type": "http.response.body", "body": last + DONE})
+
+    async def _open(self, writer: ChunkWriter, send: Send) -> bytes:
+        """Only now, with the first output in hand, is it sure that there is something to stream."""
+        self._streaming = True
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+        return writer.opening(len(self._choices))
+
+    def _logprobs(self, choice: Choice, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if not tokens:
+            return None
+        decode = self._front.tokenizer.decode
+        shown = self._dialect.logprobs(tokens, decode, choice.offset)
+        choice.offset += sum(len(decode((t.token,))) for t in tokens)
+        return shown
+
+    def _failure(self, error: Exception) -> ApiError:
+        if isinstance(error, TimeoutError):
+            seconds = self._front.config.request_timeout
+            return ApiError(504, f"the request took longer than {seconds:g} s and was cancelled", code="timeout")
+        return as_api_error(error)
+
+    async def _fail(self, failure: ApiError, trail: Trail, send: Send) -> None:
+        """As an event where the stream has begun, else as an answer of its own."""
+        if failure.status_code >= 500:
+            trail.finish_reasons.append("error")
+        if not self._streaming:
+            raise failure
+        body = error_event(failure.body) + DONE
+        await send({"type": "http.response.body", "body": body})
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
+    """Does the work, or cancels it when the client leaves. Returns whether it was done; raises what it raised."""
+    serving, leaving = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait((serving, leaving), return_when=asyncio.FIRST_COMPLETED)
+        done = serving.done()
+    finally:
+        for task in (serving, leaving):
+            task.cancel()
+        await asyncio.gather(serving, leaving, return_exceptions=True)
+    if done:
+        serving.result()
+    return done
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,132 @@
+"""An A/B experiment on live traffic: two controllers take turns over blocks of busy time.
+
+Pure logic: it is told what each step took and brought, and says who decides the next one. A switchback
+design: blocks come in pairs, one of each arm, in an order drawn for every pair, so that drifting load falls
+on both alike; the first steps of a block are left out, since a switch leaves something behind (a
+drafter that must catch up, a controller that must settle). Only seconds in which the engine worked count, so an idle
+server proves nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from echo_rl.errors import ConfigError
+from echo_rl.metrics import Interval, Rate, rate_ratio
+
+CONTROL, TREATMENT = "control", "treatment"
+CARRY_OVER = 2
+"""First steps of a block that don't count."""
+PAIRS_FOR_HARM = 3
+"""Fewest pairs of blocks whose interval may end an experiment."""
+RUNNING, DONE, STOPPED, HARM = "running", "done", "stopped", "harm"
+
+
+@dataclass(frozen=True)
+class ExperimentOptions:
+    """Who is compared, for how long, and when to stop early. Raises `ConfigError`."""
+
+    control: str
+    treatment: str
+    block_seconds: float = 20.0
+    """Busy seconds of a block."""
+    blocks: int = 20
+    """Blocks of each arm."""
+    harm: float = 1.0
+    """Stop as soon as the interval of treatment over control lies wholly below this ratio; 0 never stops."""
+    seed: int = 0
+    """Of the order of the arms."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.block_seconds < float("inf"):
+            raise ConfigError(f"block_seconds is {self.block_seconds}; give a number above 0")
+        if self.blocks < 1:
+            raise ConfigError(f"blocks is {self.blocks}; give at least 1 of each arm (3 make an interval)")
+        if not 0.0 <= self.harm <= 1.0:
+            raise ConfigError(f"harm is {self.harm}; give a ratio in [0, 1], 0 for never")
+
+
+class Switchback:
+    """One experiment. `arm` decides the next step; `step` tells what it brought."""
+
+    def __init__(self, options: ExperimentOptions) -> None:
+        self.options = options
+        self.state = RUNNING
+        self.reason: str | None = None
+        """Why it is over."""
+        self._random = random.Random(options.seed)
+        self._order: list[str] = []  # the rest of the pair under way
+        self._blocks: dict[str, list[Rate]] = {CONTROL: [], TREATMENT: []}
+        self._begin_block()
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of blocks that are complete."""
+        return min(map(len, self._blocks.values()))
+
+    def step(self, tokens: int, seconds: float) -> bool:
+        """Counts a step of the arm in force; True where it ended a block (`arm` and `state` may differ then)."""
+        if self.state != RUNNING:
+            return False
+        self._steps += 1
+        if self._steps <= CARRY_OVER:
+            return False
+        self._tokens += tokens
+        self._seconds += seconds
+        if self._seconds < self.options.block_seconds or not self._tokens:
+            return False
+        self._blocks[self.arm].append(Rate(self._tokens, self._seconds))
+        if not self._order:
+            self._judge()
+        self._begin_block()
+        return True
+
+    def stop(self, reason: str, state: str = STOPPED) -> None:
+        """End it from outside; once over it stays as it ended."""
+        if self.state == RUNNING:
+            self.state, self.reason = state, reason
+
+    def interval(self) -> Interval | None:
+        """Treatment's tokens a second over control's, by the complete pairs."""
+        n = self.pairs
+        return rate_ratio(self._blocks[TREATMENT][:n], self._blocks[CONTROL][:n]) if n else None
+
+    def report(self) -> dict[str, Any]:
+        """Plain JSON types: arms, rates, ratio with its interval, how it ended."""
+        o, ratio = self.options, self.interval()
+        return {
+            "state": self.state,
+            "reason": self.reason,
+            "control": o.control,
+            "treatment": o.treatment,
+            "block_seconds": o.block_seconds,
+            "harm": o.harm,
+            "blocks": {arm: len(blocks) for arm, blocks in self._blocks.items()},
+            "of": o.blocks,
+            "tokens_per_second": {arm: _rate(blocks) for arm, blocks in self._blocks.items()},
+            "ratio": None
+            if ratio is None
+            else {"estimate": ratio.estimate, "low": ratio.low, "high": ratio.high, "pairs": ratio.blocks},
+        }
+
+    def _begin_block(self) -> None:
+        if not self._order:
+            self._order = [CONTROL, TREATMENT]
+            self._random.shuffle(self._order)
+        self.arm = self._order.pop(0)
+        """Who decides: ``control`` or ``treatment``."""
+        self._steps, self._tokens, self._seconds = 0, 0, 0.0
+
+    def _judge(self) -> None:
+        ratio = self.interval()
+        if ratio is not None and self.pairs >= PAIRS_FOR_HARM and ratio.side(self.options.harm) < 0:
+            self.stop(f"treatment is slower: {ratio.text(3)} of control's tokens a second", HARM)
+        elif self.pairs >= self.options.blocks:
+            self.stop(f"{self.pairs} blocks of each arm are done", DONE)
+
+
+def _rate(blocks: list[Rate]) -> float | None:
+    seconds = sum(block.seconds for block in blocks)
+    return sum(block.amount for block in blocks) / seconds if seconds else None

@@ -1,0 +1,107 @@
+"""What all routes share, and how a client's prompt becomes requests for the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from echo_rl.contracts import Request
+from echo_rl.server.config import ServerConfig
+from echo_rl.server.errors import RETRY_SECONDS, ApiError
+from echo_rl.server.host import EngineHost
+from echo_rl.server.limits import Admission
+from echo_rl.server.messages import Ready
+from echo_rl.server.metrics import Metrics
+from echo_rl.server.schemas import Body
+
+LONG_PROMPT = 4_096
+"""Characters from which a prompt is tokenised in a thread, so that streams go on meanwhile."""
+T = TypeVar("T")
+
+
+class TextCodec(Protocol):
+    """The part of `runtime.tokenizer.Tokenizer` that the front needs."""
+
+    def encode(self, text: str) -> tuple[int, ...]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]: ...
+
+
+@dataclass
+class Front:
+    """One server. `draining` is set once, by whoever shuts it down."""
+
+    host: EngineHost
+    tokenizer: TextCodec
+    config: ServerConfig
+    model: str
+    """The name that clients use."""
+    metrics: Metrics
+    admission: Admission
+    draining: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def ready(self) -> bool:
+        return self.host.ready and not self.draining
+
+    def engine(self) -> Ready:
+        """What the loaded engine is. Raises `ApiError` 503 where it serves nothing now."""
+        if self.draining:
+            raise _unavailable("the server is shutting down", int(self.config.drain_seconds) + 1)
+        info = self.host.ready_info
+        if not self.host.ready or info is None:
+            raise _unavailable("the engine is loading", RETRY_SECONDS)
+        return info
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model:
+            raise ApiError(404, f"no such model here; this server has {self.model!r}", "model", "model_not_found")
+
+    async def tokenised(self, size: int, encode: Callable[[], T]) -> T:
+        """What `encode` returns for `size` characters."""
+        return await asyncio.to_thread(encode) if size > LONG_PROMPT else encode()
+
+    def requests(self, id: str, body: Body, prompts: Sequence[tuple[int, ...]], top: int | None) -> list[Request]:
+        """The n completions of each prompt, in the order of their index. Raises `ApiError` 400.
+
+        `top` is how many alternatives to report with every token, None for no log-probabilities.
+        """
+        info = self.engine()
+        requests: list[Request] = []
+        for prompt in prompts:
+            if not prompt:
+                raise ApiError(400, "the prompt is empty; give at least one token", "prompt")
+            if max(prompt) >= info.vocab:
+                raise ApiError(400, f"the prompt holds token ids outside [0, {info.vocab})", "prompt")
+            for params in body.params(self._new_tokens(len(prompt), body, info.max_context)):
+                request_id = f"{id}-{len(requests)}"
+                requests.append(Request(request_id, prompt, params, body.speculation != "off", top))
+        return requests
+
+    def _new_tokens(self, prompt: int, body: Body, context: int) -> int:
+        """Output tokens that a completion may have. Raises `ApiError` 400 where prompt or limit are too long."""
+        longest, most = self.config.max_prompt_tokens, self.config.max_tokens
+        if longest is not None and prompt > longest:
+            raise ApiError(400, f"the prompt has {prompt} tokens, this server allows {longest}", "prompt")
+        asked, left = body.limit, context - prompt
+        if asked is not None and most is not None and asked > most:
+            raise ApiError(400, f"max_tokens is {asked}, this server allows {most}", "max_tokens")
+        if left < (asked or 1):
+            raise ApiError(
+                400,
+                f"prompt ({prompt} tokens) and output ({asked or 1}) exceed the context of {context}; shorten one",
+                "max_tokens" if left > 0 else "prompt",
+                "context_length_exceeded",
+            )
+        bounds = (left, most, body.default_limit)
+        return asked or min(bound for bound in bounds if bound is not None)
+
+
+def _unavailable(message: str, seconds: int) -> ApiError:
+    return ApiError(503, f"{message}; try again later", code="unavailable", headers={"Retry-After": str(seconds)})

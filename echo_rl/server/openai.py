@@ -1,0 +1,53 @@
+"""/v1: OpenAI's models, completions and chat completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Depends
+
+from echo_rl.server.auth import Guard
+from echo_rl.server.dialects import ChatDialect, TextDialect
+from echo_rl.server.exchange import Exchange
+from echo_rl.server.front import Front
+from echo_rl.server.replies import (
+    FAILURES,
+    ChatReply,
+    CompletionReply,
+    Model,
+    ModelList,
+    completion_responses,
+)
+from echo_rl.server.schemas import ChatRequest, CompletionRequest
+
+
+def make_router(front: Front, guard: Guard) -> APIRouter:
+    router = APIRouter(prefix="/v1", dependencies=[Depends(guard)], tags=["OpenAI"])
+
+    @router.get("/models", responses=FAILURES)
+    async def models() -> ModelList:
+        """The one model that is served."""
+        return ModelList(data=[_model(front)])
+
+    @router.get("/models/{name:path}", responses=FAILURES)
+    async def model(name: str) -> Model:
+        """The served model, by its name."""
+        front.check_model(name)
+        return _model(front)
+
+    @router.post("/completions", response_model=None, responses=completion_responses(CompletionReply))
+    async def completions(body: CompletionRequest) -> Any:
+        """Continue one or several prompts."""
+        return Exchange(front, body, TextDialect())
+
+    @router.post("/chat/completions", response_model=None, responses=completion_responses(ChatReply))
+    async def chat(body: ChatRequest) -> Any:
+        """Answer a conversation."""
+        return Exchange(front, body, ChatDialect())
+
+    return router
+
+
+def _model(front: Front) -> Model:
+    info = front.host.ready_info if front.host.ready else None
+    return Model(id=front.model, created=front.created, max_model_len=info.max_context if info else None)

@@ -1,0 +1,129 @@
+"""Runs the server: engine host and HTTP front in one event loop, from loading to the last drained request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from echo_rl.config import EngineConfig
+from echo_rl.errors import ConfigError
+from echo_rl.runtime.tokenizer import Tokenizer
+from echo_rl.runtime.weights import resolve_model
+from echo_rl.server import logs
+from echo_rl.server.app import create_app
+from echo_rl.server.auth import Keys
+from echo_rl.server.config import ServerConfig
+from echo_rl.server.front import Front
+from echo_rl.server.host import EngineHost, HostConfig
+from echo_rl.server.worker import live
+
+if TYPE_CHECKING:
+    from echo_rl.runtime.engine import Engine
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LAST_BYTES_SECONDS = 3
+"""What connections get to close once every request has ended; live views never end by themselves."""
+INTERRUPTED = 130
+LoadEngine = Callable[[EngineConfig], "tuple[Engine, dict[str, str]]"]
+
+
+def serve(engine: EngineConfig, server: ServerConfig, controller: str, load: LoadEngine) -> int:
+    """Serve until a signal; returns the exit code. Raises what was wrong with the settings, the model or the engine.
+
+    `load`, a module's function, loads the engine in its own process and says what timings depend on.
+
+    The port answers at once, with 503 until the engine is loaded. The first SIGTERM or SIGINT lets
+    requests in flight finish, up to `drain_seconds`; a second one ends them.
+    """
+    keys = Keys.load(server)
+    logs.configure(server.log_format)
+    with listen(server.host, server.port) as listener:
+        tokenizer = Tokenizer.load(resolve_model(engine.model))
+        host = EngineHost(HostConfig(controller=controller), partial(live, load, engine))
+        bound = replace(server, host=listener.getsockname()[0])
+        app = create_app(host, tokenizer, bound, keys, engine.model)
+        config = uvicorn.Config(
+            app,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # a forged peer address would open /admin
+            timeout_graceful_shutdown=LAST_BYTES_SECONDS,
+        )
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            return runner.run(_run(_Server(config), host, app.state.front, listener))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises `ConfigError` where the address can't be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port} ({error}); choose another --host or --port") from error
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `_run`, which has requests to drain first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _run(server: _Server, host: EngineHost, front: Front, listener: socket.socket) -> int:
+    drain, now = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        loop.add_signal_handler(number, lambda: (now if drain.is_set() else drain).set())
+    address, port = listener.getsockname()[:2]
+    logs.write("listening", url=f"http://{f'[{address}]' if ':' in address else address}:{port}", model=front.model)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        await _until_signal(host, front, drain, serving)
+        return await _drain(host, front, now)
+    finally:
+        server.should_exit = True
+        server.force_exit = now.is_set()
+        await host.stop()
+        await serving
+
+
+async def _until_signal(host: EngineHost, front: Front, drain: asyncio.Event, serving: asyncio.Task[None]) -> None:
+    """Raises what hinders the engine from loading."""
+    waiting = asyncio.create_task(drain.wait())
+    starting = asyncio.create_task(host.start())
+    try:
+        await asyncio.wait((starting, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            await starting
+            logs.write("ready", **front.engine().environment, controller=host.controller)
+            await asyncio.wait((waiting, serving), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (waiting, starting):
+            task.cancel()
+        await asyncio.gather(waiting, starting, return_exceptions=True)
+
+
+async def _drain(host: EngineHost, front: Front, now: asyncio.Event) -> int:
+    """Refuses new requests and waits for the others. Returns the exit code: 130 where a second signal cut it short."""
+    front.draining = True
+    logs.write("draining", in_flight=host.in_flight)
+    draining = asyncio.create_task(host.drain(front.config.drain_seconds))
+    hurry = asyncio.create_task(now.wait())
+    await asyncio.wait((draining, hurry), return_when=asyncio.FIRST_COMPLETED)
+    for task in (draining, hurry):
+        task.cancel()
+    await asyncio.gather(draining, hurry, return_exceptions=True)
+    logs.write("stopped")
+    return INTERRUPTED if now.is_set() else 0

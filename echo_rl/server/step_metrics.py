@@ -1,0 +1,119 @@
+"""What the engine's steps say: load, throughput and speculation.
+
+Names are SGLang's where the meaning is equal. Its count of proposed tokens assumes a fixed tree, so the true counts
+stand under ``echo_rl:spec_*``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from prometheus_client import CollectorRegistry, Gauge
+
+from echo_rl.server.messages import StepStats
+from echo_rl.server.meters import Labelled, Meters
+
+WINDOW_SECONDS = 5.0
+STEP_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+
+
+class StepMetrics:
+    """Fed with every step's statistics; rates are over the last seconds."""
+
+    def __init__(self, registry: CollectorRegistry, model: str) -> None:
+        meters = Meters(registry, model)
+        self._model = model
+        self._recent: deque[StepStats] = deque()
+        self._last: StepStats | None = None
+        self._running = meters.gauge("sglang:num_running_reqs", "Running requests.")
+        self._queued = meters.gauge("sglang:num_queue_reqs", "Requests in the waiting queue.")
+        self._kv = meters.gauge("sglang:token_usage", "Share of the KV cache in use.")
+        self._throughput = meters.gauge("sglang:gen_throughput", "Generated tokens a second, of the last seconds.")
+        self._length = meters.gauge("sglang:spec_accept_length", "Mean tokens a request gets from a verify pass.")
+        self._rate = meters.gauge("sglang:spec_accept_rate", "Accepted over verified drafted tokens.")
+        self._calls = meters.counter("sglang:spec_verify_calls_total", "Verify passes, counted by request.")
+        self._tokens = meters.counters("echo_rl:spec_tokens_total", "Drafted tokens, by what became of them.", "stage")
+        self._reached = meters.counters("echo_rl:spec_reached_total", "Paths with a node to accept there.", "depth")
+        self._accepted = meters.counters("echo_rl:spec_accepted_total", "Accepted tokens at a depth.", "depth")
+        self._plan = {
+            name: meters.gauge(f"echo_rl:spec_{name}", text)
+            for name, text in (
+                ("budget", "Nodes that the last plan allowed over the batch; 0 is plain decoding."),
+                ("knee", "Most nodes worth verifying at this batch, by the cost profile; 0 is unknown."),
+                ("depth", "Levels of the last plan."),
+                ("width", "Width of the last plan."),
+            )
+        }
+        self._seconds = meters.histogram("echo_rl:step_seconds", "Wall time of a step.", STEP_BUCKETS)
+        self._phases = meters.counters("echo_rl:phase_seconds_total", "Time by phase of the steps.", "phase")
+        self._swaps = meters.counter("echo_rl:controller_swaps_total", "Times that another controller took over.")
+        self._fallbacks = meters.counters("echo_rl:fallbacks_total", "Decisions that ECHO took over.", "cause")
+        self._seen_fallbacks: dict[str, int] = {}
+        self._info = Gauge(
+            "echo_rl:controller_info", "The controller in force.", ["model_name", "controller"], registry=registry
+        )
+
+    def step(self, stats: StepStats) -> None:
+        """Count one step."""
+        self._keep(stats)
+        self._seconds.observe(stats.seconds)
+        for name in self._plan:
+            self._plan[name].set(getattr(stats, name))
+        for phase, seconds in asdict(stats.times).items():
+            self._phases.add(seconds, phase)
+        for stage in ("drafted", "verified", "accepted"):
+            self._tokens.add(getattr(stats, stage), stage)
+        _by_depth(self._reached, stats.reached_by_depth)
+        _by_depth(self._accepted, stats.accepted_by_depth)
+        if stats.verified:
+            self._calls.inc(stats.batch)
+        self._count_fallbacks(stats.fallbacks)
+        if self._last is None or self._last.controller != stats.controller:
+            self._controller(stats.controller)
+        self._last = stats
+
+    def refresh(self, now: float, idle: bool) -> None:
+        """Bring gauges up to date; `now` is in seconds since the epoch. An idle engine takes no steps that would."""
+        self._drop_old(now)
+        last = self._last
+        self._running.set(0 if idle or last is None else last.running)
+        self._queued.set(0 if idle or last is None else last.waiting)
+        self._kv.set(0.0 if idle or last is None else last.kv_used)
+        tokens = sum(stats.committed for stats in self._recent)
+        span = now - self._recent[0].time + self._recent[0].seconds if self._recent else 0.0
+        self._throughput.set(tokens / span if span > 0 else 0.0)
+        speculating = [stats for stats in self._recent if stats.verified]
+        if speculating:
+            self._length.set(sum(s.committed for s in speculating) / max(1, sum(s.batch for s in speculating)))
+            self._rate.set(sum(s.accepted for s in speculating) / sum(s.verified for s in speculating))
+
+    def _keep(self, stats: StepStats) -> None:
+        self._recent.append(stats)
+        self._drop_old(stats.time)
+
+    def _drop_old(self, now: float) -> None:
+        while self._recent and self._recent[0].time < now - WINDOW_SECONDS:
+            self._recent.popleft()
+
+    def _count_fallbacks(self, totals: Mapping[str, int]) -> None:
+        """Totals are the core's since its start: less than before means that it was started again."""
+        if totals == self._seen_fallbacks:
+            return
+        for cause, total in totals.items():
+            before = self._seen_fallbacks.get(cause, 0)
+            self._fallbacks.add(total - before if total >= before else total, cause)
+        self._seen_fallbacks = dict(totals)
+
+    def _controller(self, spec: str) -> None:
+        """The name alone: options may name files."""
+        if self._last is not None:
+            self._swaps.inc()
+        self._info.clear()
+        self._info.labels(self._model, spec.partition(":")[0]).set(1)
+
+
+def _by_depth(counter: Labelled, values: tuple[int, ...]) -> None:
+    for depth, value in enumerate(values):
+        counter.add(value, depth)

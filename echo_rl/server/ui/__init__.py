@@ -1,0 +1,96 @@
+"""The live view: one page at ``/ui`` and its stream of live data.
+
+``app.include_router(make_router(host, guard))`` mounts it. The page and its files hold no data and
+need no key; the stream and what opens it are behind `guard`. Nothing is loaded from elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import PurePath
+from typing import Any
+
+from fastapi import APIRouter, Depends, HTTPException, Request, Response
+from fastapi.responses import StreamingResponse
+
+from echo_rl.server.ui.sessions import SESSION_SECONDS, Sessions
+from echo_rl.server.ui.stream import LiveHost, Viewers
+
+Guard = Callable[..., Any]
+"""A FastAPI dependency that raises `HTTPException` (401, 403) for who may not see what the server does."""
+
+ASSETS = ("index.html", "style.css", "icon.svg", "app.js", "model.js", "tree.js", "charts.js", "admin.js", "dom.js")
+TYPES = {".html": "text/html", ".css": "text/css", ".svg": "image/svg+xml", ".js": "text/javascript"}
+POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def make_router(host: LiveHost, guard: Guard) -> APIRouter:
+    """The routes under ``/ui``; they stay out of the OpenAPI schema, since one of them never ends.
+
+    ``GET /ui`` the page, ``GET /ui/static/{name}`` its files, ``GET /ui/events`` the live data (guarded).
+    A browser's EventSource sends no key, so the page asks ``POST /ui/session`` (guarded) for a token and
+    opens ``GET /ui/stream?token=`` with it: the same data.
+    """
+    router = APIRouter(prefix="/ui", include_in_schema=False)
+    assets = {name: Asset(name) for name in ASSETS}
+    sessions, viewers = Sessions(), Viewers(host)
+
+    @router.get("")
+    async def page(request: Request) -> Response:
+        return assets["index.html"].response(request)
+
+    @router.get("/static/{name}")
+    async def asset(request: Request, name: str) -> Response:
+        if name not in assets:
+            raise HTTPException(404, "the live view has no such file")
+        return assets[name].response(request)
+
+    @router.post("/session", dependencies=[Depends(guard)])
+    async def session(response: Response) -> dict[str, Any]:
+        response.headers["Cache-Control"] = "no-store"
+        return {"token": sessions.issue(), "expires_in": SESSION_SECONDS, "ready": host.ready}
+
+    @router.get("/events", dependencies=[Depends(guard)])
+    async def events() -> Response:
+        return open_stream(host, viewers)
+
+    @router.get("/stream")
+    async def by_token(token: str = "") -> Response:
+        if not sessions.redeem(token):
+            raise HTTPException(401, "the stream's token is used up or expired; POST /ui/session gives a new one")
+        return open_stream(host, viewers)
+
+    return router
+
+
+class Asset:
+    """A file of the page, read once; a browser that has it is told so."""
+
+    def __init__(self, name: str) -> None:
+        self._body = (files(__name__) / "static" / name).read_bytes()
+        self._type = TYPES[PurePath(name).suffix]
+        self._tag = f'"{sha256(self._body).hexdigest()[:16]}"'
+
+    def response(self, request: Request) -> Response:
+        headers = {**HEADERS, "ETag": self._tag}
+        if request.headers.get("if-none-match") == self._tag:
+            return Response(status_code=304, headers=headers)
+        return Response(self._body, media_type=self._type, headers=headers)
+
+
+def open_stream(host: LiveHost, viewers: Viewers) -> Response:
+    """Raises `HTTPException` 503 where there is nothing to see or nobody else fits."""
+    if not host.ready:
+        raise HTTPException(503, "the server is not ready", {"Retry-After": "2"})
+    if viewers.full:
+        raise HTTPException(503, f"{viewers.count} viewers are connected already", {"Retry-After": "10"})
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(viewers.stream(), media_type="text/event-stream", headers=headers)

@@ -1,0 +1,154 @@
+"""What the live view is told: a server's steps, summed between frames. Pure: no clock, no server, no HTTP."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from itertools import zip_longest
+from typing import Any
+
+from echo_rl.contracts import PhaseTimes, RequestTree
+from echo_rl.metrics import PHASES
+from echo_rl.server.choices import public
+from echo_rl.server.messages import ExperimentReport, StepStats
+
+MOST_TREES = 32
+"""Requests whose trees a frame carries at most; the page has no room for more."""
+
+COUNTERS = ("prefill_tokens", "budget", "depth", "width", "drafted", "verified", "accepted", "committed")
+"""Fields of `StepStats` that a frame sums over its steps."""
+
+Event = tuple[str, dict[str, Any]]
+"""A server-sent event: its name and its data."""
+
+
+class Feed:
+    """Gathers what a server sends until the next frame is due; memory does not grow with what is gathered."""
+
+    def __init__(self) -> None:
+        self._experiment: ExperimentReport | None = None
+        self._clear()
+
+    def add(self, item: StepStats | ExperimentReport) -> None:
+        """A newer report of an experiment replaces the one that was not yet taken."""
+        if isinstance(item, ExperimentReport):
+            self._experiment = item
+        else:
+            self._add_step(item)
+
+    def take(self) -> list[Event]:
+        """The events of one frame: ``steps`` always, also where there were none, and ``experiment`` where it has news.
+
+        Counters of ``steps`` are sums over its steps, and so is ``requests`` (decoding requests); ``step`` is
+        the last one of them that decoded, with its trees. Times are seconds.
+        """
+        events: list[Event] = [("steps", self._frame())]
+        if self._experiment is not None:
+            events.append(("experiment", experiment_data(self._experiment)))
+        self._experiment = None
+        self._clear()
+        return events
+
+    def _clear(self) -> None:
+        self._last: StepStats | None = None
+        self._shown: StepStats | None = None
+        self._counts = dict.fromkeys(COUNTERS, 0)
+        self._times = dict.fromkeys(PHASES, 0.0)
+        self._steps = self._requests = self._known_knees = self._knees = 0
+        self._seconds = 0.0
+        self._reached: tuple[int, ...] = ()
+        self._accepted: tuple[int, ...] = ()
+
+    def _add_step(self, stats: StepStats) -> None:
+        self._last = stats
+        if stats.batch:
+            self._shown = stats
+        self._steps += 1
+        self._requests += stats.batch
+        self._seconds += stats.seconds
+        self._knees += stats.knee
+        self._known_knees += bool(stats.knee)
+        for name in COUNTERS:
+            self._counts[name] += getattr(stats, name)
+        for phase, seconds in phases(stats.times).items():
+            self._times[phase] += seconds
+        self._reached = add_ragged(self._reached, stats.reached_by_depth)
+        self._accepted = add_ragged(self._accepted, stats.accepted_by_depth)
+
+    def _frame(self) -> dict[str, Any]:
+        if self._last is None:
+            return {"steps": 0}
+        last = self._last
+        other = max(0.0, self._seconds - sum(self._times.values()))
+        return {
+            "time": last.time,
+            "steps": self._steps,
+            "seconds": self._seconds,
+            "controller": public(last.controller),
+            "batch": last.batch,
+            "running": last.running,
+            "waiting": last.waiting,
+            "kv_used": last.kv_used,
+            "fallbacks": last.fallbacks,
+            "requests": self._requests,
+            **self._counts,
+            "knee": self._knees / self._known_knees if self._known_knees else None,
+            "reached_by_depth": self._reached,
+            "accepted_by_depth": self._accepted,
+            "times": {**self._times, "other": other},
+            "step": step_data(self._shown) if self._shown is not None else None,
+        }
+
+
+def step_data(stats: StepStats) -> dict[str, Any]:
+    """One step by itself, as the picture of the super-tree needs it."""
+    names = ("time", "batch", "budget", "knee", "depth", "width", "verified", "accepted", "committed")
+    return {name: getattr(stats, name) for name in names} | {
+        "trees": [tree_data(tree) for tree in stats.trees[:MOST_TREES]]
+    }
+
+
+def tree_data(tree: RequestTree) -> dict[str, Any]:
+    """Depths are left out: they follow from the parents, which precede their children."""
+    return {
+        "id": tree.id,
+        "parents": tree.parents,
+        "accepted": tree.accepted,
+        "drafted_depth": tree.drafted_depth,
+    }
+
+
+def experiment_data(report: ExperimentReport) -> dict[str, Any]:
+    """The report in one piece; of a policy's folder only the last part of its path."""
+    data = {**report.value, "state": report.state}
+    for arm in ("control", "treatment"):
+        if arm in data:
+            data[arm] = public(data[arm])
+    return data
+
+
+def phases(times: PhaseTimes) -> dict[str, float]:
+    return {phase: getattr(times, phase) for phase in PHASES}
+
+
+def add_ragged(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
+    """The sum by index; the shorter one counts as zero beyond its end."""
+    return tuple(a + b for a, b in zip_longest(left, right, fillvalue=0))
+
+
+def encode(event: Event) -> bytes:
+    """One server-sent event on the wire. A number that JSON lacks (NaN, infinity) becomes null."""
+    name, data = event
+    text = json.dumps(finite(data), separators=(",", ":"), allow_nan=False)
+    return f"event: {name}\ndata: {text}\n\n".encode()
+
+
+def finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value

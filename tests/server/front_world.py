@@ -1,0 +1,158 @@
+"""A host that does exactly what a test says, and ways to reach an app over it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+
+import uvicorn
+from starlette.testclient import TestClient
+
+from echo_rl.contracts import PhaseTimes, RequestOutput, TokenLogprob
+from echo_rl.errors import ConfigError, RequestError
+from echo_rl.server.app import create_app
+from echo_rl.server.auth import Keys
+from echo_rl.server.config import ServerConfig
+from echo_rl.server.messages import ExperimentReport, Ready, StepStats
+from tests.conftest import FakeTokenizer
+from tests.server.hosts import running
+
+LOCAL = "http://127.0.0.1"
+BUILDS = ("echo", "none", "chain", "ppo")
+
+
+class FakeHost:
+    """Looks like `EngineHost`. Token i of a completion is the i-th letter; one output a token."""
+
+    def __init__(self, context: int = 64, vocab: int = 1_114_112) -> None:
+        self.ready, self.alive, self.restarts, self.controller = True, True, 0, "echo"
+        self.ready_info = Ready("echo", context, vocab, {"model": "fake"})
+        self.fallbacks: dict[str, int] = {}
+        self.experiment: ExperimentReport | None = None
+        self.requests: dict = {}
+        self.cancelled: list[str] = []
+        self.callbacks: list = []
+        self.in_flight = 0
+        self.pause = 0.0
+        """Seconds before every token."""
+        self.fail_at: int | None = None
+        """Token at which a completion ends with an engine error."""
+
+    async def submit(self, request):
+        self.requests[request.id] = request
+        if ord("!") in request.prompt:
+            raise RequestError("the prompt holds '!'; take it out")
+        self.in_flight += 1
+        done = False
+        try:
+            for i in range(request.params.max_new_tokens):
+                if self.pause or i == 0:
+                    await asyncio.sleep(self.pause)
+                done = i + 1 == request.params.max_new_tokens
+                if i == self.fail_at:
+                    done = True
+                    yield RequestOutput(request.id, (), finish_reason="error", error="the weights are cursed")
+                    return
+                yield self._output(request, i, "length" if done else None)
+        finally:
+            self.in_flight -= 1
+            if not done:
+                self.cancelled.append(request.id)
+
+    def _output(self, request, i: int, reason: str | None) -> RequestOutput:
+        token = ord("a") + i % 26
+        logprobs = ()
+        if request.logprobs is not None:
+            top = tuple((token + j, -0.5 - j) for j in range(request.logprobs))
+            logprobs = (TokenLogprob(token, float("-inf") if i else -0.5, top),)
+        return RequestOutput(request.id, (token,), chr(token), reason, logprobs=logprobs)
+
+    async def set_controller(self, spec: str) -> dict:
+        if spec.partition(":")[0] not in BUILDS or "=nan" in spec.lower():
+            raise ConfigError("that controller is unsound")
+        previous, self.controller = self.controller, spec
+        return {"controller": spec, "previous": previous}
+
+    async def start_experiment(self, control, treatment, block_seconds, blocks, harm, seed=0) -> dict:
+        value = {"control": control, "treatment": treatment, "blocks": blocks}
+        self.experiment = ExperimentReport("running", value)
+        return value
+
+    async def stop_experiment(self) -> dict:
+        self.experiment = ExperimentReport("stopped", self.experiment.value)
+        return self.experiment.value
+
+    async def inspect(self) -> dict:
+        return {"running": self.in_flight}
+
+    def on_stats(self, callback) -> None:
+        self.callbacks.append(callback)
+
+    def step(self, **changes) -> None:
+        for callback in self.callbacks:
+            callback(stats(**changes))
+
+
+def stats(**changes) -> StepStats:
+    values = {
+        "time": time.time(), "seconds": 0.02, "controller": "echo", "batch": 2, "waiting": 3, "running": 2,
+        "prefill_tokens": 0, "kv_used": 0.25, "budget": 8, "knee": 12, "depth": 3, "width": 2, "drafted": 10,
+        "verified": 8, "accepted": 4, "committed": 6, "reached_by_depth": (2, 2), "accepted_by_depth": (2, 2),
+        "times": PhaseTimes(verify=0.015), "fallbacks": {}, **changes,
+    }  # fmt: skip
+    return StepStats(**values)
+
+
+def make_app(host, /, keys: Keys | None = None, tokenizer=None, model: str = "fake", **settings):
+    return create_app(host, tokenizer or FakeTokenizer(), ServerConfig(**settings), keys or Keys(), model)
+
+
+@contextlib.contextmanager
+def client_of(app, peer: str = "127.0.0.1", url: str = LOCAL):
+    """A client without a socket, which seems to call from `peer`."""
+    with TestClient(app, base_url=url, client=(peer, 50_000)) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def listening(app):
+    """The app behind a real socket, in a thread with a loop of its own; yields its URL."""
+    with _thread(lambda server: server.serve(), lambda: app) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(make_host, tokenizer, **settings):
+    """An app over a real host, which lives in the same loop; yields its URL."""
+    host = make_host()
+
+    async def serve(server) -> None:
+        async with running(host):
+            await server.serve()
+
+    with _thread(serve, lambda: make_app(host, tokenizer=tokenizer, **settings)) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def _thread(serve, app):
+    config = uvicorn.Config(app, factory=True, port=0, ws="none", lifespan="off", log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(serve(server)), daemon=True)
+    thread.start()
+    wait_until(lambda: server.started, 30.0)
+    try:
+        yield f"{LOCAL}:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def wait_until(true, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)

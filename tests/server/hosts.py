@@ -1,0 +1,102 @@
+"""Hosts for tests of the server: in a thread, over the fake engine or a tiny real one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from echo_rl.config import EngineConfig
+from echo_rl.contracts import Controller, Request, RequestOutput, SamplingParams, StepReport
+from echo_rl.server.core import CoreOptions
+from echo_rl.server.host import EngineHost, HostConfig
+from echo_rl.server.options import SwitchOptions
+from echo_rl.server.worker import Served, build_controller, live
+from tests import tiny
+from tests.conftest import FakeEngine
+
+
+class ServedFake(FakeEngine):
+    """The fake engine as a server sees it: steps take real time, and may be told to fail or to hang.
+
+    A request whose prompt holds ``#`` makes the step that meets it raise, ``~`` makes it hang for a
+    minute.
+    """
+
+    def __init__(self, step_seconds: float = 0.002) -> None:
+        super().__init__(step_seconds=step_seconds)
+        self.trace_trees = False
+        self.checks = 0
+
+    def cancel(self, request_id: str) -> None:
+        if request_id in self.live:
+            super().cancel(request_id)
+
+    def check_integrity(self) -> None:
+        self.checks += 1
+
+    def step(self, controller: Controller) -> StepReport:  # type: ignore[override]
+        prompts = [request.prompt for request in self.live.values()]
+        if any(ord("#") in prompt for prompt in prompts):
+            raise ZeroDivisionError("the prompt holds '#'")
+        time.sleep(60.0 if any(ord("~") in prompt for prompt in prompts) else self.step_seconds)
+        return super().step(controller)  # type: ignore[arg-type]
+
+
+def serve_fake(switch: SwitchOptions, step_seconds: float = 0.002) -> Served:
+    """A factory; picklable, so that a process can run it, too."""
+    return Served(
+        ServedFake(step_seconds), build_controller, max_context=2048, vocab=256,
+        options=CoreOptions(switch=switch), environment={"model": "fake"},
+    )  # fmt: skip
+
+
+def serve_tiny(root: Path, switch: SwitchOptions, **settings: Any) -> Served:
+    """A factory of a tiny real engine, whose model files go to `root`."""
+    return live(partial(_tiny_engine, root=root, settings=settings), EngineConfig(**{**LIMITS, **settings}), switch)
+
+
+LIMITS: dict[str, Any] = {"kv_tokens": 4096, "max_context": 256, "max_nodes": 24, "max_expanded": 40}
+
+
+def _tiny_engine(config: EngineConfig, root: Path, settings: dict[str, Any]) -> Any:
+    return tiny.engine(root, **settings), {"model": "tiny"}
+
+
+def fake_host(step_seconds: float = 0.002, **config: Any) -> EngineHost:
+    """Settings are `HostConfig`'s; in a thread unless they say otherwise."""
+    return EngineHost(
+        HostConfig(**{"controller": "none", "isolation": "thread", **config}),
+        partial(serve_fake, step_seconds=step_seconds),
+    )
+
+
+def tiny_host(root: Path, engine: dict[str, Any] | None = None, **config: Any) -> EngineHost:
+    """Over a tiny random model; `engine` are settings of `EngineConfig`, the others `HostConfig`'s."""
+    factory = partial(serve_tiny, root, **(engine or {}))
+    return EngineHost(HostConfig(**{"controller": "echo", "isolation": "thread", **config}), factory)
+
+
+@asynccontextmanager
+async def running(host: EngineHost) -> AsyncIterator[EngineHost]:
+    """Started within, stopped after."""
+    await host.start()
+    try:
+        yield host
+    finally:
+        await host.stop()
+
+
+def request_of(text: str, name: str | None = None, max_new_tokens: int = 8, **sampling: Any) -> Request:
+    """A request whose prompt is one id a character."""
+    params = SamplingParams(max_new_tokens=max_new_tokens, **sampling)
+    return Request(name or f"request {text}", tuple(map(ord, text)), params)
+
+
+async def collect(host: EngineHost, request: Request) -> list[RequestOutput]:
+    """All outputs of a request."""
+    async with aclosing(host.submit(request)) as outputs:
+        return [output async for output in outputs]

@@ -1,0 +1,146 @@
+"""/admin: controllers, checkpoints and experiments over HTTP."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+
+import pytest
+
+from echo_rl.controllers.policy import shipped
+from echo_rl.server.choices import Choices, public
+from tests.server.front_world import FakeHost, client_of, make_app
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Checkpoints of an operator: a policy, a drafter, and a folder that holds nothing."""
+    shutil.copytree(shipped(), tmp_path / "night-run")
+    (tmp_path / "drafter").mkdir()
+    (tmp_path / "drafter" / "manifest.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def host():
+    return FakeHost()
+
+
+@pytest.fixture
+def client(host, folder):
+    with client_of(make_app(host, checkpoints=folder)) as client:
+        yield client
+
+
+def test_what_can_be_chosen(client):
+    offers = client.get("/admin/controllers").json()
+    assert offers["checkpoints"] == ["night-run"]
+    known = {offer["name"]: offer for offer in offers["controllers"]}
+    assert {"none", "echo", "ppo"} <= set(known) and "oracle" not in known
+    assert known["ppo"]["takes_checkpoint"] and not known["echo"]["takes_checkpoint"]
+    assert known["ppo"]["options"] == {"deterministic": True, "seed": 0}
+    assert "profile" not in known["echo"]["options"]
+
+
+def test_swapping_the_controller(client, host, caplog):
+    caplog.set_level(logging.INFO)
+    reply = client.put("/admin/controller", json={"controller": "chain:steps=2"})
+    assert reply.json() == {"controller": "chain:steps=2", "previous": "echo"}
+    assert client.get("/admin/controller").json()["controller"] == host.controller == "chain:steps=2"
+    assert any(r.message == "admin controller" and r.fields["previous"] == "echo" for r in caplog.records)
+
+
+def test_a_checkpoint_is_put_in_force_by_its_name(client, host, folder):
+    for text, expected in (("ppo", "ppo:path="), ("ppo:seed=3", "ppo:seed=3,path=")):
+        reply = client.put("/admin/controller", json={"controller": text, "checkpoint": "night-run"})
+        assert host.controller == f"{expected}{folder / 'night-run'}"
+        assert reply.json()["controller"] == f"{expected}night-run"  # no folders go out
+        assert str(folder) not in client.get("/admin/controller").text
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"controller": "ppo:path=/etc"},
+        {"controller": "ppo:path=night-run"},
+        {"controller": "ppo:path=1"},
+        {"controller": "echo:profile=/etc/passwd"},
+        {"controller": "echo:calibration=x"},
+        {"controller": "ppo:deterministic=maybe"},
+        {"controller": "oracle"},
+        {"controller": "nonsense"},
+        {"controller": "echo:x"},
+        {"controller": ":"},
+        {"controller": ""},
+        {"controller": "ppo", "checkpoint": "../night-run"},
+        {"controller": "ppo", "checkpoint": "/etc"},
+        {"controller": "ppo", "checkpoint": "drafter"},
+        {"controller": "ppo", "checkpoint": "."},
+        {"controller": "ppo", "checkpoint": "empty"},
+        {"controller": "echo", "checkpoint": "night-run"},
+        {"checkpoint": "night-run"},
+        {"controller": "static:depth=NaN"},  # refused by the engine's core
+    ],
+)
+def test_what_is_not_offered_changes_nothing(client, host, choice):
+    reply = client.put("/admin/controller", json=choice)
+    assert reply.status_code == 400 and "error" in reply.json()
+    assert host.controller == "echo"
+
+
+def test_a_folder_that_would_break_a_spec_is_refused(tmp_path):
+    shutil.copytree(shipped(), tmp_path / "a,seed=1")
+    with pytest.raises(ValueError, match="rename it"):
+        Choices(tmp_path).spec("ppo", "a,seed=1")
+
+
+def test_a_folder_of_checkpoints_that_is_gone_offers_none(tmp_path):
+    assert Choices(tmp_path / "gone").policies() == ()
+
+
+def test_specs_without_folders():
+    assert public("ppo:path=/a/b/c,seed=1") == "ppo:path=c,seed=1"
+    assert public("echo") == "echo" and public("echo:width=2") == "echo:width=2"
+
+
+def test_an_experiment_from_start_to_stop(client, host):
+    assert client.get("/admin/ab").json() == {"state": "none", "value": {}}
+    body = {"control": "none", "treatment": {"controller": "ppo", "checkpoint": "night-run"}, "blocks": 4}
+    started = client.post("/admin/ab", json=body).json()
+    assert started["state"] == "running" and started["value"]["blocks"] == 4
+    assert host.experiment.value["treatment"].startswith("ppo:path=")
+    again = client.post("/admin/ab", json=body)
+    assert again.status_code == 409
+    assert client.delete("/admin/ab").json()["state"] == "stopped"
+    assert client.delete("/admin/ab").json()["state"] == "stopped"  # nothing runs, nothing happens
+
+
+@pytest.mark.parametrize(
+    "change", [{"blocks": 0}, {"block_seconds": 0}, {"harm": 2}, {"control": "ppo:path=x"}, {"treatment": None}]
+)
+def test_bad_experiments(client, host, change):
+    reply = client.post("/admin/ab", json={"control": "none", "treatment": "echo", **change})
+    assert reply.status_code == 400 and host.experiment is None
+
+
+def test_no_foreign_page_can_start_one(client, host):
+    """A browser sends a plain-text body without asking first; only JSON is read."""
+    text = json.dumps({"control": "none", "treatment": "echo"})
+    reply = client.post("/admin/ab", content=text, headers={"Content-Type": "text/plain"})
+    assert reply.status_code == 400 and host.experiment is None
+
+
+def test_stats(client, host):
+    host.restarts, host.fallbacks = 2, {"nan": 3}
+    stats = client.get("/admin/stats").json()
+    assert stats["restarts"] == 2 and stats["fallbacks"] == {"nan": 3} and stats["core"] == {"running": 0}
+    assert stats["environment"] == {"model": "fake"} and stats["admitted"] == 0
+
+
+def test_while_the_engine_loads(client, host):
+    host.ready = False
+    assert client.put("/admin/controller", json={"controller": "none"}).status_code == 503
+    assert client.post("/admin/ab", json={"control": "none", "treatment": "echo"}).status_code == 503
+    assert client.get("/admin/stats").json()["core"] == {}

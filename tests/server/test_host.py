@@ -1,0 +1,531 @@
+"""The host: requests over the channel, controllers, news, draining, and an engine that dies, hangs or doesn't load."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import aclosing
+from functools import partial
+
+import pytest
+
+from echo_rl.errors import ConfigError, EchoError, RequestError
+from echo_rl.server.channel import CoreChannel, FrontChannel
+from echo_rl.server.host import EngineHost, HostConfig, Unavailable
+from echo_rl.server.messages import ExperimentReport, StepStats
+from echo_rl.server.options import SwitchOptions
+from echo_rl.server.streams import SLOW_READER, Inbox
+from tests.server.hosts import collect, fake_host, request_of, running, serve_fake, tiny_host
+
+QUICK = {"backoff": 0.01, "stop_seconds": 5.0}
+
+
+def text_of(outputs) -> str:
+    return "".join(output.text for output in outputs)
+
+
+async def until(condition, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        await asyncio.sleep(0.005)
+
+
+# ----------------------------------------------------------------------------- requests
+
+
+def test_many_requests_at_once_get_their_own_outputs():
+    async def main():
+        async with running(fake_host()) as host:
+            assert host.ready and host.alive and host.ready_info.max_context == 2048
+            outputs = await asyncio.gather(
+                *(collect(host, request_of("x" * n, max_new_tokens=n)) for n in range(1, 30))
+            )
+            for n, parts in enumerate(outputs, 1):
+                assert text_of(parts) == "".join(chr(ord("a") + (n + i) % 26) for i in range(n))
+                assert [part.finish_reason for part in parts] == [None] * (len(parts) - 1) + ["length"]
+            assert host.in_flight == 0
+            assert (await host.inspect())["in_flight"] == 0
+        assert not host.alive
+
+    asyncio.run(main())
+
+
+def test_a_refused_request_raises_and_an_id_in_use_does_so_at_once():
+    async def main():
+        async with running(fake_host()) as host:
+            with pytest.raises(RequestError, match="take it out"):
+                await collect(host, request_of("a!"))
+            async with aclosing(host.submit(request_of("abc", "x", max_new_tokens=1000))):
+                with pytest.raises(RequestError, match="in use"):
+                    host.submit(request_of("abc", "x"))
+            assert host.in_flight == 0
+
+    asyncio.run(main())
+
+
+async def _close(stream, reader):
+    await anext(stream)
+    await stream.aclose()
+
+
+async def _cancel_reader(stream, reader):
+    task = asyncio.create_task(reader(stream))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def _never_read(stream, reader):
+    await stream.aclose()
+
+
+@pytest.mark.parametrize("leave", [_close, _cancel_reader, _never_read])
+def test_whoever_stops_reading_cancels_the_request(leave):
+    async def reader(stream):
+        async for _ in stream:
+            pass
+
+    async def main():
+        async with running(fake_host()) as host:
+            stream = host.submit(request_of("abc", max_new_tokens=10**6))
+            await leave(stream, reader)
+            assert host.in_flight == 0
+            assert (await host.inspect())["in_flight"] == 0
+            assert len(await collect(host, request_of("abc"))) == 8, "the others go on"
+
+    asyncio.run(main())
+
+
+def test_twenty_swaps_over_the_channel_change_no_token(tmp_path):
+    async def main():
+        async with running(tiny_host(tmp_path, command_seconds=30.0, switch=SwitchOptions(deadline=5.0))) as host:
+            asked = [request_of("some prompt " + str(n), f"p{n}", 60, ignore_eos=True) for n in range(12)]
+            plain = asyncio.gather(*(collect(host, request) for request in asked))
+            await host.set_controller("none")
+            expected = [text_of(parts) for parts in await plain]
+            swaps = 0
+            going = True
+
+            async def serve_on():
+                rounds = 0
+                while going:
+                    got = await asyncio.gather(*(collect(host, request) for request in asked))
+                    assert [text_of(parts) for parts in got] == expected
+                    rounds += 1
+                return rounds
+
+            serving = asyncio.create_task(serve_on())
+            for spec in ("echo", "ppo", "chain", "none", "eagle3") * 4:
+                await host.set_controller(spec)
+                assert host.controller == spec
+                assert (await host.inspect())["kv"] == "conserved"
+                swaps += 1
+                await asyncio.sleep(0.02)
+            going = False
+            assert await serving >= 1
+            assert (await host.inspect())["swaps"] == swaps + 1 == 21
+            assert host.in_flight == 0
+
+    asyncio.run(main())
+
+
+# ----------------------------------------------------------------------------- controllers and news
+
+
+def test_a_bad_controller_is_refused_with_the_reason_and_the_old_one_stays():
+    async def main():
+        async with running(fake_host()) as host:
+            with pytest.raises(ConfigError, match="did you mean 'echo'"):
+                await host.set_controller("ecko")
+            assert host.controller == "none"
+            assert (await host.set_controller("chain:steps=2"))["previous"] == "none"
+            assert host.controller == "chain:steps=2"
+
+    asyncio.run(main())
+
+
+def test_an_experiment_reports_to_subscribers_and_its_control_stays():
+    async def main():
+        async with running(fake_host(switch=SwitchOptions(deadline=5.0))) as host:
+            news = host.subscribe()
+            stream = host.submit(request_of("abc", max_new_tokens=10**6))
+            await host.start_experiment("chain:steps=2", "none", block_seconds=0.01, blocks=3, harm=0.0)
+            assert host.experiment.state == "running" and host.controller == "chain:steps=2"
+            with pytest.raises(ConfigError, match="is running"):
+                await host.start_experiment("none", "none")
+            with pytest.raises(ConfigError, match="is running"):
+                await host.set_controller("echo")
+            await until(lambda: host.experiment.state == "done")
+            await stream.aclose()
+            assert host.controller == "chain:steps=2"
+            states, arms = [], set()
+            while "done" not in states:
+                item = await anext(news)
+                states += [item.state] if isinstance(item, ExperimentReport) else []
+                arms |= {item.controller} if isinstance(item, StepStats) else set()
+            assert states == ["running"] * 6 + ["done"] and arms >= {"none", "chain:steps=2"}
+            with pytest.raises(ConfigError, match="no experiment"):
+                await host.stop_experiment()
+
+    asyncio.run(main())
+
+
+def test_callbacks_see_every_step_and_a_failing_one_harms_nobody(caplog):
+    async def main():
+        seen = []
+        async with running(fake_host()) as host:
+            host.on_stats(lambda stats: 1 / 0)
+            host.on_stats(seen.append)
+            assert len(await collect(host, request_of("abc", max_new_tokens=9))) == 9
+            assert len(seen) == 9 and all(isinstance(stats, StepStats) for stats in seen)
+
+    asyncio.run(main())
+    assert "a callback on steps failed" in caplog.text
+
+
+def test_a_slow_subscriber_misses_the_oldest_and_all_end_with_the_host():
+    async def main():
+        async with running(fake_host(step_seconds=0.0)) as host:
+            slow = host.subscribe()
+            await collect(host, request_of("abc", max_new_tokens=SLOW_READER + 50))
+        rest = [item async for item in slow]
+        assert len(rest) == SLOW_READER
+        assert rest[-1].committed == 1
+
+    asyncio.run(main())
+
+
+def test_an_inbox_gives_what_it_has_and_then_ends():
+    async def main():
+        inbox = Inbox()
+        reader = asyncio.create_task(inbox.get())
+        await asyncio.sleep(0)
+        inbox.put(1)
+        inbox.put(2)
+        inbox.end()
+        assert [await reader, await inbox.get()] == [1, 2]
+        with pytest.raises(StopAsyncIteration):
+            await inbox.get()
+
+    asyncio.run(main())
+
+
+def test_trees_are_watched_over_a_restart(tmp_path):
+    async def main():
+        async with running(tiny_host(tmp_path, controller="chain:steps=2", **QUICK)) as host:
+            trees = []
+            host.on_stats(lambda stats: trees.append(len(stats.trees)))
+            await collect(host, request_of("abc", "a", 20, ignore_eos=True))
+            assert not any(trees)
+            await host.watch(True)
+            await collect(host, request_of("abc", "b", 20, ignore_eos=True))
+            assert trees[-1] == 1
+            host._life.channel.close()
+            await until(lambda: host.restarts == 1)
+            await collect(host, request_of("abc", "c", 20, ignore_eos=True))
+            assert trees[-1] == 1
+
+    asyncio.run(main())
+
+
+# ----------------------------------------------------------------------------- draining
+
+
+def test_draining_waits_for_what_is_in_flight_and_then_cancels_the_rest():
+    async def main():
+        async with running(fake_host()) as host:
+            short = asyncio.create_task(collect(host, request_of("abc", "short", max_new_tokens=20)))
+            long = asyncio.create_task(collect(host, request_of("abc", "long", max_new_tokens=10**6)))
+            await asyncio.sleep(0.01)
+            draining = asyncio.create_task(host.drain(0.5))
+            await asyncio.sleep(0.01)
+            assert not host.ready and host.alive
+            with pytest.raises(Unavailable, match="shutting down"):
+                host.submit(request_of("abc", "late"))
+            await draining
+            assert (await short)[-1].finish_reason == "length"
+            assert (await long)[-1].finish_reason == "cancelled"
+            assert host.in_flight == 0 and (await host.inspect())["in_flight"] == 0
+
+    asyncio.run(main())
+
+
+def test_stopping_ends_streams_and_commands():
+    async def main():
+        host = fake_host()
+        await host.start()
+        reading = asyncio.create_task(collect(host, request_of("abc", max_new_tokens=10**6)))
+        await asyncio.sleep(0.02)
+        await host.stop()
+        assert (await reading)[-1].finish_reason == "error"
+        with pytest.raises(Unavailable):
+            await host.inspect()
+        with pytest.raises(Unavailable):
+            host.submit(request_of("abc"))
+
+    asyncio.run(main())
+
+
+# ----------------------------------------------------------------------------- death
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+def test_a_death_ends_everybody_with_an_error_and_the_engine_comes_back(isolation):
+    async def main():
+        config = {"isolation": isolation, "switch": SwitchOptions(trial_steps=5, deadline=5.0), **QUICK}
+        async with running(fake_host(**config)) as host:
+            await host.set_controller("chain:steps=2")
+            await collect(host, request_of("abc", max_new_tokens=40))
+            healthy = asyncio.create_task(collect(host, request_of("abc", "healthy", max_new_tokens=10**6)))
+            await asyncio.sleep(0.05)
+            poison = (await collect(host, request_of("#")))[-1]
+            assert (poison.finish_reason, poison.tokens) == ("error", ())
+            assert "ZeroDivisionError" in poison.error
+            assert (await healthy)[-1].finish_reason == "error"
+            await until(lambda: host.restarts == 1 and host.ready, 60.0)
+            assert host.controller == "chain:steps=2", "it had served its trial"
+            assert len(await collect(host, request_of("abc"))) > 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_process_is_replaced(number):
+    async def main():
+        async with running(fake_host(isolation="process", **QUICK)) as host:
+            reading = asyncio.create_task(collect(host, request_of("abc", max_new_tokens=10**6)))
+            asking = asyncio.create_task(host.set_controller("chain"))
+            await asyncio.sleep(0.0)
+            os.kill(host._life.worker.pid, number)
+            last = (await reading)[-1]
+            assert (last.finish_reason, last.error) == (
+                "error",
+                f"the engine died: the engine process was killed by {number.name}",
+            )
+            with contextlib.suppress(Unavailable):
+                await asking
+            await until(lambda: host.restarts == 1 and host.ready, 60.0)
+            assert len(await collect(host, request_of("abc"))) > 1
+
+    asyncio.run(main())
+
+
+def test_signals_to_the_whole_group_do_not_end_the_engine():
+    async def main():
+        async with running(fake_host(isolation="process", **QUICK)) as host:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(host._life.worker.pid, number)
+            assert len(await collect(host, request_of("abc", max_new_tokens=20))) == 20
+            assert host.restarts == 0
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+def test_a_hang_is_a_death(isolation):
+    async def main():
+        async with running(fake_host(isolation=isolation, stall_seconds=0.5, **QUICK)) as host:
+            healthy = asyncio.create_task(collect(host, request_of("abc", "healthy", max_new_tokens=10**6)))
+            await asyncio.sleep(0.05)
+            last = (await collect(host, request_of("~")))[-1]
+            assert last.finish_reason == "error" and "no step for" in last.error
+            assert (await healthy)[-1].finish_reason == "error"
+            await until(lambda: host.ready, 60.0)
+            assert len(await collect(host, request_of("abc"))) > 1
+            assert host.restarts == 1
+
+    asyncio.run(main())
+
+
+def test_an_idle_engine_does_not_count_as_hung():
+    async def main():
+        async with running(fake_host(stall_seconds=0.1, **QUICK)) as host:
+            await asyncio.sleep(0.4)
+            assert len(await collect(host, request_of("abc"))) == 8
+            assert host.restarts == 0
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_keeps_dying_is_given_up():
+    async def main():
+        async with running(fake_host(most_restarts=2, **QUICK)) as host:
+            for death in range(3):
+                await until(lambda: host.ready)
+                assert (await collect(host, request_of("#", f"r{death}")))[-1].finish_reason == "error"
+            await until(lambda: not host.alive)
+            assert host.restarts == 2 and not host.ready
+            with pytest.raises(Unavailable):
+                host.submit(request_of("abc"))
+
+    asyncio.run(main())
+
+
+def test_a_controller_that_has_not_served_its_trial_does_not_survive_a_death():
+    async def main():
+        async with running(fake_host(**QUICK)) as host:
+            await host.set_controller("chain")
+            await collect(host, request_of("abc"))
+            await collect(host, request_of("#"))
+            await until(lambda: host.restarts == 1 and host.ready)
+            assert host.controller == "none"
+
+    asyncio.run(main())
+
+
+def test_a_death_ends_the_experiment():
+    async def main():
+        async with running(fake_host(**QUICK)) as host:
+            await host.start_experiment("chain", "none", block_seconds=100.0)
+            await collect(host, request_of("#"))
+            await until(lambda: host.restarts == 1 and host.ready)
+            assert host.experiment.state == "stopped" and "the engine died" in host.experiment.value["reason"]
+            assert host.controller == "chain"
+
+    asyncio.run(main())
+
+
+def test_fallbacks_are_counted_over_restarts():
+    async def main():
+        async with running(fake_host(**QUICK)) as host:
+            host._core_fallbacks = {"nan": 3}
+            await collect(host, request_of("#"))
+            await until(lambda: host.restarts == 1 and host.ready)
+            await collect(host, request_of("abc"))
+            assert host.fallbacks["nan"] == 3
+
+    asyncio.run(main())
+
+
+# ----------------------------------------------------------------------------- loading
+
+
+def _no_weights(switch):
+    raise EchoError("the weights are missing; fetch them")
+
+
+def _slow(switch):
+    time.sleep(3.0)
+    return serve_fake(switch)
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+def test_an_engine_that_does_not_load_says_why(isolation):
+    async def main():
+        host = EngineHost(HostConfig("none", isolation), _no_weights)
+        with pytest.raises(EchoError, match="the weights are missing; fetch them"):
+            await host.start()
+        assert not host.alive
+        host = EngineHost(HostConfig("nonsense", isolation), serve_fake)
+        with pytest.raises(EchoError, match="no controller is called 'nonsense'"):
+            await host.start()
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_loads_for_ever_is_given_up():
+    async def main():
+        host = EngineHost(HostConfig("none", "thread", start_seconds=0.1), _slow)
+        began = time.monotonic()
+        with pytest.raises(Unavailable, match="not loaded within"):
+            await host.start()
+        assert time.monotonic() - began < 2.9
+
+    asyncio.run(main())
+
+
+def test_isolation_is_one_of_two():
+    with pytest.raises(ConfigError, match="process, thread"):
+        HostConfig(isolation="docker")
+
+
+def test_the_front_loads_no_torch():
+    code = "import sys, echo_rl.server.host; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ----------------------------------------------------------------------------- the channel
+
+
+def test_frames_survive_any_cut_and_order_is_kept():
+    async def main():
+        ours, theirs = socket.socketpair()
+        core = CoreChannel(theirs, farewell="gone")
+        got, lost = [], asyncio.Event()
+        front = FrontChannel(got.append, lost.set)
+        await front.open(ours)
+        messages = [b"x" * size for size in (0, 1, 10**6, 3)] + list(range(1000))
+        writer = asyncio.create_task(asyncio.to_thread(lambda: [core.send(message) for message in messages]))
+        await writer
+        await until(lambda: len(got) == len(messages))
+        assert got == messages
+        for message in messages:
+            front.send(message)
+        received = []
+        while len(received) < len(messages):
+            received += await asyncio.to_thread(core.receive, 5.0)
+        assert received == messages
+        assert core.receive(0.0) == []
+        front.close()
+        assert await asyncio.to_thread(core.receive, 5.0) == ["gone"]
+        await asyncio.wait_for(lost.wait(), 5.0)
+        with pytest.raises(OSError):
+            for _ in range(10):
+                core.send("anybody?")
+
+    asyncio.run(main())
+
+
+def test_a_frame_in_pieces_is_one_event():
+    got = []
+    front = FrontChannel(got.append, lambda: None)
+    from echo_rl.server.channel import frame
+
+    stream = frame("first") + frame({"second": 2}) + frame(None)
+    for i in range(len(stream)):
+        front.data_received(stream[i : i + 1])
+    assert got == ["first", {"second": 2}, None]
+
+
+@pytest.mark.parametrize("prompt", ["abc", "~"], ids=["busy", "hung"])
+def test_an_orphaned_process_ends_by_itself(prompt):
+    """The front is killed with a request in flight: its engine must not go on."""
+    code = (
+        "import asyncio, sys; sys.path[:0] = ['.', 'kernels']\n"
+        "from tests.server.hosts import fake_host, request_of\n"
+        "async def main():\n"
+        "    host = fake_host(isolation='process'); await host.start()\n"
+        f"    host.submit(request_of({prompt!r}, max_new_tokens=10**6)); await asyncio.sleep(0.2)\n"
+        "    print(host._life.worker.pid, flush=True); await asyncio.sleep(60)\n"
+        "if __name__ == '__main__': asyncio.run(main())\n"
+    )
+    front = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        engine = int(front.stdout.readline())
+    finally:
+        front.kill()
+        front.wait()
+    end = time.monotonic() + 20.0
+    while _running(engine):
+        assert time.monotonic() < end, "the engine outlived its front"
+        time.sleep(0.05)
+
+
+def _running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_factory_may_be_partial():
+    assert partial(serve_fake, step_seconds=0.0)(SwitchOptions()).environment == {"model": "fake"}

@@ -1,0 +1,142 @@
+"""What /metrics and the log say."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import time
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from echo_rl.server import logs
+from echo_rl.server.step_metrics import StepMetrics
+from tests.server.front_world import FakeHost, client_of, make_app, stats
+
+SECRET = "the quick brown secret"
+
+
+class Reading:
+    """Samples of a registry by name and labels."""
+
+    def __init__(self, registry) -> None:
+        self._registry = registry
+
+    def __call__(self, name: str, **labels) -> float | None:
+        return self._registry.get_sample_value(name, {"model_name": "m", **labels})
+
+
+@pytest.fixture
+def steps():
+    registry = CollectorRegistry()
+    return StepMetrics(registry, "m"), Reading(registry)
+
+
+def test_speculation_is_counted_truly(steps):
+    metrics, value = steps
+    for _ in range(2):
+        metrics.step(stats())
+    plain = {"verified": 0, "accepted": 0, "drafted": 0, "budget": 0, "committed": 2}
+    metrics.step(stats(**plain, reached_by_depth=(), accepted_by_depth=()))
+    assert [value("echo_rl:spec_tokens_total", stage=s) for s in ("drafted", "verified", "accepted")] == [20, 16, 8]
+    assert value("sglang:spec_verify_calls_total") == 4  # two speculative steps of two requests
+    assert value("echo_rl:spec_reached_total", depth="1") == value("echo_rl:spec_accepted_total", depth="0") == 4
+    assert value("echo_rl:spec_budget") == 0 and value("echo_rl:spec_knee") == 12
+    metrics.refresh(time.time(), idle=False)
+    assert value("sglang:spec_accept_length") == 3.0 and value("sglang:spec_accept_rate") == 0.5
+
+
+def test_throughput_is_of_the_last_seconds_and_idle_is_zero(steps):
+    metrics, value = steps
+    for i in range(100):
+        metrics.step(stats(time=1000.0 + i, seconds=1.0))
+    metrics.refresh(1099.0, idle=False)
+    assert value("sglang:gen_throughput") == pytest.approx(6.0)
+    assert (value("sglang:num_running_reqs"), value("sglang:num_queue_reqs")) == (2, 3)
+    metrics.refresh(1200.0, idle=True)
+    assert value("sglang:gen_throughput") == value("sglang:num_running_reqs") == value("sglang:token_usage") == 0
+
+
+def test_swaps_and_fallbacks_count_on_over_a_restart(steps):
+    metrics, value = steps
+    metrics.step(stats(fallbacks={"nan": 5}))
+    metrics.step(stats(controller="ppo:path=/secret", fallbacks={"nan": 7}))
+    metrics.step(stats(controller="ppo:path=/secret", fallbacks={"nan": 1}))  # a new core counts from 0
+    assert value("echo_rl:controller_swaps_total") == 1
+    assert value("echo_rl:fallbacks_total", cause="nan") == 8
+    assert value("echo_rl:controller_info", controller="ppo") == 1
+    assert value("echo_rl:controller_info", controller="echo") is None
+
+
+def test_requests_in_the_exposition():
+    host = FakeHost()
+    with client_of(make_app(host, model="m")) as client:
+        client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 4})
+        client.post("/v1/completions", json={"prompt": "abc", "temperature": -1})
+        host.fail_at = 1
+        client.post("/v1/completions", json={"prompt": "abc", "stream": True})
+        client.get("/no/such/path")
+        host.step()
+        text = client.get("/metrics").text
+    for line in (
+        'sglang:prompt_tokens_total{model_name="m"} 6.0',
+        'sglang:generation_tokens_total{model_name="m"} 5.0',
+        'sglang:num_requests_total{model_name="m"} 1.0',
+        'sglang:num_aborted_requests_total{model_name="m"} 1.0',
+        'sglang:time_to_first_token_seconds_count{model_name="m"} 2.0',
+        'sglang:inter_token_latency_seconds_count{model_name="m"} 3.0',
+        'sglang:e2e_request_latency_seconds_count{model_name="m"} 1.0',
+        'sglang:time_per_output_token_seconds_count{model_name="m"} 1.0',
+        'echo_rl:http_requests_total{model_name="m",route="/v1/completions",status="400"} 1.0',
+        'echo_rl:http_requests_total{model_name="m",route="unmatched",status="404"} 1.0',
+        'echo_rl:step_seconds_count{model_name="m"} 1.0',
+    ):
+        assert line in text.splitlines(), line
+
+
+@pytest.fixture
+def lines():
+    """What the log holds, a line each, in the given form."""
+    root, package = logging.getLogger(), logging.getLogger("echo_rl")
+    handlers, levels = root.handlers[:], (root.level, package.level)
+    stream = io.StringIO()
+
+    def start(form):
+        logs.configure(form, stream)
+        return lambda: stream.getvalue().splitlines()
+
+    yield start
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    package.setLevel(levels[1])
+
+
+def test_a_request_is_one_json_line_without_its_text(lines):
+    read = lines("json")
+    with client_of(make_app(FakeHost())) as client:
+        reply = client.post("/v1/completions", json={"prompt": SECRET, "max_tokens": 3})
+        client.get("/health")
+    (line,) = read()
+    entry = json.loads(line)
+    assert entry["id"] == reply.headers["x-request-id"] and reply.json()["id"] == "cmpl-" + entry["id"]
+    assert (entry["route"], entry["status"], entry["finish_reason"]) == ("/v1/completions", 200, "length")
+    assert (entry["prompt_tokens"], entry["output_tokens"]) == (len(SECRET), 3)
+    assert 0 < entry["ttft"] <= entry["e2e"]
+    assert SECRET not in line
+
+
+def test_errors_are_logged_without_the_input(lines):
+    read = lines("json")
+    with client_of(make_app(FakeHost())) as client:
+        client.post("/v1/completions", json={"prompt": "x", "temperature": SECRET})
+        client.post("/v1/completions", json={"prompt": [SECRET, 1]}, headers={"Authorization": f"Bearer {SECRET}"})
+    assert [json.loads(line)["status"] for line in read()] == [400, 400]
+    assert not any(SECRET in line for line in read())
+
+
+def test_the_text_form_keeps_to_one_line(lines):
+    read = lines("text")
+    logs.admin_action("controller", controller="a\nb")
+    (line,) = read()
+    assert line.endswith(r'INFO admin controller controller="a\nb"')
