@@ -1,7 +1,8 @@
 """The checked operations: each validates shapes and dtypes, then calls its backend.
 
 The checks raise ValueError (shapes, values that cost nothing to read) and TypeError (dtypes), and
-look at no tensor's content: an index that points outside a cache raises IndexError from the backend.
+look at no tensor's content: an index that points outside a cache raises IndexError from a CPU backend,
+and is undefined behaviour on a GPU, where looking would stop the device.
 Knows nothing of how a backend computes, nor of which one was chosen (`echo_kernels.dispatch`).
 """
 
@@ -25,7 +26,7 @@ class Ops:
 
     def __init__(self, implementation: Implementation, name: str, dtypes: frozenset[torch.dtype]) -> None:
         self.name = name
-        """``cpp`` or ``reference``."""
+        """``triton``, ``cpp`` or ``reference``."""
         self._dtypes = dtypes
         self._impl = implementation
 
