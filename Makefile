@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test lint format sglang-contract bench clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(VENV)/.installed ## make the virtual environment and install the project with its tools
 
@@ -32,6 +32,9 @@ format: setup ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+sglang-contract: ## the SGLang plugin against the real wheel, in an environment of its own
+	scripts/sglang_contract.sh
+
 bench: setup ## every number of the README (hours; resumable)
 	$(BIN)/python benchmarks/losslessness.py
 	$(BIN)/python benchmarks/plain_decoding.py
@@ -42,6 +45,9 @@ bench: setup ## every number of the README (hours; resumable)
 	$(BIN)/python benchmarks/rivals.py
 	$(BIN)/python benchmarks/policies.py
 	$(BIN)/python benchmarks/roofline.py
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/server.py
+	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/table.py
 
 clean: ## remove build products and caches (not the virtual environment)

@@ -45,12 +45,18 @@ FIXED = (
 )  # fmt: skip
 """Fixed plans whose best, workload by workload, is the plan to have had in hindsight."""
 BASE = TrainConfig(evaluation_steps=400)
-SEEDS = {f"seed{s}": replace(BASE, learner=replace(BASE.learner, seed=s)) for s in range(4)}
+SEEDS = {f"seed{s}": replace(BASE, learner=replace(BASE.learner, seed=s)) for s in range(5)}
 
 
 ABLATIONS = {
     "the luck of a step left in the reward": replace(BASE, reference=False, noise=True),
     "reward tokens": replace(BASE, reward=RewardOptions(form="tokens")),
+    "reward time": replace(BASE, reward=RewardOptions(form="time")),
+    "load unseen": replace(BASE, hidden=("load",)),
+    "speculation unseen": replace(BASE, hidden=("speculation",)),
+    "cost unseen": replace(BASE, hidden=("cost",)),
+    "a decision for one step": replace(BASE, repeat=1),
+    "a decision for 16 steps": replace(BASE, repeat=16),
 }
 
 
@@ -67,12 +73,14 @@ class Args:
     """Seeds of arrivals and times in the comparison."""
     workloads: tuple[str, ...] = WORKLOADS
     """Of the comparison."""
+    ablations: tuple[str, ...] = tuple(ABLATIONS)
+    """Which to train; each takes as long as a seed."""
 
 
 def script() -> None:
     args = tyro.cli(Args)
     place = Place("policies", args.quick)
-    runs: dict[str, TrainConfig] = {**SEEDS, **ABLATIONS}
+    runs: dict[str, TrainConfig] = {**SEEDS, **{name: ABLATIONS[name] for name in args.ablations}}
     if args.quick:
         args = replace(args, steps=60, seeds=2, workloads=("closed:1", "closed:8"))
         small = LearnerOptions(steps=4_096)

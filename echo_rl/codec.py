@@ -276,8 +276,9 @@ class Tracker:
         taken = np.stack([outcomes.verify_seconds, outcomes.draft_seconds], axis=1)
         ratio = np.log(np.maximum(taken, 1e-9) / np.maximum(np.stack(expected, axis=1), 1e-9))
         counts = np.stack([clean, clean & spoken], axis=1) & (taken > 0)
+        pace: Floats = np.clip(ratio, -2.0, 2.0)
         rate: Floats = RATE * counts
-        return np.clip(ratio, -2.0, 2.0), rate
+        return pace, rate
 
     def _expected(self, outcomes: Outcomes) -> tuple[Floats, Floats]:
         """[E] predicted seconds of the verify pass and of drafting."""

@@ -50,6 +50,9 @@ class EngineConfig:
     """Most drafted nodes that one request may have verified in a step."""
     max_expanded: int = 96
     """Most nodes that the drafter expands for one request in a step."""
+    step: str = "auto"
+    """``auto`` (device on CUDA, else eager), ``eager`` (the host decides level by level) or ``device`` (decisions
+    stay on the device, which is read once a step)."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
 
@@ -61,6 +64,8 @@ class EngineConfig:
             raise ConfigError(f"device is '{self.device}'; give auto, cpu, cuda or cuda:N")
         if self.dtype not in ("auto", "bfloat16", "float32", "float16"):
             raise ConfigError(f"dtype is '{self.dtype}'; give auto, bfloat16, float16 or float32")
+        if self.step not in ("auto", "eager", "device"):
+            raise ConfigError(f"step is '{self.step}'; give auto, eager or device")
         if self.max_nodes < 1 or self.max_expanded < 1:
             raise ConfigError(
                 "max_nodes and max_expanded must be at least 1; use the controller 'none' not to speculate"

@@ -65,6 +65,11 @@ class Tune(Heavy):
     """Search the options of controllers on recorded responses, for eval --tuned."""
 
 
+@dataclass(frozen=True)
+class Sglang(Heavy):
+    """Check the plugin against the SGLang that is installed (doctor), or print a configuration for it (example)."""
+
+
 GROUPS: dict[str, tuple[str, type[Heavy]]] = {
     "calibrate": ("echo_rl.cli.calibrate", Calibrate),
     "drafter": ("echo_rl.cli.drafter", Drafter),
@@ -72,6 +77,7 @@ GROUPS: dict[str, tuple[str, type[Heavy]]] = {
     "eval": ("echo_rl.cli.evaluate", Eval),
     "tune": ("echo_rl.cli.tune", Tune),
     "train": ("echo_rl.cli.train", Train),
+    "sglang": ("echo_rl.cli.sglang", Sglang),
 }
 
 AnyCommand = (
@@ -87,6 +93,7 @@ AnyCommand = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Sglang, tyro.conf.subcommand("sglang")]
     | Annotated[Weights, tyro.conf.subcommand("weights")]
     | Annotated[Version, tyro.conf.subcommand("version")]
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,16 @@ class BaseController(ABC):
 
     def select(self, forest: Forest, plan: SpecPlan) -> Selection:
         return pack(forest, global_top_k(forest, plan.budget, self._node_cap))
+
+    def score_powers(self, plan: SpecPlan) -> tuple[float, ...] | None:
+        """The power of path probabilities at each depth, the last holding beyond (() for 1 everywhere), by which a
+        backend may gate and select in this rule's place; None where the rule must be asked."""
+        return () if self._decides_as(BaseController) and not plan.floor else None
+
+    def _decides_as(self, rule: Any) -> bool:
+        """Whether gates and selection are still those of that class."""
+        own = type(self)
+        return own.extend is rule.extend and own.select is rule.select
 
     def observe(self, report: StepReport) -> None:
         del report  # a fixed rule learns nothing

@@ -67,6 +67,9 @@ class CalibratedSelection(BaseController):
             return pack(forest, global_top_k(scored, plan.budget, self._node_cap))
         return pack(forest, per_request_top_k(scored, even_split(plan.budget, forest.batch_size, forest.scores.device)))
 
+    def score_powers(self, plan: SpecPlan) -> tuple[float, ...] | None:
+        return self.calibration.score_power if self.scheduled and self._decides_as(CalibratedSelection) else None
+
     def _calibrated(self, forest: Forest) -> Forest:
         """The forest with path probabilities raised to the calibrated power of their depth."""
         if not len(self._powers):

@@ -48,9 +48,9 @@ class Connection(asyncio.Protocol):
 
     async def exchange(self, request: bytes, sink: Sink | None) -> Answer:
         """`sink` takes the body of a 200 piece by piece. Raises `ConnectionError` and `ProtocolError`."""
+        self.answer, self._sink, self._parser = Answer(), sink, HttpResponseParser(self)
         if self._transport is None or self._transport.is_closing():
             raise ConnectionResetError("the connection is closed")
-        self.answer, self._sink, self._parser = Answer(), sink, HttpResponseParser(self)
         self._done = asyncio.get_running_loop().create_future()
         self.reusable = False
         self._transport.write(request)

@@ -16,7 +16,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors by name. Raises `WeightsError` where a file is missing or damaged."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = _shards(index)
     else:
         files = ["model.safetensors"]
     tensors: dict[str, torch.Tensor] = {}
@@ -26,6 +26,14 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
             raise WeightsError(f"{path} is missing; only safetensors weights are loaded, download or convert the model")
         tensors.update(read_file(path))
     return tensors
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise WeightsError(f"{index} is damaged ({e!r}); download the model again") from e
+    return sorted(names)
 
 
 def read_file(path: Path) -> dict[str, torch.Tensor]:

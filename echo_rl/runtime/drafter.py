@@ -100,9 +100,13 @@ class Drafter:
         embedded = ops.rms_norm(F.embedding(tokens, self.embed), self._embed_norm, eps)
         return torch.cat([embedded, ops.rms_norm(features, self._feature_norm, eps)], dim=1)
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, hidden] before the final norm -> [N, V'] in the model's dtype; `vocabulary` names the columns."""
+        return self._lm_head(self.ops.rms_norm(hidden, self._norm, self.config.eps))
+
     def top(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The k most likely next tokens of each row: log-probabilities and target ids, both [N, k]."""
-        logits = self._lm_head(self.ops.rms_norm(hidden, self._norm, self.config.eps)).float()
+        logits = self.logits(hidden).float()
         values, indices = logits.topk(min(k, logits.shape[1]), dim=1)
         log_probs = (values - logits.logsumexp(dim=1, keepdim=True)).clamp_(max=0.0)
         return log_probs, self.vocabulary[indices]

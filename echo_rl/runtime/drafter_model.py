@@ -2,7 +2,8 @@
 
 Knows the published EAGLE-3 layout (``config.json`` + ``model.safetensors``) and checks every name and
 shape on the way in and out, because the engines that read this layout skip unknown names silently.
-Knows nothing about how the drafter is run (`echo_rl.runtime.drafter`) or trained (`echo_rl.drafting`).
+How other makers write the layout is known to `drafter_variants`. Knows nothing about how the drafter is run
+(`echo_rl.runtime.drafter`) or trained (`echo_rl.drafting`).
 
 The model, for a token pair at position i:
 
@@ -29,10 +30,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from echo_rl.errors import DrafterMismatch, WeightsError
-from echo_rl.runtime.checkpoint import read_file
+from echo_rl.runtime.checkpoint import read_tensors
+from echo_rl.runtime.drafter_variants import WEIGHTS_FILE, canonical, refuse_variants, require_safetensors
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 
 
@@ -147,6 +148,7 @@ class DrafterConfig:
             raise WeightsError(f"num_hidden_layers is {data['num_hidden_layers']}; an EAGLE-3 drafter has 1 layer")
         if data.get("attention_bias") or data.get("mlp_bias"):
             raise WeightsError("attention_bias and mlp_bias must be false: the drafter's projections have no bias")
+        refuse_variants(data)
         taps = (data.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
         if taps is None:
             taps = default_taps(target_layers)
@@ -249,18 +251,20 @@ def save_drafter(folder: str | Path, config: DrafterConfig, tensors: Mapping[str
 def load_drafter(folder: str | Path, *, target_layers: int | None = None) -> tuple[DrafterConfig, dict[str, Tensor]]:
     """Read and verify a drafter folder. `target_layers` is needed only where its config names no taps.
 
-    Raises `WeightsError` (missing or broken file, missing or unknown tensor, wrong shape) or
-    `DrafterMismatch` (drafter of another width than its target).
+    Safetensors in one file or in shards, in any floating-point type, under the names that
+    `canonical` knows. Raises
+    `WeightsError` (missing or broken file, missing or unknown tensor, wrong shape) or `DrafterMismatch`
+    (drafter of another width than its target).
     """
     folder = Path(folder)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise WeightsError(f"no {name} in {folder}; point to an EAGLE-3 drafter folder")
+    if not (folder / CONFIG_FILE).is_file():
+        raise WeightsError(f"no {CONFIG_FILE} in {folder}; point to an EAGLE-3 drafter folder")
+    require_safetensors(folder)
     try:
         data = json.loads((folder / CONFIG_FILE).read_text())
     except ValueError as broken:
         raise WeightsError(f"{folder / CONFIG_FILE} is not valid JSON ({broken}); fetch it again") from None
     config = DrafterConfig.from_json(data, target_layers=target_layers)
-    tensors = read_file(folder / WEIGHTS_FILE)
+    tensors = canonical(read_tensors(folder), config.shapes(), (config.target_vocab, config.hidden))
     check_tensors(config, tensors)
     return config, tensors

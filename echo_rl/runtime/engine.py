@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,13 +10,11 @@ from echo_rl.config import EngineConfig
 from echo_rl.contracts import (
     AUTOREGRESSIVE,
     Controller,
-    Forest,
     LoadView,
     PhaseTimes,
     Request,
     RequestOutput,
     RequestTree,
-    Selection,
     SpecPlan,
     StepReport,
     Verdict,
@@ -27,13 +23,13 @@ from echo_rl.errors import ConfigError, PlanViolation, RequestError
 from echo_rl.runtime.block_manager import BlockManager
 from echo_rl.runtime.device import resolve
 from echo_rl.runtime.drafter import Drafter
-from echo_rl.runtime.layout import Layout
+from echo_rl.runtime.ondevice.step import DeviceStep
 from echo_rl.runtime.runner import Runner
 from echo_rl.runtime.scheduler import Batch, Scheduler
 from echo_rl.runtime.sequence import Sequence
+from echo_rl.runtime.step import Clock, EagerStep, Served, Step
 from echo_rl.runtime.target import Target
 from echo_rl.runtime.tokenizer import TextStream, Tokenizer
-from echo_rl.runtime.verify import accept
 from echo_rl.runtime.weights import resolve_drafter, resolve_model
 
 
@@ -49,6 +45,10 @@ class Engine:
         self.block_manager = BlockManager(config.kv_tokens // config.block_size, config.block_size, config.headroom)
         eos = frozenset(target.arch.eos)
         self.scheduler = Scheduler(self.block_manager, config.max_batch_size, config.prefill_chunk, eos)
+        self.serving: Step = EagerStep(self.runner, config.max_nodes)
+        """How a planned batch is served, chosen once."""
+        if config.step == "device" or (config.step == "auto" and self.runner.device.type == "cuda"):
+            self.serving = DeviceStep(self.runner, config, self.serving)
         self._sequences: dict[str, Sequence] = {}
         self._arrived = 0  # since the last step
         self.trace_trees = False
@@ -109,28 +109,17 @@ class Engine:
         """Serve one step. `has_work` must be true; raises `ConfigError` if it isn't."""
         if not self.has_work:
             raise ConfigError("step() was called with no request queued or running; add one first")
-        clock = _Clock()
+        clock = Clock()
         batch = self.scheduler.schedule()
         load = self._load(batch)
         clock.lap("schedule")
         plan = controller.plan(load) if batch.drafting else AUTOREGRESSIVE
-        layout = self._reserve(batch, plan)
-        clock.lap("plan")
-        forest = self.runner.draft(batch.drafting, layout, plan, controller.extend) if plan.speculates else None
-        clock.lap("draft")
-        selection = self._select(controller, forest, plan, len(batch.decodes))
-        clock.lap("select")
-        verified = self.runner.verify(batch, selection, layout)
-        clock.lap("verify")
-        sampling = batch.sampling
-        params, logprobs = [s.request.params for s in sampling], [s.request.logprobs for s in sampling]
-        verdict = accept(verified.tree, verified.logits, params, [s.next_position for s in sampling], logprobs)
-        clock.lap("accept")
-        self.runner.keep(layout, verdict.accepted)
-        outputs = self._commit(batch, verdict)
+        self._reserve(batch, plan)
+        served = self.serving.run(batch, plan, controller, clock)
+        outputs = self._commit(batch, served.verdict)
         clock.lap("commit")
-        trees = _trees(batch, forest, selection, verdict) if self.trace_trees and forest is not None else ()
-        report = _report(load, plan, forest, selection, verdict, outputs, clock.times(), trees)
+        trees = _trees(batch, served) if self.trace_trees else ()
+        report = _report(load, plan, served, outputs, clock.times(), trees)
         controller.observe(report)
         return report
 
@@ -148,8 +137,8 @@ class Engine:
             plain=len(batch.plain),
         )
 
-    def _reserve(self, batch: Batch, plan: SpecPlan) -> Layout:
-        """Blocks for everything that this step writes, and the tables that address them."""
+    def _reserve(self, batch: Batch, plan: SpecPlan) -> None:
+        """Blocks for everything that this step writes."""
         expanded = plan.expanded
         if expanded > self.config.max_expanded:
             raise PlanViolation(
@@ -161,20 +150,6 @@ class Engine:
             self.block_manager.grow(sequence, sequence.kv_len + 1 + (nodes if sequence.request.speculate else 0))
         for chunk in batch.chunks:
             self.block_manager.grow(chunk.sequence, chunk.sequence.kv_len + chunk.count)
-        return self.runner.layout(batch.sequences)
-
-    def _select(self, controller: Controller, forest: Forest | None, plan: SpecPlan, decodes: int) -> Selection:
-        if forest is None:
-            empty = torch.zeros(0, dtype=torch.int64, device=self.runner.device)
-            return Selection(empty.new_zeros(decodes), empty, empty, empty)
-        selection = controller.select(forest, plan)
-        if selection.size > plan.budget or int(selection.counts.max()) > self.config.max_nodes:
-            raise PlanViolation(
-                f"controller '{controller.name}' selected {selection.size} nodes (most for one request: "
-                f"{int(selection.counts.max())}); the plan allows {plan.budget}, a request {self.config.max_nodes}"
-            )
-        idle = selection.counts.new_zeros(decodes - len(selection.counts))  # those that asked for no speculation
-        return replace(selection, counts=torch.cat([selection.counts, idle])) if len(idle) else selection
 
     def _commit(self, batch: Batch, verdict: Verdict) -> tuple[RequestOutput, ...]:
         """Advance every sequence of the batch; finished and failed ones leave and free their blocks."""
@@ -197,32 +172,15 @@ class Engine:
         return tuple(outputs)
 
 
-class _Clock:
-    """Seconds between laps, by phase."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self._laps[phase] = now - self._last
-        self._last = now
-
-    def times(self) -> PhaseTimes:
-        return PhaseTimes(**self._laps)
-
-
 def _report(
     load: LoadView,
     plan: SpecPlan,
-    forest: Forest | None,
-    selection: Selection,
-    verdict: Verdict,
+    served: Served,
     outputs: tuple[RequestOutput, ...],
     times: PhaseTimes,
     trees: tuple[RequestTree, ...],
 ) -> StepReport:
+    verdict, selection, growth = served.verdict, served.selection, served.growth
     paths = verdict.accepted[: load.batch_size]
     deepest = int(selection.depths.max()) + 1 if selection.size else 0
     owner = torch.repeat_interleave(torch.arange(len(selection.counts)), selection.counts.cpu()).tolist()
@@ -231,25 +189,25 @@ def _report(
         load=load,
         plan=plan,
         outputs=outputs,
-        drafted=int(forest.exists.sum()) if forest is not None else 0,
+        drafted=growth.drafted if growth else 0,
         verified=selection.size,
         accepted=sum(map(len, paths)),
         committed=sum(len(t) for t in verdict.tokens[: load.batch_size]),
         reached_by_depth=tuple(sum(len(p) >= d and (r, d) in has for r, p in enumerate(paths)) for d in range(deepest)),
         accepted_by_depth=tuple(sum(len(p) > d for p in paths) for d in range(deepest)),
         times=times,
-        drafting=forest.drafting if forest is not None else (),
-        confidence=forest.first_confidence if forest is not None else (),
+        drafting=growth.drafting if growth else (),
+        confidence=growth.confidence if growth else (),
         trees=trees,
     )
 
 
-def _trees(batch: Batch, forest: Forest, selection: Selection, verdict: Verdict) -> tuple[RequestTree, ...]:
+def _trees(batch: Batch, served: Served) -> tuple[RequestTree, ...]:
+    if served.growth is None:
+        return tuple(RequestTree(s.id, (), (), (), 0) for s in batch.drafting)
+    selection = served.selection
     counts = selection.counts.tolist()[: len(batch.drafting)]
     parents = [tuple(part.tolist()) for part in selection.parents.split(counts)]
     depths = [tuple(part.tolist()) for part in selection.depths.split(counts)]
-    drafted = (forest.stop_depth + 1).tolist()
-    return tuple(
-        RequestTree(s.id, *row)
-        for s, *row in zip(batch.drafting, parents, depths, verdict.accepted, drafted, strict=False)
-    )
+    rows = zip(batch.drafting, parents, depths, served.verdict.accepted, served.growth.levels, strict=False)
+    return tuple(RequestTree(s.id, above, depth, accepted, levels) for s, above, depth, accepted, levels in rows)

@@ -45,7 +45,9 @@ class Runner:
             c = drafter.config
             shapes = (c.kv_heads, c.head_dim, len(c.taps) * c.target_hidden)
         pool = (arch.layers, arch.kv_heads, arch.head_dim)
-        self.cache = KVCache.allocate(slots, pool, shapes, self.device, target.embed.dtype)
+        self.spare = slots
+        """A cache row that no block owns: where padding goes."""
+        self.cache = KVCache.allocate(slots + 1, pool, shapes, self.device, target.embed.dtype)
 
     def layout(self, sequences: Seq[Sequence]) -> Layout:
         return Layout(sequences, self._block_size, self.device)

@@ -13,6 +13,7 @@ import torch
 
 from echo_kernels import ops_for
 from echo_rl.contracts import SamplingParams, TokenLogprob
+from echo_rl.runtime.ondevice.filtering import outside
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,9 @@ def _filtered(logits: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor
     """Logits with everything outside top-k and top-p at -inf."""
     if all(p.top_k == 0 and p.top_p >= 1.0 for p in params):
         return logits
-    vocab = logits.shape[1]
-    ordered, order = logits.sort(dim=1, descending=True, stable=True)
-    rank = torch.arange(vocab, device=logits.device)
-    top_k = torch.tensor([[p.top_k or vocab] for p in params], device=logits.device)
-    ordered = ordered.masked_fill(rank >= top_k, float("-inf"))
-    probability = ordered.softmax(dim=1)
-    before = probability.cumsum(dim=1) - probability
-    top_p = logits.new_tensor([[p.top_p] for p in params])
-    ordered = ordered.masked_fill((before >= top_p) & (rank > 0), float("-inf"))
-    return torch.empty_like(logits).scatter_(1, order, ordered)
+    top_k = torch.tensor([p.top_k or logits.shape[1] for p in params], device=logits.device)
+    top_p = logits.new_tensor([p.top_p if p.top_p < 1.0 else float("inf") for p in params])
+    return logits.masked_fill(outside(logits, top_k, top_p), float("-inf"))
 
 
 def likelihood(logits: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:

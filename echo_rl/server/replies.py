@@ -107,5 +107,5 @@ FAILURES: dict[int | str, dict[str, Any]] = {
 
 def completion_responses(reply: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """Both forms of an answer, and errors."""
-    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    stream: dict[str, Any] = {"text/event-stream": {}}
     return {200: {"model": reply, "description": "The answer, or a stream of chunks", "content": stream}, **FAILURES}

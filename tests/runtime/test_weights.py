@@ -12,6 +12,7 @@ from echo_rl.config import EngineConfig
 from echo_rl.errors import ConfigError, DrafterMismatch, WeightsError
 from echo_rl.packages import PackageUnavailable
 from echo_rl.runtime import weights
+from echo_rl.runtime.checkpoint import read_tensors
 from echo_rl.runtime.gguf_reader import read_gguf
 from tests import tiny
 
@@ -116,3 +117,10 @@ def test_drafters_that_do_not_fit_are_refused(tmp_path):
         tiny.engine(tmp_path, drafter=str(tiny.drafter_folder(tmp_path / "wide", hidden=48)))
     with pytest.raises(DrafterMismatch, match="layer 7"):
         tiny.engine(tmp_path, drafter=str(tiny.drafter_folder(tmp_path / "deep", taps=(0, 1, 7))))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', "{}"])
+def test_a_damaged_index_of_shards_is_refused(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(WeightsError, match="damaged"):
+        read_tensors(tmp_path)

@@ -1,0 +1,149 @@
+"""Part of `server.py`: an engine's throughput in this process against the same requests through HTTP, in turn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+from common import Ledger, Place, load_engine
+from echo_rl import metrics
+from echo_rl.config import EngineConfig
+from echo_rl.contracts import Controller
+from echo_rl.controllers import registry
+from echo_rl.load.client import Client
+from echo_rl.load.config import LoadConfig
+from echo_rl.loop import serve
+from echo_rl.prompts import Prompt, load_prompts
+from echo_rl.runtime.engine import Engine
+from echo_rl.sweep import arm_order
+from echo_rl.trials import Rotation
+from server_load import NOWHERE, Visitor, load_of, tokenised
+from serving import Server, total
+
+ENGINE, HTTP = "engine", "http"
+
+
+@dataclass(frozen=True)
+class Overhead:
+    controllers: tuple[str, ...] = ("none", "echo")
+    concurrency: int = 16
+    requests: int = 32
+    """A block, the same ones on both sides."""
+    max_tokens: int = 48
+    """Of every request; end-of-sequence is ignored, so that both sides make the same number."""
+    blocks: int = 8
+    seed: int = 0
+
+
+class Sides:
+    """The same load on an engine in this process and on a server; both are loaded when first needed."""
+
+    def __init__(self, setting: Overhead, config: EngineConfig, place: Place, stack: ExitStack) -> None:
+        self.setting, self.config, self.place, self.stack = setting, config, place, stack
+        self.prompts = load_prompts("all", limit=setting.requests * setting.blocks, seed=setting.seed)
+        self.ready: dict[tuple[str, str], Controller | None] = {}
+
+    @cached_property
+    def loaded(self) -> tuple[Engine, dict[str, str]]:
+        return load_engine(self.config)
+
+    @cached_property
+    def url(self) -> str:
+        return self.stack.enter_context(Server(self.config, self.place.work / "server.log")).ready()
+
+    def measured(self, controller: str, side: str, block: int) -> dict[str, Any]:
+        """One block; the first of a controller on a side comes after a short one that doesn't count."""
+        if (controller, side) not in self.ready:
+            self.ready[controller, side] = self._prepared(controller, side)
+            self._run(controller, side, block, max_tokens=8)
+        return self._run(controller, side, block, self.setting.max_tokens)
+
+    def _prepared(self, controller: str, side: str) -> Controller | None:
+        if side == ENGINE:
+            return registry.make(controller)
+        asyncio.run(self._choose(controller))
+        return None
+
+    async def _choose(self, controller: str) -> None:
+        client = Client(self.url)
+        await client.set_controller(controller, None)
+        client.close()
+
+    def _run(self, controller: str, side: str, block: int, max_tokens: int) -> dict[str, Any]:
+        first, count = block * self.setting.requests, self.setting.requests
+        prompts = [self.prompts[number % len(self.prompts)] for number in range(first, first + count)]
+        url = self.url if side == HTTP else NOWHERE
+        more = {"max_tokens": max_tokens, "seed": self.setting.seed + first, "extra": {"ignore_eos": True}}
+        config = load_of(url, self.setting.concurrency, count, **more)
+        if side == HTTP:
+            return asyncio.run(self._through_http(config, prompts))
+        return self._in_process(self.ready[controller, side], config, prompts)
+
+    def _in_process(
+        self, controller: Controller | None, config: LoadConfig, prompts: Sequence[Prompt]
+    ) -> dict[str, Any]:
+        assert controller is not None
+        engine, _ = self.loaded
+        source = Rotation(tokenised(engine, config.requests_for(prompts), prompts), config.seed)
+        requests = [source("") for _ in prompts]
+        requests = [replace(r, params=replace(r.params, ignore_eos=True)) for r in requests]
+        run = serve(engine, controller, requests, self.setting.concurrency)
+        busy = sum(step.seconds for step in run.steps)
+        return {"tokens": run.output_tokens, "seconds": run.seconds, "steps": len(run.steps), "busy": busy}
+
+    async def _through_http(self, config: LoadConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        visitor = Visitor(self.url, prompts)
+        before = (await visitor.ask("/metrics")).decode()
+        record = await visitor.serve(config, self.setting.concurrency)
+        after = (await visitor.ask("/metrics")).decode()
+        visitor.close()
+        steps, busy = (
+            total(after, f"echo_rl:step_seconds_{part}") - total(before, f"echo_rl:step_seconds_{part}")
+            for part in ("count", "sum")
+        )
+        return {
+            "tokens": record.served.output_tokens,
+            "seconds": record.run.seconds,
+            "steps": int(steps),
+            "busy": busy,
+            "client_cpu": record.client_cpu_seconds,
+            "failed": sum(request.error is not None for request in record.run.requests),
+        }
+
+
+def overhead(setting: Overhead, engine: EngineConfig, place: Place) -> dict[str, Any]:
+    """Both sides are measured in blocks that alternate, so that the machine's drift falls on both alike."""
+    ledger = Ledger(place.work, {**asdict(setting), "engine": asdict(engine)})
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    with ExitStack() as stack:
+        sides = Sides(setting, engine, place, stack)
+        for controller in setting.controllers:
+            for block in range(setting.blocks):
+                for side in arm_order((ENGINE, HTTP), block):
+                    key = {"controller": controller, "block": block, "side": side}
+                    cells[controller, side].append(ledger.cell(key, partial(sides.measured, controller, side, block)))
+        environment = ledger.cell({"part": "environment"}, lambda: sides.loaded[1])
+    entries = [overhead_of(name, cells[name, ENGINE], cells[name, HTTP]) for name in setting.controllers]
+    return {"settings": asdict(setting), "environment": environment, "entries": entries}
+
+
+def overhead_of(controller: str, engine: Sequence[dict[str, Any]], http: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Throughput of both sides, theirs over the engine's, and where the difference comes from."""
+    alone, through = ([metrics.Rate(cell["tokens"], cell["seconds"]) for cell in side] for side in (engine, http))
+    seconds = sum(cell["seconds"] for cell in http)
+    step = [sum(cell["busy"] for cell in side) / sum(cell["steps"] for cell in side) for side in (engine, http)]
+    return {
+        "controller": controller,
+        "engine": asdict(metrics.rate(alone)),
+        "http": asdict(metrics.rate(through)),
+        "http_over_engine": asdict(metrics.rate_ratio(through, alone)),
+        "step_seconds": {"engine": step[0], "http": step[1]},
+        "engine_busy": sum(cell["busy"] for cell in http) / seconds,
+        "client_cpu_share": sum(cell["client_cpu"] for cell in http) / seconds,
+        "failed": sum(cell["failed"] for cell in http),
+    }

@@ -1,0 +1,65 @@
+"""``echo-rl sglang``: the SGLang plugin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from echo_rl.integrations.sglang.doctor import Row
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Compare the installed SGLang with what the plugin was written for; exits 1 where anything differs."""
+
+    config: Path | None = None
+    """A configuration file to check too; the one that ECHO_RL_CONFIG names by default."""
+
+    def run(self) -> int:
+        from rich.console import Console
+
+        from echo_rl.integrations.sglang.doctor import examine
+
+        rows = examine(str(self.config) if self.config else None)
+        console = Console()
+        console.print(findings(rows))
+        wrong = sum(not row.ok for row in rows)
+        console.print(f"{wrong} of {len(rows)} checks failed." if wrong else f"All {len(rows)} checks passed.")
+        return 1 if wrong else 0
+
+
+def findings(rows: Sequence[Row]) -> Table:
+    """One row a check."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    view = Table(title="SGLang plugin", title_justify="left")
+    view.add_column("check", overflow="fold")
+    view.add_column("")
+    view.add_column("found", overflow="fold")
+    for row in rows:
+        mark = "[green]ok[/green]" if row.ok else "[bold red]no[/bold red]"
+        view.add_row(escape(row.what), mark, escape(row.detail))
+    return view
+
+
+@dataclass(frozen=True)
+class Example:
+    """Print a configuration file to start from; save it, and name it in ECHO_RL_CONFIG."""
+
+    def run(self) -> int:
+        from echo_rl.integrations.sglang.settings import EXAMPLE
+
+        print(EXAMPLE, end="")
+        return 0
+
+
+AnyCommand = Annotated[Doctor, tyro.conf.subcommand("doctor")] | Annotated[Example, tyro.conf.subcommand("example")]

@@ -1,0 +1,60 @@
+"""Whether this plugin and the installed SGLang fit, as rows for a table. Starts no server."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+from echo_rl.errors import EchoError
+from echo_rl.integrations.sglang.contract import RECORDED, ROOT, check, installed_version
+from echo_rl.integrations.sglang.settings import ENVIRONMENT, PluginConfig
+
+GROUP = "sglang.srt.plugins"
+ENTRY = "echo_rl.integrations.sglang.plugin:register"
+NAME = "echo-rl"
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    ok: bool
+    detail: str = ""
+    """What is wrong and what to do, or what was found."""
+
+
+def examine(config: str | None = None) -> tuple[Row, ...]:
+    """Every check, in order; `config` is a configuration file, else the one that the environment names."""
+    version = installed_version()
+    if version is None:
+        return (Row("SGLang", False, f"not installed here; install sglang=={RECORDED}"),)
+    path = config or os.environ.get(ENVIRONMENT)
+    settings, mode = _configuration(path)
+    fits = version == RECORDED
+    remedy = version if fits else f"{version}, recorded from {RECORDED}; install sglang=={RECORDED}"
+    symbols = (Row(ROOT + f.symbol.name, not f.problem, f.problem or "as recorded") for f in check(mode))
+    return Row("SGLang", fits, remedy), entry_point(), settings, *symbols
+
+
+def entry_point() -> Row:
+    """Whether SGLang would find and load the plugin."""
+    found = [point.value for point in entry_points(group=GROUP, name=NAME)]
+    if found != [ENTRY]:
+        return Row("entry point", False, f"{GROUP} has {found or 'nothing'} under {NAME}; install echo-rl again")
+    allowed = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
+    if allowed and NAME not in allowed:
+        return Row("entry point", False, f"SGLANG_PLUGINS={','.join(allowed)} leaves it out; add {NAME}")
+    return Row("entry point", True, ENTRY)
+
+
+def _configuration(path: str | None) -> tuple[Row, str | None]:
+    """The row, and the mode to check for (None: all)."""
+    if not path:
+        return Row("configuration", True, f"{ENVIRONMENT} is not set: the plugin would do nothing"), None
+    try:
+        config = PluginConfig.load(path)
+        config.make()
+        config.costs()
+    except EchoError as error:
+        return Row("configuration", False, str(error)), None
+    return Row("configuration", True, f"{path}: mode {config.mode}, controller {config.controller}"), config.mode

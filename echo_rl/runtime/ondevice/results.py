@@ -1,0 +1,107 @@
+"""What a step leaves on the device, as one int32 vector, and that vector read as the host's records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from echo_kernels.device_interface import TreeRows, Walk
+from echo_rl.contracts import Selection, Verdict
+from echo_rl.runtime.ondevice.buckets import Bucket
+from echo_rl.runtime.ondevice.growth import Grown
+from echo_rl.runtime.step import Growth, Served
+
+
+def joined(*parts: Tensor) -> Tensor:
+    """Tensors of any shape as one int32 vector; the bits of float32 are kept."""
+    return torch.cat([p.reshape(-1).view(torch.int32) if p.is_floating_point() else p.reshape(-1).int() for p in parts])
+
+
+def of_growth(grown: Grown) -> Tensor:
+    """[1 + D + 2 B]"""
+    return joined(grown.drafted, grown.drafting, grown.levels, grown.confidence)
+
+
+def growth_size(bucket: Bucket) -> int:
+    return 1 + bucket.depth + 2 * bucket.requests if bucket.nodes else 0
+
+
+def of_step(rows: TreeRows, walk: Walk, first: Walk | None, growth: Tensor) -> Tensor:
+    """Everything that the host must know, trees first; `growth` is `of_growth`'s."""
+    prompts = (first.tokens, first.failed) if first is not None else ()
+    return joined(
+        walk.tokens, walk.accepted, walk.lengths, walk.failed, rows.starts, rows.parents, rows.depths, rows.tokens,
+        growth, *prompts,
+    )  # fmt: skip
+
+
+def step_size(bucket: Bucket, prompts: int) -> int:
+    """The length of `of_step`'s vector with so many prompts that end."""
+    b, d = bucket.requests, bucket.depth
+    return b * (2 * d + 3) + b + 1 + 3 * bucket.rows + growth_size(bucket) + 2 * prompts
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a bucket is real."""
+
+    decodes: int
+    drafting: int
+    prompts: int
+    """Prompts that end."""
+
+
+class _Cursor:
+    """Takes pieces off a vector."""
+
+    def __init__(self, vector: np.ndarray) -> None:
+        self._vector, self._at = vector, 0
+
+    def take(self, *shape: int) -> np.ndarray:
+        begin = self._at
+        self._at += int(np.prod(shape))
+        return self._vector[begin : self._at].reshape(shape)
+
+
+def read(vector: np.ndarray, bucket: Bucket, sizes: Sizes) -> Served:
+    """The landed vector as records that own their data."""
+    b, d, cursor = bucket.requests, bucket.depth, _Cursor(vector)
+    tokens, accepted, lengths, failed = cursor.take(b, d + 1), cursor.take(b, d), cursor.take(b), cursor.take(b)
+    starts, parents, depths, nodes = cursor.take(b + 1), *(cursor.take(bucket.rows) for _ in range(3))
+    growth = _growth(cursor, bucket, sizes) if bucket.nodes else None
+    first, first_failed = cursor.take(sizes.prompts), cursor.take(sizes.prompts)
+    real = range(sizes.decodes)
+    wrong = [i for i in real if failed[i]] + [sizes.decodes + i for i in range(sizes.prompts) if first_failed[i]]
+    verdict = Verdict(
+        accepted=tuple(tuple(accepted[i, : lengths[i]].tolist()) for i in real) + ((),) * sizes.prompts,
+        tokens=tuple(_drawn(tokens[i]) for i in real) + tuple(_drawn(token) for token in first.reshape(-1, 1)),
+        failed=frozenset(wrong),
+    )
+    return Served(verdict, _selection(starts[: sizes.decodes + 1], parents, depths, nodes), growth)
+
+
+def _drawn(row: np.ndarray) -> tuple[int, ...]:
+    return tuple(row[row >= 0].tolist())
+
+
+def _selection(starts: np.ndarray, parents: np.ndarray, depths: np.ndarray, tokens: np.ndarray) -> Selection:
+    """The nodes behind each root, in row order."""
+    counts = np.diff(starts) - 1
+    root = np.repeat(starts[:-1], counts)
+    row = root + 1 + np.arange(len(root)) - np.repeat(np.cumsum(counts) - counts, counts)
+    columns = (counts, tokens[row], parents[row] - root - 1, depths[row] - 1)
+    return Selection(*(torch.from_numpy(c.astype(np.int64)) for c in columns))
+
+
+def _growth(cursor: _Cursor, bucket: Bucket, sizes: Sizes) -> Growth:
+    drafted, drafting = int(cursor.take(1)[0]), cursor.take(bucket.depth).tolist()
+    levels, confidence = cursor.take(bucket.requests), cursor.take(bucket.requests).view(np.float32)
+    return Growth(
+        drafted=drafted,
+        drafting=tuple(count for count in drafting if count),
+        confidence=tuple(confidence[: sizes.drafting].tolist()),
+        levels=tuple(levels[: sizes.drafting].tolist()),
+    )

@@ -1,0 +1,116 @@
+"""What happens to a batch between its plan and its commit, and the implementation that the host drives.
+
+`EagerStep` asks the controller level by level and reads back what it needs; `ondevice.DeviceStep` does
+the same work without reading anything before the end. Both leave the same cache and the same report.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from echo_rl.contracts import Controller, Forest, PhaseTimes, Selection, SpecPlan, Verdict
+from echo_rl.errors import PlanViolation
+from echo_rl.runtime.runner import Runner
+from echo_rl.runtime.scheduler import Batch
+from echo_rl.runtime.verify import accept
+
+
+class Clock:
+    """Seconds between laps, by phase."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._last = now()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        now = self._now()
+        self._laps[phase] = now - self._last
+        self._last = now
+
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Count a part of one phase, at most all of it, as another's."""
+        seconds = min(seconds, self._laps[source])
+        self._laps[source] -= seconds
+        self._laps[target] = self._laps.get(target, 0.0) + seconds
+
+    def times(self) -> PhaseTimes:
+        return PhaseTimes(**self._laps)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What the drafter did, in numbers. B drafting requests."""
+
+    drafted: int
+    """Nodes proposed."""
+    drafting: tuple[int, ...]
+    """At index d: requests that drafted depth d."""
+    confidence: tuple[float, ...]
+    """[B] probability of each request's likeliest first token."""
+    levels: tuple[int, ...]
+    """[B] levels drafted."""
+
+    @classmethod
+    def of(cls, forest: Forest) -> Growth:
+        levels = (forest.stop_depth + 1).tolist()
+        return cls(int(forest.exists.sum()), forest.drafting, forest.first_confidence, tuple(levels))
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a step did. Q requests that got a token, R of them decoding."""
+
+    verdict: Verdict
+    selection: Selection
+    """Of the R decoding requests; those that didn't draft have no node."""
+    growth: Growth | None
+    """None in a plain step."""
+
+
+class Step(Protocol):
+    """One way to serve a planned batch whose blocks are reserved. Laps every phase from the plan's to accept's."""
+
+    def run(self, batch: Batch, plan: SpecPlan, controller: Controller, clock: Clock) -> Served: ...
+
+
+class EagerStep:
+    """Draft, select, verify and accept one after the other; the host waits for each."""
+
+    def __init__(self, runner: Runner, max_nodes: int) -> None:
+        self._runner = runner
+        self._max_nodes = max_nodes
+
+    def run(self, batch: Batch, plan: SpecPlan, controller: Controller, clock: Clock) -> Served:
+        runner, layout = self._runner, self._runner.layout(batch.sequences)
+        clock.lap("plan")
+        forest = runner.draft(batch.drafting, layout, plan, controller.extend) if plan.speculates else None
+        clock.lap("draft")
+        selection = self._select(controller, forest, plan, len(batch.decodes))
+        clock.lap("select")
+        verified = runner.verify(batch, selection, layout)
+        clock.lap("verify")
+        sampling = batch.sampling
+        params, logprobs = [s.request.params for s in sampling], [s.request.logprobs for s in sampling]
+        verdict = accept(verified.tree, verified.logits, params, [s.next_position for s in sampling], logprobs)
+        clock.lap("accept")
+        runner.keep(layout, verdict.accepted)
+        return Served(verdict, selection, Growth.of(forest) if forest is not None else None)
+
+    def _select(self, controller: Controller, forest: Forest | None, plan: SpecPlan, decodes: int) -> Selection:
+        if forest is None:
+            empty = torch.zeros(0, dtype=torch.int64, device=self._runner.device)
+            return Selection(empty.new_zeros(decodes), empty, empty, empty)
+        selection = controller.select(forest, plan)
+        if selection.size > plan.budget or int(selection.counts.max()) > self._max_nodes:
+            raise PlanViolation(
+                f"controller '{controller.name}' selected {selection.size} nodes (most for one request: "
+                f"{int(selection.counts.max())}); the plan allows {plan.budget}, a request {self._max_nodes}"
+            )
+        idle = selection.counts.new_zeros(decodes - len(selection.counts))  # those that asked for no speculation
+        return replace(selection, counts=torch.cat([selection.counts, idle])) if len(idle) else selection

@@ -1,0 +1,49 @@
+"""Which rules a backend may decide for, and that a server's guard passes it on only where it may."""
+
+from __future__ import annotations
+
+import pytest
+
+from echo_rl.contracts import LoadView, SpecPlan
+from echo_rl.controllers import make
+from echo_rl.controllers.guarded import Guarded
+from tests import tiny
+from tests.controllers.conftest import load_of
+from tests.runtime.test_device_step import requests, serve
+
+PLAN = SpecPlan(8, 3, 2)
+
+
+@pytest.mark.parametrize("name", ["echo", "echo_dense", "echo_fixed", "ppo"])
+def test_rules_that_select_as_echo_give_their_calibration(name):
+    controller = make(name)
+    assert controller.score_powers(PLAN) == controller.calibration.score_power
+
+
+@pytest.mark.parametrize("name", ["echo_unscheduled", "ddd", "eagle2"])
+def test_rules_with_gates_or_selection_of_their_own_must_be_asked(name):
+    assert make(name).score_powers(PLAN) is None
+
+
+def test_a_guard_passes_it_on_until_the_fallback_decides():
+    class Broken(type(make("echo"))):
+        def plan(self, load: LoadView) -> SpecPlan:
+            raise RuntimeError("broken")
+
+    echo = make("echo")
+    guard = Guarded(echo, make("none"))
+    guard.plan(load_of(2))
+    assert guard.score_powers(PLAN) == echo.calibration.score_power
+    guard = Guarded(Broken.__new__(Broken), make("none"), aside=frozenset())
+    guard.plan(load_of(2))
+    assert guard.score_powers(PLAN) is None
+    foreign = Guarded(make("echo"), make("none"), aside=frozenset({"plan", "extend", "select"}))
+    assert foreign.score_powers(PLAN) is None
+
+
+def test_echo_is_served_on_the_device(tmp_path):
+    engine = tiny.engine(tmp_path, step="device")
+    todo = requests(6, 0.8)
+    plain = serve(engine, make("none"), todo)
+    assert serve(engine, Guarded(make("echo"), make("none")), todo) == plain
+    assert not engine.serving.counts.eager
