@@ -274,10 +274,10 @@ class Tracker:
         """
         expected = self._expected_one(outcomes) if self._one else self._expected(outcomes)
         taken = np.stack([outcomes.verify_seconds, outcomes.draft_seconds], axis=1)
-        ratio = np.log(np.maximum(taken, 1e-9) / np.maximum(np.stack(expected, axis=1), 1e-9))
+        ratio: Floats = np.log(np.maximum(taken, 1e-9) / np.maximum(np.stack(expected, axis=1), 1e-9))
         counts = np.stack([clean, clean & spoken], axis=1) & (taken > 0)
         pace: Floats = np.clip(ratio, -2.0, 2.0)
-        rate: Floats = RATE * counts
+        rate: Floats = np.where(counts, RATE, 0.0)
         return pace, rate
 
     def _expected(self, outcomes: Outcomes) -> tuple[Floats, Floats]:
