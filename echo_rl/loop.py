@@ -6,7 +6,6 @@ Knows nothing about models, prompts or files.
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -221,13 +220,9 @@ class _Workload:
 
     def _admit(self, loop: _Loop) -> None:
         now = self._now(loop)
-        while (upcoming := self.arrivals.next_time(self.seen)) is not None and upcoming <= now:
-            self.seen = upcoming
-            for suite in self.arrivals.due(upcoming, sys.maxsize):  # as if full: the open arrivals alone
-                loop.add(self.source(suite), upcoming)
+        for arrival, suite in self.arrivals.since(self.seen, now, len(loop.in_flight)):
+            loop.add(self.source(suite), arrival)
         self.seen = now
-        for suite in self.arrivals.due(now, len(loop.in_flight)):
-            loop.add(self.source(suite), now)
 
     def _idle(self, loop: _Loop) -> None:
         upcoming = self.arrivals.next_time(self.seen)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -151,6 +152,18 @@ class Arrivals:
         if missing > 0:
             suites += [_pick(self._here.phase, self._closed_suites) for _ in range(missing)]
         return suites
+
+    def since(self, seen: float, now: float, in_flight: int) -> list[tuple[float, str]]:
+        """When each request after `seen` up to `now` arrived, and its suite.
+
+        Open arrivals come at their own times, closed ones now. `in_flight` are those before them; they
+        count on their being added.
+        """
+        found = []
+        while (upcoming := self.next_time(seen)) is not None and upcoming <= now:
+            seen = upcoming
+            found += [(upcoming, suite) for suite in self.due(upcoming, sys.maxsize)]  # as if full: the open ones alone
+        return found + [(now, suite) for suite in self.due(now, in_flight + len(found))]
 
     def next_time(self, now: float) -> float | None:
         """When an idle server should look again: the next open arrival or change of phase, after `now`.

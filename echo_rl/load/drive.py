@@ -103,12 +103,8 @@ class _Run:
 
     def _due(self, now: float) -> list[tuple[float, str]]:
         """When each new request arrived, and its suite; no more than are still to be sent."""
-        found = []
-        while (upcoming := self.arrivals.next_time(self.seen)) is not None and upcoming <= now:
-            self.seen = upcoming
-            found += [(upcoming, suite) for suite in self.arrivals.due(upcoming, sys.maxsize)]  # the open ones alone
+        found = self.arrivals.since(self.seen, now, self.in_flight)
         self.seen = now
-        found += [(now, suite) for suite in self.arrivals.due(now, self.in_flight + len(found))]
         return found[: self.requests - self.sent]
 
     async def _wait(self) -> None:

@@ -9,7 +9,7 @@ from echo_rl.controllers import make
 from echo_rl.controllers.guarded import Guarded
 from tests import tiny
 from tests.controllers.conftest import load_of
-from tests.runtime.test_device_step import requests, serve
+from tests.runtime.driving import requests, run
 
 PLAN = SpecPlan(8, 3, 2)
 
@@ -44,6 +44,6 @@ def test_a_guard_passes_it_on_until_the_fallback_decides():
 def test_echo_is_served_on_the_device(tmp_path):
     engine = tiny.engine(tmp_path, step="device")
     todo = requests(6, 0.8)
-    plain = serve(engine, make("none"), todo)
-    assert serve(engine, Guarded(make("echo"), make("none")), todo) == plain
+    plain = run(engine, make("none"), todo)
+    assert run(engine, Guarded(make("echo"), make("none")), todo) == plain
     assert not engine.serving.counts.eager

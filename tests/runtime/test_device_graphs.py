@@ -16,7 +16,8 @@ from echo_rl.runtime.ondevice.graphs import Graphs
 from echo_rl.runtime.ondevice.rule import DevicePlan
 from echo_rl.runtime.ondevice.step import DeviceStep
 from tests import tiny
-from tests.runtime.test_device_step import Ruled, assert_equal_reports, both, requests, serve
+from tests.runtime.driving import requests, run
+from tests.runtime.test_device_step import Ruled, assert_equal_reports, both
 
 
 class FakeGraph:
@@ -48,7 +49,7 @@ def test_replays_serve_exactly_as_the_eager_step(tmp_path_factory, temperature):
     todo = requests(7, temperature)
     for plan in (SpecPlan(20, 4, 3, ((1, 0.02),)), SpecPlan(9, 3, 1), AUTOREGRESSIVE):
         expected, got = Ruled(0, fixed=plan), Ruled(0, fixed=plan)
-        assert serve(device, got, todo) == serve(eager, expected, todo)
+        assert run(device, got, todo) == run(eager, expected, todo)
         assert_equal_reports(expected.reports, got.reports)
     counts = device.serving.graphs.counts
     assert counts.replayed > counts.captured > 0 and not counts.dropped
@@ -56,8 +57,8 @@ def test_replays_serve_exactly_as_the_eager_step(tmp_path_factory, temperature):
 
 def test_few_graphs_are_kept(tmp_path):
     device = with_graphs(tiny.engine(tmp_path, prefill_chunk=16, step="device"), most=3)
-    plain = serve(device, Ruled(0, fixed=AUTOREGRESSIVE), requests(9, 0.8))
-    assert serve(device, Ruled(1), requests(9, 0.8)) == plain
+    plain = run(device, Ruled(0, fixed=AUTOREGRESSIVE), requests(9, 0.8))
+    assert run(device, Ruled(1), requests(9, 0.8)) == plain
     assert len(device.serving.graphs) == 3 and device.serving.graphs.counts.dropped > 0
 
 
@@ -70,7 +71,7 @@ def test_padding_changes_nothing(tmp_path_factory):
     buckets.requests, buckets.nodes = (32,), (64 * 24,)
     todo = requests(5, 0.8)
     a, b = Ruled(4), Ruled(4)
-    assert serve(loose, b, todo) == serve(tight, a, todo)
+    assert run(loose, b, todo) == run(tight, a, todo)
     assert_equal_reports(a.reports, b.reports)
 
 

@@ -17,6 +17,7 @@ from echo_rl.errors import ConfigError
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.ondevice.step import DeviceStep
 from tests import tiny
+from tests.runtime.driving import requests, run
 
 POWERS = (0.8, 0.9, 1.3)
 
@@ -49,36 +50,6 @@ class Ruled(CalibratedSelection):
         self.reports.append(report)
 
 
-def requests(count: int, temperature: float = 0.0, tokens: int = 20, **params: object) -> list[Request]:
-    rng = random.Random(count)
-    return [
-        Request(
-            f"r{i}",
-            tuple(rng.randrange(1, tiny.VOCAB) for _ in range(rng.randint(1, 40))),
-            SamplingParams(temperature=temperature, seed=i, max_new_tokens=tokens, **params),
-        )
-        for i in range(count)
-    ]
-
-
-def serve(engine: Engine, controller, todo: list[Request]) -> dict[str, list[int]]:
-    """All requests to completion, arriving two at a time; the conservation law and the budget checked every step."""
-    outputs: dict[str, list[int]] = {r.id: [] for r in todo}
-    todo = list(todo)
-    while todo or engine.has_work:
-        for request in todo[:2]:
-            engine.add(request)
-        todo = todo[2:]
-        report = engine.step(controller)
-        engine.check_integrity()
-        assert report.verified <= report.plan.budget
-        for output in report.outputs:
-            assert output.finish_reason != "error"
-            outputs[output.id] += output.tokens
-    assert engine.block_manager.used_share == 0.0
-    return outputs
-
-
 def both(tmp_path_factory, **settings) -> tuple[Engine, Engine]:
     made = []
     for step in ("eager", "device"):
@@ -109,7 +80,7 @@ def test_serves_exactly_as_the_eager_step(engines, batch, temperature):
     accepted = 0
     for seed in range(3):
         expected, got = Ruled(seed), Ruled(seed)
-        assert serve(device, got, todo) == serve(eager, expected, todo)
+        assert run(device, got, todo) == run(eager, expected, todo)
         assert_equal_reports(expected.reports, got.reports)
         accepted += sum(r.accepted for r in got.reports)
     assert accepted > 0, "nothing was ever accepted: the test shows nothing"
@@ -121,7 +92,7 @@ def test_chains_and_trees_of_any_budget(engines, plan):
     eager, device = engines
     todo = requests(5, 0.8)
     expected, got = Ruled(0, fixed=plan), Ruled(0, fixed=plan)
-    assert serve(device, got, todo) == serve(eager, expected, todo)
+    assert run(device, got, todo) == run(eager, expected, todo)
     assert_equal_reports(expected.reports, got.reports)
 
 
@@ -131,7 +102,7 @@ def test_gates_stop_the_same_requests(engines):
     gates = ((0, 0.08), (1, 0.03), (2, 0.005))
     expected, got = (Ruled(0, fixed=SpecPlan(80, 5, 3, gates)) for _ in range(2))
     todo = requests(8)
-    assert serve(device, got, todo) == serve(eager, expected, todo)
+    assert run(device, got, todo) == run(eager, expected, todo)
     assert_equal_reports(expected.reports, got.reports)
     stops = {tree.drafted_depth for r in got.reports for tree in r.trees}
     assert {1, 2, 5} <= stops, "a gate stopped nobody or everybody"
@@ -146,11 +117,11 @@ def test_filters_and_mixed_requests(engines):
         *(replace(r, id=f"g{r.id}") for r in requests(2, 0.0, top_p=0.5)),
     ]
     expected, got = Ruled(3), Ruled(3)
-    outputs = serve(device, got, todo)
-    assert outputs == serve(eager, expected, todo)
+    outputs = run(device, got, todo)
+    assert outputs == run(eager, expected, todo)
     assert_equal_reports(expected.reports, got.reports)
     free = [replace(r, params=replace(r.params, top_k=0, top_p=1.0)) for r in todo]
-    assert serve(device, Ruled(3), free) != outputs, "the filters changed nothing"
+    assert run(device, Ruled(3), free) != outputs, "the filters changed nothing"
 
 
 def test_as_many_prompts_end_as_a_chunk_holds(engines):
@@ -175,7 +146,7 @@ def test_the_drafter_catches_up_after_plain_steps(engines):
 
     expected, got = Late(0), Late(0)
     todo = requests(2, tokens=60)
-    assert serve(device, got, todo) == serve(eager, expected, todo)
+    assert run(device, got, todo) == run(eager, expected, todo)
     assert_equal_reports(expected.reports, got.reports)
 
 
@@ -190,16 +161,16 @@ def test_what_only_the_host_can_decide_is_served_by_the_eager_step(tmp_path):
             return pack(forest, per_request_top_k(forest, 1))
 
     todo = requests(2, 0.8)
-    plain = serve(engine, Ruled(0, fixed=AUTOREGRESSIVE), todo)
+    plain = run(engine, Ruled(0, fixed=AUTOREGRESSIVE), todo)
     assert not engine.serving.counts.eager
     plan = SpecPlan(8, 3, 2)
-    assert serve(engine, Own(0, fixed=plan), todo) == plain
+    assert run(engine, Own(0, fixed=plan), todo) == plain
     assert set(engine.serving.counts.eager) == {"controller"}
-    serve(engine, Ruled(0, fixed=replace(plan, nested=True)), todo)
-    serve(engine, Ruled(0, fixed=plan), [replace(r, logprobs=2) for r in todo])
+    run(engine, Ruled(0, fixed=replace(plan, nested=True)), todo)
+    run(engine, Ruled(0, fixed=plan), [replace(r, logprobs=2) for r in todo])
     assert {"controller", "nested", "logprobs"} == set(engine.serving.counts.eager)
     device = engine.serving.counts.device
-    assert serve(engine, Ruled(1), todo) == plain and engine.serving.counts.device > device
+    assert run(engine, Ruled(1), todo) == plain and engine.serving.counts.device > device
 
 
 def test_a_drafter_that_is_not_there_is_named(tmp_path):
@@ -215,7 +186,7 @@ def test_logits_that_are_not_finite_fail_one_request_only(tmp_path):
     engine = tiny.engine(tmp_path, step="device")
     engine.runner.target.embed[200] = float("nan")
     good, bad = (Request(n, (t, 7, 8), SamplingParams(max_new_tokens=6)) for n, t in (("good", 5), ("bad", 200)))
-    alone = serve(engine, Ruled(0, fixed=AUTOREGRESSIVE), [good])["good"]
+    alone = run(engine, Ruled(0, fixed=AUTOREGRESSIVE), [good])["good"]
     engine.add(good)
     engine.add(bad)
     outputs, reasons = [], {}
@@ -238,14 +209,14 @@ def test_one_wait_a_step(engines):
     _, device = engines
     before, served = device.serving.landing.waits, device.serving.counts.device
     ruled = Ruled(1)
-    serve(device, ruled, requests(4, 0.8))
+    run(device, ruled, requests(4, 0.8))
     assert device.serving.landing.waits - before == device.serving.counts.device - served == len(ruled.reports)
 
 
 def test_phases_add_up_to_the_step(engines):
     _, device = engines
     ruled = Ruled(0, fixed=SpecPlan(20, 4, 3))
-    serve(device, ruled, requests(3))
+    run(device, ruled, requests(3))
     for report in ruled.reports:
         assert (report.times.draft > 0) == report.plan.speculates
         assert report.times.verify > 0 and report.times.select == 0.0

@@ -13,6 +13,7 @@ from echo_rl.controllers.base import BaseController, pack
 from echo_rl.errors import ConfigError, PlanViolation, RequestError
 from echo_rl.runtime.engine import Engine
 from tests import tiny
+from tests.runtime.driving import requests, run
 
 
 class Plain(BaseController):
@@ -57,36 +58,6 @@ class Erratic(BaseController):
 
     def observe(self, report):
         self.reports.append(report)
-
-
-def requests(count: int, temperature: float, tokens: int = 24, **kw: object) -> list[Request]:
-    rng = random.Random(count)
-    return [
-        Request(
-            f"r{i}",
-            tuple(rng.randrange(1, tiny.VOCAB) for _ in range(rng.randint(1, 40))),
-            SamplingParams(temperature=temperature, seed=i, max_new_tokens=tokens, **kw),
-        )
-        for i in range(count)
-    ]
-
-
-def run(engine: Engine, controller, todo: list[Request]) -> dict[str, list[int]]:
-    """All requests to completion, arriving two at a time; the conservation law checked at every step."""
-    outputs: dict[str, list[int]] = {r.id: [] for r in todo}
-    todo = list(todo)
-    while todo or engine.has_work:
-        for request in todo[:2]:
-            engine.add(request)
-        todo = todo[2:]
-        report = engine.step(controller)
-        engine.check_integrity()
-        assert report.verified <= report.plan.budget
-        assert report.plan.speculates or report.drafted == 0
-        for output in report.outputs:
-            outputs[output.id] += output.tokens
-    assert engine.block_manager.used_share == 0.0
-    return outputs
 
 
 @pytest.fixture(scope="module")
