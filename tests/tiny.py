@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -16,6 +17,11 @@ from echo_rl.runtime.engine import Engine
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 256, 32, 4, 4, 2, 16, 48
 COMMON = range(65, 89)
 """Token ids that carry almost all of the tiny target's probability: a random drafter hits them often."""
+
+
+def device() -> str:
+    """Where tiny engines run: ``ECHO_RL_TEST_DEVICE``, by default the CPU whatever the machine has."""
+    return os.environ.get("ECHO_RL_TEST_DEVICE", "cpu")
 
 
 def target_folder(folder: Path, architecture: str = "LlamaForCausalLM", seed: int = 0) -> Path:
@@ -107,10 +113,11 @@ def drafter_folder(folder: Path, hidden: int = HIDDEN, taps: tuple[int, ...] = (
 
 
 def engine(root: Path, **settings: object) -> Engine:
-    """A tiny engine in float32; `settings` override the configuration."""
+    """A tiny engine in float32 on `device`; `settings` override the configuration."""
     values: dict[str, object] = {
         "model": str(target_folder(root / "target")),
         "drafter": str(drafter_folder(root / "drafter")),
-        "device": "cpu", "dtype": "float32", "kv_tokens": 4096, "max_context": 256, "max_nodes": 24, "max_expanded": 40,
+        "device": device(), "dtype": "float32", "kv_tokens": 4096, "max_context": 256, "max_nodes": 24,
+        "max_expanded": 40,
     }  # fmt: skip
     return Engine.load(EngineConfig.from_dict({**values, **settings}))

@@ -66,14 +66,21 @@ class Drafter:
         positions: torch.Tensor,  # [N] int64
         cache: KVCache,
         view: AttentionView,
+        wanted: torch.Tensor | None = None,  # [W] int64, rising; all rows by default
     ) -> torch.Tensor:
-        """[N, hidden], before the final norm: the rows' features for their children."""
+        """[W, hidden], before the final norm: the wanted rows' features for their children.
+
+        The other rows leave their keys and values behind, no more: `view.slots` has N rows, the rest of
+        the view is of the wanted ones.
+        """
         ops = self.ops
         x = self._input(tokens, features)
         q = ops.rope_store(
             self._qkv(x), self._cos, self._sin, positions, view.slots,
             cache.draft_k, cache.draft_v, self.config.heads,
         )  # fmt: skip
+        if wanted is not None:
+            q, features = q.index_select(0, wanted), features.index_select(0, wanted)
         attended = ops.tree_attention(
             q, cache.draft_k, cache.draft_v, view.block_tables, view.block_size,
             view.q_start, view.ctx_lens, view.kv_lens, view.mask, self.config.head_dim**-0.5,
@@ -105,8 +112,6 @@ class Drafter:
         return self._lm_head(self.ops.rms_norm(hidden, self._norm, self.config.eps))
 
     def top(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k most likely next tokens of each row: log-probabilities and target ids, both [N, k]."""
-        logits = self.logits(hidden).float()
-        values, indices = logits.topk(min(k, logits.shape[1]), dim=1)
-        log_probs = (values - logits.logsumexp(dim=1, keepdim=True)).clamp_(max=0.0)
-        return log_probs, self.vocabulary[indices]
+        """The k most likely next tokens of each row: log-probabilities and target ids, both [N, k], best first."""
+        log_probs, columns = self.ops.top_tokens(self.logits(hidden), min(k, len(self.vocabulary)))
+        return log_probs, self.vocabulary.take(columns)

@@ -182,9 +182,10 @@ def _report(
 ) -> StepReport:
     verdict, selection, growth = served.verdict, served.selection, served.growth
     paths = verdict.accepted[: load.batch_size]
-    deepest = int(selection.depths.max()) + 1 if selection.size else 0
-    owner = torch.repeat_interleave(torch.arange(len(selection.counts)), selection.counts.cpu()).tolist()
-    has = {(r, d) for r, d in zip(owner, selection.depths.tolist(), strict=True)}
+    depths = selection.depths.tolist()
+    deepest = max(depths, default=-1) + 1
+    owner = [r for r, count in enumerate(selection.counts.tolist()) for _ in range(count)]
+    has = set(zip(owner, depths, strict=True))
     return StepReport(
         load=load,
         plan=plan,

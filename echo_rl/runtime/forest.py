@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 
 from echo_rl.contracts import NO_GATE, Forest, Frontier, SpecPlan
@@ -47,31 +49,40 @@ def grow(
     drafter: Drafter, cache: KVCache, layout: Layout, roots: torch.Tensor, plan: SpecPlan, extend: Extend
 ) -> Forest:
     """`roots` [B, hidden] are the drafter's states at each request's last committed pair."""
-    batch = len(roots)
+    batch, device = len(roots), roots.device
     log_probs, tokens = drafter.top(roots, plan.width)
     levels = [_Level(tokens, log_probs, torch.full_like(tokens, -1))]
-    alive = torch.ones(batch, dtype=torch.bool, device=roots.device)
-    stop_depth = torch.zeros(batch, dtype=torch.int64, device=roots.device)
-    front = _Expansion(
-        requests=torch.arange(batch, device=roots.device),
-        nodes=torch.arange(tokens.shape[1], device=roots.device).expand(batch, -1),
-        tokens=tokens,
-        scores=log_probs,
-        features=roots[:, None].expand(-1, tokens.shape[1], -1),
-        mask=torch.zeros(batch, tokens.shape[1], 0, dtype=torch.bool, device=roots.device),
-        beams=_first_beams(batch, tokens.shape[1], plan),
-    )
-    first_node = tokens.shape[1]
+    alive = torch.ones(batch, dtype=torch.bool, device=device)
+    stop_depth = np.zeros(batch, dtype=np.int64)
+    front, first_node = _first(roots, levels[0], plan), tokens.shape[1]
     for depth in range(1, plan.max_depth):
         front, alive = _gate(front, alive, levels[-1], depth - 1, plan, extend)
         if not len(front.requests):
             break
-        hidden, mask = _run(drafter, cache, layout, front)
+        requests = front.requests.cpu().numpy()
+        stop_depth[requests] = depth
+        hidden, mask = _run(drafter, cache, layout, front, requests, depth)
+        if depth + 1 == plan.max_depth:
+            levels.append(_of_all(_children(drafter, front, hidden, plan), front.requests, batch))
+            break
         level, front = _branch(drafter, front, hidden, mask, plan, batch, first_node)
         levels.append(level)
-        stop_depth[front.requests] = depth
         first_node += level.tokens.shape[1]
-    return _forest(levels, stop_depth)
+    return _forest(levels, stop_depth, layout)
+
+
+def _first(roots: torch.Tensor, level: _Level, plan: SpecPlan) -> _Expansion:
+    """All of the root's children are expanded."""
+    batch, width = level.tokens.shape
+    return _Expansion(
+        requests=torch.arange(batch, device=roots.device),
+        nodes=torch.arange(width, device=roots.device).expand(batch, -1),
+        tokens=level.tokens,
+        scores=level.scores,
+        features=roots[:, None].expand(-1, width, -1),
+        mask=torch.zeros(batch, width, 0, dtype=torch.bool, device=roots.device),
+        beams=_first_beams(batch, width, plan),
+    )
 
 
 def _gate(
@@ -92,24 +103,23 @@ def _gate(
     return kept, alive
 
 
-def _run(drafter: Drafter, cache: KVCache, layout: Layout, front: _Expansion) -> tuple[torch.Tensor, torch.Tensor]:
-    """Drafter over the expansion: hidden [A, F, hidden] and the mask including the rows themselves [A, F, E + F]."""
+def _run(
+    drafter: Drafter, cache: KVCache, layout: Layout, front: _Expansion, requests: np.ndarray, depth: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drafter over the expansion: hidden [A, F, hidden] and the mask including the rows themselves [A, F, E + F].
+
+    `requests` [A] are the expansion's, on the host; its nodes have `depth` - 1 ancestors in the tree.
+    """
     alive, width = front.tokens.shape
     before = front.mask.shape[2]
-    itself = torch.eye(width, dtype=torch.bool, device=front.mask.device).expand(alive, -1, -1)
-    mask = torch.cat([front.mask, itself], dim=2)
-    context = layout.kv_lens[front.requests]  # [A]
-    logical = context[:, None] + torch.arange(before, before + width, device=context.device)
-    owner = front.requests[:, None].expand(-1, width)
-    depth = mask.sum(dim=2) - 1  # ancestors in the tree
-    rows = torch.full_like(context, width)
-    view = layout.view(
-        layout.slots(owner.reshape(-1), logical.reshape(-1)), rows, context, rows + before,
-        mask.reshape(alive * width, -1), front.requests,
-    )  # fmt: skip
+    mask = torch.cat([front.mask, _identity(width, front.mask.device).expand(alive, -1, -1)], dim=2)
+    context = layout.host_kv_lens[requests]  # [A]
+    slots = layout.host_slots(requests[:, None], context[:, None] + np.arange(before, before + width))
+    starts = np.arange(0, alive * width + 1, width, dtype=np.int32)
+    view = layout.host_view(slots.reshape(-1), starts, context, before + width, mask.view(alive * width, -1), requests)
     hidden = drafter.forward(
         front.tokens.reshape(-1), front.features.reshape(alive * width, -1).contiguous(),
-        (context[:, None] + depth).reshape(-1), cache, view,
+        layout.tensor((context + (depth - 1)).repeat(width)), cache, view,
     )  # fmt: skip
     return hidden.view(alive, width, -1), mask
 
@@ -124,27 +134,51 @@ def _branch(
     first_node: int,
 ) -> tuple[_Level, _Expansion]:
     """Children of the expanded nodes, and the best of them as the next expansion."""
+    level = _children(drafter, front, hidden, plan)
+    alive, expanded = front.tokens.shape
+    fan = level.tokens.shape[1] // expanded
+    best_scores, best, beams = _best(level.scores, front.beams, fan, plan)
+    parents = (best // fan + _row_starts(alive, expanded, best.device)).view(-1)  # rows of the expansion
+    following = _Expansion(
+        front.requests, first_node + best, level.tokens.gather(1, best), best_scores,
+        hidden.view(alive * expanded, -1).index_select(0, parents).view(*best.shape, -1),
+        mask.view(alive * expanded, -1).index_select(0, parents).view(*best.shape, -1), beams,
+    )  # fmt: skip
+    return _of_all(level, front.requests, batch), following
+
+
+def _children(drafter: Drafter, front: _Expansion, hidden: torch.Tensor, plan: SpecPlan) -> _Level:
+    """The children of the expanded nodes of the A requests still alive."""
     alive, expanded = front.tokens.shape
     log_probs, tokens = drafter.top(hidden.reshape(alive * expanded, -1), plan.width)
     fan = tokens.shape[1]
-    scores = (front.scores[:, :, None] + log_probs.view(alive, expanded, fan)).reshape(alive, -1)
-    tokens = tokens.reshape(alive, -1)
-    parents = front.nodes.repeat_interleave(fan, dim=1)
-    best_scores, best, beams = _best(scores, front.beams, fan, plan)
-    parent_row = best // fan
-    rows = torch.arange(alive, device=best.device)[:, None]
-    following = _Expansion(
-        front.requests, first_node + best, tokens.gather(1, best), best_scores, hidden[rows, parent_row],
-        mask[rows, parent_row], beams,
-    )  # fmt: skip
-    if alive == batch:
-        return _Level(tokens, scores, parents), following
-    full = tokens.new_zeros(batch, tokens.shape[1])
+    scores = front.scores[:, :, None] + log_probs.view(alive, expanded, fan)
+    parents = front.nodes[:, :, None].expand(-1, -1, fan)
+    return _Level(tokens.view(alive, -1), scores.view(alive, -1), parents.reshape(alive, -1))
+
+
+def _of_all(level: _Level, requests: torch.Tensor, batch: int) -> _Level:
+    """A level of the A requests still alive as one of all B."""
+    if len(requests) == batch:
+        return level
+    full = level.tokens.new_zeros(batch, level.tokens.shape[1])
     return _Level(
-        full.index_copy(0, front.requests, tokens),
-        scores.new_full((batch, scores.shape[1]), NO_GATE).index_copy(0, front.requests, scores),
-        full.index_copy(0, front.requests, parents),
-    ), following
+        full.index_copy(0, requests, level.tokens),
+        level.scores.new_full(full.shape, NO_GATE).index_copy(0, requests, level.scores),
+        full.index_copy(0, requests, level.parents),
+    )
+
+
+@lru_cache(maxsize=64)
+def _identity(size: int, device: torch.device) -> torch.Tensor:
+    """[size, size] bool. Shared by all callers: to be read only, as `_row_starts`."""
+    return torch.eye(size, dtype=torch.bool, device=device)
+
+
+@lru_cache(maxsize=256)
+def _row_starts(rows: int, width: int, device: torch.device) -> torch.Tensor:
+    """[rows, 1] the place of each row's first element in a flat [rows, width]."""
+    return torch.arange(0, rows * width, width, device=device)[:, None]
 
 
 def _first_beams(batch: int, width: int, plan: SpecPlan) -> torch.Tensor:
@@ -174,12 +208,12 @@ def _best(
     return scores.gather(1, best), best, union.gather(2, best.expand(len(union), -1, -1))
 
 
-def _forest(levels: list[_Level], stop_depth: torch.Tensor) -> Forest:
-    depths = [torch.full((level.tokens.shape[1],), d, dtype=torch.int64) for d, level in enumerate(levels)]
+def _forest(levels: list[_Level], stop_depth: np.ndarray, layout: Layout) -> Forest:
+    sizes = [level.tokens.shape[1] for level in levels]
     return Forest(
         tokens=torch.cat([level.tokens for level in levels], dim=1),
         parents=torch.cat([level.parents for level in levels], dim=1),
-        depths=torch.cat(depths).to(stop_depth.device),
+        depths=layout.tensor(np.arange(len(levels)).repeat(sizes)),
         scores=torch.cat([level.scores for level in levels], dim=1),
-        stop_depth=stop_depth,
+        stop_depth=layout.tensor(stop_depth),
     )

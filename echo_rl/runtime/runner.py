@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy as np
 import torch
 
 from echo_rl.contracts import Forest, Frontier, Selection, SpecPlan
@@ -13,14 +15,16 @@ from echo_rl.errors import ConfigError
 from echo_rl.runtime.drafter import Drafter
 from echo_rl.runtime.forest import grow
 from echo_rl.runtime.kv_cache import KVCache
-from echo_rl.runtime.layout import Layout, spread
+from echo_rl.runtime.layout import Layout
 from echo_rl.runtime.scheduler import Batch
 from echo_rl.runtime.sequence import Sequence
 from echo_rl.runtime.target import Target
 from echo_rl.runtime.verify import RowLogits, SuperTree, flatten
 
 ABSORB_REQUESTS = 16
-"""Requests whose committed tokens the drafter reads in one pass."""
+"""Requests far behind whose committed tokens the drafter reads in one pass."""
+FAR_BEHIND = 16
+"""Most pairs of a request that the drafter reads beside those whose output it needs; more (a prompt) go first."""
 
 
 @dataclass(frozen=True)
@@ -70,35 +74,31 @@ class Runner:
 
     def _catch_up(self, drafter: Drafter, sequences: Seq[Sequence], layout: Layout) -> torch.Tensor:
         """Show the drafter the pairs (feature i, token i + 1) it hasn't seen; [B, hidden] at each last pair."""
-        for begin in range(0, len(sequences), ABSORB_REQUESTS):
-            group = range(begin, min(begin + ABSORB_REQUESTS, len(sequences)))
-            self._absorb(drafter, sequences, layout, group)
-        kv_lens = layout.kv_lens[: len(sequences)]
-        owner, last = torch.arange(len(sequences), device=self.device), kv_lens - 1
-        slots, one = layout.slots(owner, last), torch.ones_like(kv_lens)
-        tokens = torch.tensor([s.tokens[s.kv_len] for s in sequences], device=self.device)
+        far = [i for i, s in enumerate(sequences) if s.kv_len - s.draft_len > FAR_BEHIND]
+        for begin in range(0, len(far), ABSORB_REQUESTS):
+            self._absorb(drafter, sequences, layout, far[begin : begin + ABSORB_REQUESTS])
+        last = layout.host_kv_lens[: len(sequences)] - 1
+        pairs = _unseen(
+            sequences, [(i, min(s.draft_len, s.kv_len - 1), s.kv_len) for i, s in enumerate(sequences)], layout
+        )
+        starts = np.arange(len(sequences) + 1, dtype=np.int32)  # one row a request
         seen = torch.ones(len(sequences), 1, dtype=torch.bool, device=self.device)
-        view = layout.view(slots, one, last, one, seen, owner)
+        view = layout.host_view(pairs.slots, starts, last, 1, seen)
         for sequence in sequences:
             sequence.draft_len = sequence.kv_len
-        return drafter.forward(tokens, drafter.project(self.cache.features[slots]), last, self.cache, view)
+        features = drafter.project(self.cache.features.index_select(0, view.slots))
+        wanted = layout.tensor(pairs.ends - 1) if len(pairs.slots) > len(sequences) else None
+        tokens, positions = layout.tensor(pairs.tokens), layout.tensor(pairs.positions)
+        return drafter.forward(tokens, features, positions, self.cache, view, wanted)
 
-    def _absorb(self, drafter: Drafter, sequences: Seq[Sequence], layout: Layout, group: range) -> None:
+    def _absorb(self, drafter: Drafter, sequences: Seq[Sequence], layout: Layout, group: Seq[int]) -> None:
         """All unseen pairs of these requests but the last of each."""
-        spans = [(i, sequences[i].draft_len, sequences[i].kv_len - 1) for i in group]
-        spans = [(i, begin, end) for i, begin, end in spans if begin < end]
-        if not spans:
-            return
-        tokens = [t for i, begin, end in spans for t in sequences[i].tokens[begin + 1 : end + 1]]
-        requests, begins, counts = (
-            torch.tensor(column, device=self.device)
-            for column in zip(*((i, begin, end - begin) for i, begin, end in spans), strict=True)
-        )
-        owner, local = spread(counts)
-        position = begins[owner] + local
-        slots = layout.slots(requests[owner], position)
+        pairs = _unseen(sequences, [(i, sequences[i].draft_len, sequences[i].kv_len - 1) for i in group], layout)
+        for i in group:
+            sequences[i].draft_len = sequences[i].kv_len - 1
+        slots = layout.tensor(pairs.slots)
         features = drafter.project(self.cache.features[slots])
-        drafter.absorb(torch.tensor(tokens, device=self.device), features, position, self.cache, slots)
+        drafter.absorb(layout.tensor(pairs.tokens), features, layout.tensor(pairs.positions), self.cache, slots)
 
     @torch.inference_mode()
     def verify(self, batch: Batch, selection: Selection, layout: Layout) -> Verified:
@@ -117,14 +117,36 @@ class Runner:
         logits = self.target.logits(hidden if len(rows) == len(hidden) else hidden[rows])
         return RowLogits(logits, {row: i for i, row in enumerate(rows)})
 
-    @torch.inference_mode()
     def keep(self, layout: Layout, accepted: Seq[tuple[int, ...]]) -> None:
         """Move the accepted nodes' keys, values and features behind their roots.
 
         `accepted` [B] are node indices in row order, so node i lies at logical position kv_len + 1 + i.
         """
-        moves = [(r, 1 + node, 1 + j) for r, path in enumerate(accepted) for j, node in enumerate(path) if node != j]
-        if moves:
-            owner, source, target = (torch.tensor(c, device=self.device) for c in zip(*moves, strict=True))
-            base = layout.kv_lens[owner]
-            self.cache.compact(layout.slots(owner, base + source), layout.slots(owner, base + target))
+        moves = [(r, node, j) for r, path in enumerate(accepted) for j, node in enumerate(path) if node != j]
+        if not moves:
+            return
+        base = (layout.host_kv_lens + 1).tolist()
+        source = [layout.host_slot(r, base[r] + node) for r, node, _ in moves]
+        target = [layout.host_slot(r, base[r] + j) for r, _, j in moves]
+        with torch.inference_mode():
+            slots = torch.tensor([source, target], device=self.device)
+            self.cache.compact(slots[0], slots[1])
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Committed pairs (feature of token i, token i + 1) of R requests, one request after the other. n rows."""
+
+    tokens: np.ndarray  # [n] token i + 1
+    positions: np.ndarray  # [n] i
+    slots: np.ndarray  # [n] of token i
+    ends: np.ndarray  # [R] the row after a request's last
+
+
+def _unseen(sequences: Seq[Sequence], spans: Seq[tuple[int, int, int]], layout: Layout) -> _Pairs:
+    """The pairs i in [begin, end) of each (request, begin, end)."""
+    tokens = np.array([t for i, begin, end in spans for t in sequences[i].tokens[begin + 1 : end + 1]])
+    positions = np.array([place for _, begin, end in spans for place in range(begin, end)])
+    owner = np.array([i for i, begin, end in spans for _ in range(begin, end)])
+    ends = np.array(list(accumulate(end - begin for _, begin, end in spans)))
+    return _Pairs(tokens, positions, layout.host_slots(owner, positions), ends)

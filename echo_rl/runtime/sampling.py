@@ -18,10 +18,10 @@ from echo_rl.runtime.ondevice.filtering import outside
 
 @dataclass(frozen=True)
 class Draw:
-    """One token a row: ids [R], and whether the row's logits were finite [R] bool."""
+    """One token a row."""
 
-    tokens: torch.Tensor
-    finite: torch.Tensor
+    tokens: torch.Tensor  # [R] int64
+    best: torch.Tensor  # [R] float32, the row's highest logit: finite only where the row's logits can be used
 
 
 def draw(logits: torch.Tensor, rows: Seq[int], params: Seq[SamplingParams], positions: Seq[int]) -> Draw:
@@ -37,7 +37,7 @@ def draw(logits: torch.Tensor, rows: Seq[int], params: Seq[SamplingParams], posi
         keys = torch.tensor([positions[i] for i in noisy], device=logits.device)
         noise = ops.gumbel(seeds, keys, logits.shape[1], logits.device)
         tokens[noisy] = (_filtered(scaled, chosen) + noise).argmax(dim=1)
-    return Draw(tokens, best.isfinite())
+    return Draw(tokens, best)
 
 
 def _filtered(logits: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:

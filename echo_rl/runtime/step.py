@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
-from echo_rl.contracts import Controller, Forest, PhaseTimes, Selection, SpecPlan, Verdict
+from echo_rl.contracts import NO_GATE, Controller, Forest, PhaseTimes, Selection, SpecPlan, Verdict
 from echo_rl.errors import PlanViolation
 from echo_rl.runtime.runner import Runner
 from echo_rl.runtime.scheduler import Batch
@@ -58,8 +59,10 @@ class Growth:
 
     @classmethod
     def of(cls, forest: Forest) -> Growth:
-        levels = (forest.stop_depth + 1).tolist()
-        return cls(int(forest.exists.sum()), forest.drafting, forest.first_confidence, tuple(levels))
+        scores, depths = forest.scores.cpu().numpy(), forest.depths.cpu().numpy()
+        levels = [stop + 1 for stop in forest.stop_depth.tolist()]
+        confidence = np.exp(scores[:, : np.count_nonzero(depths == 0)].max(axis=1))  # the first level comes first
+        return cls(int(np.count_nonzero(scores > NO_GATE)), forest.drafting, tuple(confidence.tolist()), tuple(levels))
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class EagerStep:
         clock.lap("plan")
         forest = runner.draft(batch.drafting, layout, plan, controller.extend) if plan.speculates else None
         clock.lap("draft")
+        growth = Growth.of(forest) if forest is not None else None
         selection = self._select(controller, forest, plan, len(batch.decodes))
         clock.lap("select")
         verified = runner.verify(batch, selection, layout)
@@ -100,7 +104,7 @@ class EagerStep:
         verdict = accept(verified.tree, verified.logits, params, [s.next_position for s in sampling], logprobs)
         clock.lap("accept")
         runner.keep(layout, verdict.accepted)
-        return Served(verdict, selection, Growth.of(forest) if forest is not None else None)
+        return Served(verdict, selection, growth)
 
     def _select(self, controller: Controller, forest: Forest | None, plan: SpecPlan, decodes: int) -> Selection:
         if forest is None:

@@ -1,10 +1,12 @@
 """Flattened super-tree verification: one row a token, whole batch in one pass, no padding; then `accept`.
 
-Row order: for each decoding request its root and its selected nodes, then each prompt chunk.
+Row order: for each decoding request its root and its selected nodes, then each prompt chunk. The rows are
+laid out on the host, whose dictionary of children decides what is accepted.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -31,57 +33,41 @@ class SuperTree:
 
 def flatten(batch: Batch, selection: Selection, layout: Layout) -> SuperTree:
     """Lay the batch's roots, selected nodes and prompt chunks out as rows."""
-    counts, owner, local, start = _rows(batch, selection, layout)
-    nodes = int((selection.counts + 1).sum()) if batch.decodes else 0  # rows that belong to trees
-    parents, depth = _tree_rows(selection, local[:nodes])
-    parent_rows = parents + start[owner[:nodes]]
-    tokens = _tokens(batch, selection, local[:nodes], layout)
-    kv = layout.kv_lens
-    positions = kv[owner] + torch.cat([depth, local[nodes:]])
-    mask = _mask(parent_rows, depth, local, int(counts.max()))
-    slots = layout.slots(owner, kv[owner] + local)
-    ends = start + counts - 1
-    finishing = [len(batch.decodes) + i for i, chunk in enumerate(batch.chunks) if chunk.last]
-    roots = start[: len(batch.decodes)].tolist() + ends[finishing].tolist()
-    tree = zip(parent_rows.tolist(), tokens[:nodes].tolist(), local[:nodes].tolist(), strict=True)
-    children = {(parent, token): row for row, (parent, token, place) in enumerate(tree) if place}
-    return SuperTree(tokens, positions, layout.view(slots, counts, kv, counts, mask), tuple(roots), children)
+    trees, chunks, depths = len(batch.decodes), batch.chunks, selection.depths.tolist()
+    counts = [count + 1 for count in selection.counts.tolist()] + [chunk.count for chunk in chunks]  # [R]
+    owner, local, starts = spread(counts)  # [N], [N], [R + 1]
+    nodes = selection.size + trees  # rows that belong to trees
+    below = local[:nodes].nonzero()[0]  # [K] the selected nodes' rows
+    tokens = np.empty(len(owner), dtype=np.int64)
+    tokens[starts[:trees]] = [s.tokens[-1] for s in batch.decodes]
+    tokens[below] = selection.tokens.cpu().numpy()
+    tokens[nodes:] = [t for c in chunks for t in c.sequence.tokens[c.sequence.kv_len : c.sequence.kv_len + c.count]]
+    depth = local.copy()  # positions after the request's committed tokens: of a tree's root 0
+    depth[below] = [above + 1 for above in depths]
+    parent_rows = np.arange(nodes)  # roots point at themselves
+    parent_rows[below] = selection.parents.cpu().numpy() + 1 + starts[owner[below]]
+    committed = layout.host_kv_lens[owner]
+    mask = layout.tensor(_mask(parent_rows, max(depths, default=-1) + 1, local, max(counts)))
+    view = layout.host_view(layout.host_slots(owner, committed + local), starts, layout.host_kv_lens, counts, mask)
+    finishing = [r for r, chunk in enumerate(chunks, trees) if chunk.last]
+    roots = starts[:trees].tolist() + [int(starts[r + 1]) - 1 for r in finishing]
+    edges = zip(parent_rows[below].tolist(), tokens[below].tolist(), strict=True)
+    children = dict(zip(edges, below.tolist(), strict=True))
+    return SuperTree(layout.tensor(tokens), layout.tensor(committed + depth), view, tuple(roots), children)
 
 
-def _rows(batch: Batch, selection: Selection, layout: Layout) -> tuple[torch.Tensor, ...]:
-    chunks = torch.tensor([chunk.count for chunk in batch.chunks], dtype=torch.int64, device=layout.device)
-    counts = torch.cat([selection.counts + 1, chunks])  # [R]
-    owner, local = spread(counts)
-    return counts, owner, local, counts.cumsum(0) - counts
+def _mask(parent_rows: np.ndarray, depth: int, local: np.ndarray, width: int) -> np.ndarray:
+    """[N, W]: tree rows see their ancestors and themselves, prompt rows see the chunk so far.
 
-
-def _tree_rows(selection: Selection, local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Parent (local row, roots point at themselves) and depth (0 = root) of every tree row."""
-    parents, depth = torch.zeros_like(local), torch.zeros_like(local)
-    parents[local > 0] = selection.parents + 1
-    depth[local > 0] = selection.depths + 1
-    return parents, depth
-
-
-def _tokens(batch: Batch, selection: Selection, local: torch.Tensor, layout: Layout) -> torch.Tensor:
-    tree = torch.empty_like(local)
-    tree[local > 0] = selection.tokens
-    tree[local == 0] = layout.tensor(np.array([s.tokens[-1] for s in batch.decodes], dtype=np.int64))
-    prompt = [t for c in batch.chunks for t in c.sequence.tokens[c.sequence.kv_len : c.sequence.kv_len + c.count]]
-    return torch.cat([tree, layout.tensor(np.array(prompt, dtype=np.int64))])
-
-
-def _mask(parent_rows: torch.Tensor, depth: torch.Tensor, local: torch.Tensor, width: int) -> torch.Tensor:
-    """[N, W]: tree rows see their ancestors and themselves, prompt rows see the chunk so far."""
+    `depth` is that of the deepest tree row, roots having 0.
+    """
     nodes = len(parent_rows)
-    mask = local[:, None] >= torch.arange(width, device=local.device)
-    if nodes:
-        mask[:nodes] = False
-        rows = torch.arange(nodes, device=local.device)
-        ancestor = rows
-        for _ in range(int(depth.max()) + 1):
-            mask[rows, local[ancestor]] = True
-            ancestor = parent_rows[ancestor]
+    mask: np.ndarray = local[:, None] >= np.arange(width)
+    mask[:nodes] = False
+    ancestor = rows = np.arange(nodes)
+    for _ in range(depth + 1):
+        mask[rows, local[ancestor]] = True
+        ancestor = parent_rows[ancestor]
     return mask
 
 
@@ -117,8 +103,8 @@ def accept(
         rows = [logits.place[current[q]] for q in active]
         drawn = draw(logits.values, rows, [params[q] for q in active], places)
         walking = []
-        for i, (q, token, finite) in enumerate(zip(active, drawn.tokens.tolist(), drawn.finite.tolist(), strict=True)):
-            if not finite:
+        for i, (q, token, logit) in enumerate(zip(active, drawn.tokens.tolist(), drawn.best.tolist(), strict=True)):
+            if not math.isfinite(logit):
                 failed.add(q)
                 continue
             tokens[q].append(token)

@@ -63,11 +63,10 @@ def gate_topk(
     width: int,
 ) -> Level:
     batch, front = front_scores.shape
-    x = logits.float()
-    values, tokens = (t[:, :fan] for t in x.sort(dim=1, descending=True, stable=True))
-    total = x.logsumexp(dim=1, keepdim=True)
-    log_probs = (values - total).clamp(max=0.0).where(total.isfinite(), NOTHING).view(batch, front, fan)
-    scores = (front_scores[:, :, None] + log_probs).where(alive[:, None, None], NOTHING).flatten(1)
+    log_probs, tokens = reference.top_tokens(logits, fan)
+    scores = (
+        (front_scores[:, :, None] + log_probs.view(batch, front, fan)).where(alive[:, None, None], NOTHING).flatten(1)
+    )
     if vocabulary is not None:
         tokens = vocabulary[tokens]
     there = scores > NOTHING

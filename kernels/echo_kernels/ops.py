@@ -197,6 +197,31 @@ class Ops:
             need(False, f"vocab is {vocab}; give a positive count")
         return self._impl.gumbel(seeds, positions, vocab, torch.device(device))
 
+    def pack_weight(self, weight: Tensor) -> Tensor | None:
+        """weight [N, K] laid out for `linear`: panels [N / 32, K / 2, 32, 2], element [p, k, c, h] being
+        weight[32 p + c, 2 k + h]. None where torch's own product is the better one: on other
+        devices, dtypes and processors (it takes AVX512-BF16, without AMX), N no multiple of 32, odd K.
+        """
+        need_float("weight", weight, self._dtypes)
+        need_matrix("weight", weight)
+        return self._impl.pack_weight(weight)
+
+    def linear(self, x: Tensor, panels: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [R, K] bfloat16 times a packed matrix, plus bias [N] -> [R, N].
+
+        Sums are float32 and rounded once. A row's result does not depend on the other rows.
+        """
+        need_float("x", x, self._dtypes)
+        need_matrix("x", x)
+        need_dtype("panels", panels, x.dtype)
+        if panels.dim() != 4 or panels.shape[2:] != (32, 2) or not panels.is_contiguous():
+            need(False, f"panels has shape {tuple(panels.shape)}; give what `pack_weight` returned")
+        if x.shape[1] != 2 * panels.shape[1]:
+            need(False, f"x has width {x.shape[1]}; the packed matrix takes {2 * panels.shape[1]}")
+        if bias is not None:
+            _need_weight("bias", bias, 32 * panels.shape[0], x)
+        return self._impl.linear(x, panels, bias)
+
     def best_token(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest token of some rows: logits [N, V], rows [R] int64 -> (tokens [R] int64, their logits [R]
         float32).
@@ -211,6 +236,18 @@ class Ops:
         if not logits.shape[1]:
             need(False, "logits has no column; give a vocabulary")
         return self._impl.best_token(logits, rows)
+
+    def top_tokens(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k likeliest tokens of every row: logits [N, V] -> (log-probabilities [N, k] float32, tokens [N, k]).
+
+        Tokens are int64. Best first; of equal logits the lower token. Log-probabilities are at most 0, and -inf
+        in a row whose logits hold a NaN or +inf or nothing above -inf. A place of -inf names token 0.
+        """
+        need_float("logits", logits, self._dtypes)
+        need_matrix("logits", logits)
+        if not 1 <= k <= logits.shape[1]:
+            need(False, f"k is {k}; give 1 to {logits.shape[1]}, the columns of logits")
+        return self._impl.top_tokens(logits, k)
 
 
 def _need_weight(name: str, weight: Tensor, width: int, like: Tensor) -> None:

@@ -103,9 +103,27 @@ def gumbel_uniform(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     return ((bits.float() + 0.5) * 2.0**-32).clamp(max=BELOW_ONE)
 
 
+def pack_weight(weight: Tensor) -> None:
+    """torch's own product is the better one here."""
+
+
+def linear(x: Tensor, panels: Tensor, bias: Tensor | None) -> Tensor:
+    weight = panels.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)  # [N, K]
+    product = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    return product.to(x.dtype)
+
+
 def best_token(logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     best, tokens = logits[rows].float().max(dim=1)  # max propagates NaN
     return tokens.masked_fill(best.isnan(), 0), best
+
+
+def top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    x = logits.float()
+    values, tokens = (t[:, :k] for t in x.sort(dim=1, descending=True, stable=True))
+    total = x.logsumexp(dim=1, keepdim=True)
+    log_probs = (values - total).clamp(max=0.0).where(total.isfinite(), float("-inf"))
+    return log_probs, tokens.where(log_probs > float("-inf"), 0)
 
 
 def _normalise(x: Tensor, eps: float) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from echo_kernels import ops_for
 from echo_kernels.device_interface import Level
 from echo_kernels.device_ops import DeviceOps
 from echo_rl.contracts import Frontier, SpecPlan
@@ -80,7 +81,7 @@ def test_grows_what_the_runtime_grows(ops: DeviceOps, seed, batch, front, width)
     vocabulary = torch.randperm(40, generator=g)
     made = ops.gate_topk(logits, scores, nodes, alive, torch.full((batch,), 0.2), vocabulary, width, width)
 
-    drafter = SimpleNamespace(logits=lambda hidden: hidden, vocabulary=vocabulary)
+    drafter = SimpleNamespace(logits=lambda hidden: hidden, vocabulary=vocabulary, ops=ops_for("cpu"))
     drafter.top = lambda hidden, k: Drafter.top(drafter, hidden, k)
     kept = alive.nonzero().squeeze(1)
     some = torch.zeros(len(kept), front, 1)

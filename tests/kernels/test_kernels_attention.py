@@ -264,3 +264,29 @@ def test_cpp_rejects_lengths_that_disagree(cpp: Ops, field: str, values: list[in
     setattr(case, field, torch.tensor(values, dtype=torch.int32))
     with pytest.raises(ValueError, match=message):
         case.run(cpp)
+
+
+@pytest.mark.parametrize("ctx", [0, 3, 60, 70, 250])
+def test_cpp_gives_a_path_in_a_tree_the_bits_of_the_path_alone(cpp: Ops, dtype: torch.dtype, ctx: int) -> None:
+    """Speculation must not show in the numbers: a node's row equals the row of plain decoding."""
+    g, nodes, group, kv_heads, dim = torch.Generator().manual_seed(ctx), 90, 3, 2, 64
+    parents = [-1] + [int(torch.randint(0, n, (), generator=g)) for n in range(1, nodes)]
+    mask = torch.zeros(nodes, nodes, dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        mask[node] = mask[parent] if parent >= 0 else False
+        mask[node, node] = True
+    rows = torch.randn(2, ctx + nodes, kv_heads, dim, generator=g).to(dtype) * 2
+    q = torch.randn(nodes, group * kv_heads, dim, generator=g).to(dtype) * 2
+
+    def attend(queries: Tensor, kept: Tensor, seen: Tensor) -> Tensor:
+        k, v = rows[:, kept].contiguous()
+        pages = torch.arange(len(kept), dtype=torch.int32)[None]
+        lengths = (torch.tensor([n], dtype=torch.int32) for n in (len(kept) - seen.shape[1], len(kept)))
+        start = torch.tensor([0, len(queries)], dtype=torch.int32)
+        return cpp.tree_attention(queries, k, v, pages, 1, start, *lengths, seen, dim**-0.5)
+
+    tree = attend(q, torch.arange(ctx + nodes), mask)
+    for node in range(0, nodes, 7):
+        path = ctx + mask[node].nonzero()[:, 0]
+        alone = attend(q[node : node + 1], torch.cat([torch.arange(ctx), path]), torch.ones(1, len(path)) > 0)
+        assert torch.equal(alone[0], tree[node])

@@ -10,9 +10,9 @@ import torch
 
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import AUTOREGRESSIVE, LoadView, PhaseTimes, Request, SamplingParams, SpecPlan
-from echo_rl.controllers.base import pack, per_request_top_k
 from echo_rl.controllers.echo import CalibratedSelection
 from echo_rl.controllers.gates import GateCalibration
+from echo_rl.controllers.picking import pack, per_request_top_k
 from echo_rl.errors import ConfigError
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.ondevice.step import DeviceStep
@@ -199,7 +199,8 @@ def test_logits_that_are_not_finite_fail_one_request_only(tmp_path):
 
 
 def test_the_step_is_chosen_once_by_device_or_by_name(tmp_path):
-    assert not isinstance(tiny.engine(tmp_path).serving, DeviceStep)
+    assert isinstance(tiny.engine(tmp_path).serving, DeviceStep) == tiny.device().startswith("cuda")
+    assert not isinstance(tiny.engine(tmp_path, step="eager").serving, DeviceStep)
     assert isinstance(tiny.engine(tmp_path, step="device").serving, DeviceStep)
     with pytest.raises(ConfigError, match="auto, eager or device"):
         EngineConfig(step="graph")
@@ -236,7 +237,7 @@ def test_the_cache_holds_the_same_rows(engines):
         assert sequences and sum(r.accepted for r in ruled.reports) > 0
         layout, cache = engine.runner.layout(sequences), engine.runner.cache
         for i, s in enumerate(sequences):
-            place = torch.arange(s.kv_len)
+            place = torch.arange(s.kv_len, device=cache.k.device)
             slots = layout.slots(torch.full_like(place, i), place)
             seen.append(torch.cat([t.flatten() for t in (cache.k[:, slots], cache.v[:, slots], cache.features[slots])]))
             drafted = slots[: s.draft_len]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from echo_rl.contracts import AUTOREGRESSIVE, Forest, Frontier, LoadView, Request, SamplingParams, Selection, SpecPlan
-from echo_rl.controllers.base import BaseController, pack
+from echo_rl.controllers.base import BaseController
+from echo_rl.controllers.picking import pack
 from echo_rl.errors import ConfigError, PlanViolation, RequestError
 from echo_rl.runtime.engine import Engine
 from tests import tiny
@@ -40,7 +41,7 @@ class Erratic(BaseController):
         return SpecPlan(self.rng.randint(1, 60), self.rng.randint(1, 5), self.rng.randint(1, 8), gates)
 
     def extend(self, frontier: Frontier, plan: SpecPlan) -> torch.Tensor:
-        return torch.tensor([self.rng.random() < 0.7 for _ in frontier.alive])
+        return torch.tensor([self.rng.random() < 0.7 for _ in frontier.alive], device=frontier.alive.device)
 
     def select(self, forest: Forest, plan: SpecPlan) -> Selection:
         """A random pick, closed under ancestors, within the budget."""

@@ -12,9 +12,11 @@ from echo_rl.contracts import AUTOREGRESSIVE, Forest, LoadView, Request, Samplin
 from echo_rl.controllers.base import BaseController
 from echo_rl.runtime.architecture import rope_table
 from echo_rl.runtime.engine import Engine
+from echo_rl.runtime.runner import FAR_BEHIND
 from tests import tiny
 
-PROMPTS = ((70, 71, 72, 80, 66), (75,) * 9, (66, 67))
+PROMPTS = ((70, 71, 72, 80, 66), (75,) * (FAR_BEHIND + 9), (66, 67))
+"""One of them long enough that all but its last pair are absorbed apart."""
 
 
 class Snapshot(BaseController):
@@ -83,10 +85,10 @@ def test_scores_and_structure_equal_the_literal_drafter(engine, plan):
     for _ in range(4):
         sequences = list(engine.scheduler.running)
         before = [(list(s.tokens), s.kv_len) for s in sequences]
-        features = [engine.runner.cache.features[_slots(s, engine)].clone() for s in sequences]
+        features = [engine.runner.cache.features[_slots(s, engine)].clone().cpu() for s in sequences]
         engine.step(snapshot)
     forest = snapshot.forest
-    weights, embed = tiny.drafter_tensors(tiny.drafter_config()), engine.runner.target.embed
+    weights, embed = tiny.drafter_tensors(tiny.drafter_config()), engine.runner.target.embed.cpu()
     assert forest.scores.shape == (3, plan.width + (plan.max_depth - 1) * plan.width**2)
     for r, (tokens, kv_len) in enumerate(before):
         assert len(tokens) == kv_len + 1

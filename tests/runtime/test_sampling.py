@@ -49,4 +49,4 @@ def test_a_draw_depends_on_its_own_row_alone():
 def test_rows_that_are_not_finite_are_flagged(bad):
     logits = torch.zeros(2, 8)
     logits[1, 3] = bad
-    assert draw(logits, [0, 1], [SamplingParams()] * 2, [0, 0]).finite.tolist() == [True, False]
+    assert draw(logits, [0, 1], [SamplingParams()] * 2, [0, 0]).best.isfinite().tolist() == [True, False]

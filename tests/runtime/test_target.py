@@ -6,6 +6,7 @@ import functools
 import json
 import operator
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,14 +33,15 @@ def own_logits(target: Target, prompts: list[list[int]], split: int) -> list[tor
     for begin, end in ((0, split), (split, 99)):
         layout = Layout(sequences, 4, device)
         chunks = [p[begin:end] for p in prompts]
-        counts = torch.tensor([len(c) for c in chunks])
-        owner, local = spread(counts)
-        positions = layout.kv_lens[owner] + local
-        mask = local[:, None] >= torch.arange(int(counts.max()))
-        view = layout.view(layout.slots(owner, positions), counts, layout.kv_lens, counts, mask)
+        counts = [len(c) for c in chunks]
+        owner, local, starts = spread(counts)
+        positions = layout.host_kv_lens[owner] + local
+        mask = torch.from_numpy(local[:, None] >= np.arange(max(counts)))
+        slots = layout.host_slots(owner, positions)
+        view, positions = layout.host_view(slots, starts, layout.host_kv_lens, counts, mask), layout.tensor(positions)
         hidden, _ = target.forward(torch.tensor(functools.reduce(operator.iadd, chunks, [])), positions, cache, view)
         for s, chunk, piece, out in zip(
-            sequences, chunks, pieces, target.logits(hidden).float().split(counts.tolist()), strict=True
+            sequences, chunks, pieces, target.logits(hidden).float().split(counts), strict=True
         ):
             s.kv_len += len(chunk)
             piece.append(out)

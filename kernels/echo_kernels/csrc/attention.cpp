@@ -1,8 +1,15 @@
 // Paged, ragged tree attention on the CPU. One task = (request, KV head, tile of query rows): it
 // converts each block of keys and values to float32 once and uses it for the tile's rows times the
 // G query heads of the group, with a running (online) softmax. Tasks are handed out dynamically.
+//
+// A row's result does not depend on the rows beside it, nor on where invisible keys lie between the
+// visible ones: a path in a tree and the same tokens one by one give the same bits. For that, keys are
+// added up in order (an invisible one adds zero), the running peak is a power of two, so that going over
+// to a higher one is exact wherever it happens, and the sum of the weights is a double, which loses
+// nothing that a float would show.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -24,14 +31,16 @@ struct Task {
 };
 
 // One thread's working memory. Layouts: keys [dim, BLOCK], values [BLOCK, padded], q [rows, dim],
-// scores [rows, BLOCK], out [rows, padded], sums [rows, LANES], visible [positions, BLOCK].
+// scores [rows, BLOCK], out [rows, padded], sums [rows, LANES] double, visible [positions, BLOCK].
 struct Scratch {
   std::vector<float> store;
   std::vector<uint8_t> visible;
   float *keys, *values, *q, *scores, *out, *sums, *peak;
 
+  double* sums_of(int64_t row) { return reinterpret_cast<double*>(sums) + row * LANES; }
+
   void fit(int64_t rows, int64_t dim, int64_t padded) {
-    const int64_t sizes[] = {dim * BLOCK, padded * BLOCK, rows * dim, rows * BLOCK, rows * padded, rows * LANES, rows};
+    const int64_t sizes[] = {dim * BLOCK, padded * BLOCK, rows * dim, rows * BLOCK, rows * padded, 2 * rows * LANES, rows};
     float** parts[] = {&keys, &values, &q, &scores, &out, &sums, &peak};
     int64_t total = 16;
     for (int64_t size : sizes) total += (size + 15) / 16 * 16;
@@ -90,8 +99,9 @@ std::vector<Task> make_tasks(const AttentionArgs<T>& a, double& flops) {
 template <class T>
 class TileRunner {
  public:
-  TileRunner(const AttentionArgs<T>& args, const Task& task, Scratch& scratch)
-      : a(args), t(task), s(scratch), group(a.heads / a.kv_heads), rows(t.count * group),
+  // `upcoming` is what the thread will probably run next.
+  TileRunner(const AttentionArgs<T>& args, const Task& task, const Task& upcoming, Scratch& scratch)
+      : a(args), t(task), then(upcoming), s(scratch), group(a.heads / a.kv_heads), rows(t.count * group),
         padded((a.dim + LANES - 1) / LANES * LANES), ctx(a.ctx_lens[t.request]), kv(a.kv_lens[t.request]) {
     s.fit(rows, a.dim, padded);
   }
@@ -117,7 +127,7 @@ class TileRunner {
 
  private:
   const AttentionArgs<T>& a;
-  const Task& t;
+  const Task &t, &then;
   Scratch& s;
   const int64_t group, rows, padded, ctx, kv;
 
@@ -129,7 +139,7 @@ class TileRunner {
         store_n(s.q + i * group * a.dim + e, load_n(q + e, group * a.dim - e) * a.scale, group * a.dim - e);
     }
     std::fill_n(s.peak, rows, NONE);
-    std::fill_n(s.sums, rows * LANES, 0.0f);
+    std::fill_n(s.sums, 2 * rows * LANES, 0.0f);
     std::fill_n(s.out, rows * padded, 0.0f);
   }
 
@@ -148,10 +158,18 @@ class TileRunner {
     return any;
   }
 
-  // Offset of a logical position's row of this head in either cache.
-  int64_t row_at(int64_t page, int64_t within) const {
-    const int64_t block = a.tables[t.request * a.table_stride + page];
-    return ((block * a.block_size + within) * a.kv_heads + t.head) * a.dim;
+  // Offset of a logical position's row of a task's head in either cache.
+  int64_t row_at(const Task& task, int64_t page, int64_t within) const {
+    const int64_t block = a.tables[task.request * a.table_stride + page];
+    return ((block * a.block_size + within) * a.kv_heads + task.head) * a.dim;
+  }
+
+  // The row one block on, where the keys go on: of this task, else of the upcoming one's beginning.
+  int64_t row_ahead(int64_t page, int64_t first, int64_t within) const {
+    const int64_t ahead = page + BLOCK / a.block_size;
+    if (ahead * a.block_size < kv) return row_at(t, ahead, within);
+    const int64_t begin = page - first / a.block_size;
+    return begin * a.block_size < a.kv_lens[then.request] ? row_at(then, begin, within) : row_at(t, page, within);
   }
 
   // Keys transposed, values as they are, both float32. Lanes past the block's end repeat its last key.
@@ -159,10 +177,9 @@ class TileRunner {
   void convert_block(int64_t first, int64_t count) {
     const T *keys[BLOCK], *values[BLOCK];
     const int64_t step = a.kv_heads * a.dim;  // from one cache row to the next
-    const int64_t ahead = BLOCK / a.block_size, last = (kv - 1) / a.block_size;
     int64_t page = first / a.block_size, within = first % a.block_size;
     for (int64_t k = 0; k < count; page++, within = 0) {
-      int64_t at = row_at(page, within), next = row_at(std::min(page + ahead, last), within);
+      int64_t at = row_at(t, page, within), next = row_ahead(page, first, within);
       for (; within < a.block_size && k < count; within++, k++, at += step, next += step) {
         keys[k] = a.k_cache + at;
         values[k] = a.v_cache + at;
@@ -193,20 +210,20 @@ class TileRunner {
       const vf x = load(score + v * LANES);
       top = (x > top) ? x : top;
     }
-    const float old = s.peak[r], found = max_lanes(top), peak = found > old ? found : old;
+    const float old = s.peak[r], found = std::ceil(max_lanes(top) * LOG2_E), peak = found > old ? found : old;
     const float base = peak == NONE ? 0.0f : peak;  // nothing visible yet: every weight is e^-inf = 0
-    vf sum = load(s.sums + r * LANES);
+    vd sum = load_raw<vd>(s.sums_of(r));
     if (peak != old && old != NONE) {
-      const float shrink = exp_nonpositive(splat(old - peak))[0];
+      const float shrink = std::exp2(old - peak);
       sum *= shrink;
       for (int64_t d = 0; d < padded; d += LANES) store(s.out + r * padded + d, load(s.out + r * padded + d) * shrink);
     }
     for (int64_t v = 0; v < vectors; v++) {
-      const vf weight = exp_nonpositive(load(score + v * LANES) - base);
+      const vf weight = exp_under(load(score + v * LANES), base);
       store(score + v * LANES, weight);
-      sum += weight;
+      sum += __builtin_convertvector(weight, vd);
     }
-    store(s.sums + r * LANES, sum);
+    std::memcpy(s.sums_of(r), &sum, sizeof sum);
     s.peak[r] = peak;
   }
 
@@ -221,7 +238,7 @@ class TileRunner {
     for (int64_t r = 0; r < rows; r++) {
       const int64_t position = t.first + r / group;
       T* out = a.out + (position * a.heads + t.head * group + r % group) * a.dim;
-      const float sum = sum_lanes(load(s.sums + r * LANES));
+      const float sum = static_cast<float>(sum_lanes(load_raw<vd>(s.sums_of(r))));
       const float inverse = sum == 0.0f && !sees_any(position) ? 0.0f : 1.0f / sum;
       for (int64_t d = 0; d < a.dim; d += LANES) store_n(out + d, load(s.out + r * padded + d) * inverse, a.dim - d);
     }
@@ -234,15 +251,18 @@ template <class T>
 void tree_attention(const AttentionArgs<T>& a) {
   double flops = 0;
   const std::vector<Task> tasks = make_tasks(a, flops);
+  const bool serial = flops < SERIAL_FLOPS || tasks.size() < 2;
+  const size_t threads = serial ? 1 : thread_count();
   std::atomic<size_t> next{0};
   const auto worker = [&](int64_t, int64_t) {
     static thread_local Scratch scratch;
-    for (size_t i; (i = next.fetch_add(1)) < tasks.size();) TileRunner<T>(a, tasks[i], scratch).run();
+    for (size_t i; (i = next.fetch_add(1)) < tasks.size();)
+      TileRunner<T>(a, tasks[i], tasks[std::min(i + threads, tasks.size() - 1)], scratch).run();
   };
-  if (flops < SERIAL_FLOPS || tasks.size() < 2)
+  if (serial)
     worker(0, 1);
   else
-    parallel_for(thread_count(), 1, worker);
+    parallel_for(threads, 1, worker);
 }
 
 template void tree_attention(const AttentionArgs<float>&);

@@ -128,6 +128,33 @@ py::tuple best_token_py(const Tensor& logits, const Tensor& rows) {
   return py::make_tuple(tokens, best);
 }
 
+py::tuple top_tokens_py(const Tensor& logits, int64_t k) {
+  const int64_t n = logits.size(0);
+  Tensor log_probs = at::empty({n, k}, logits.options().dtype(at::kFloat));
+  Tensor tokens = at::empty({n, k}, logits.options().dtype(at::kLong));
+  by_dtype(logits, [&](auto e) {
+    using T = decltype(e);
+    top_tokens<T>(data<T>(logits), data<float>(log_probs), data<int64_t>(tokens), n, logits.size(1), k);
+  });
+  return py::make_tuple(log_probs, tokens);
+}
+
+// None where torch's product is to be used.
+std::optional<Tensor> pack_weight_py(const Tensor& weight) {
+  const int64_t width = weight.size(0), depth = weight.size(1);
+  if (!has_linear() || weight.scalar_type() != at::kBFloat16 || !width || width % PANEL || !depth || depth % 2) return {};
+  Tensor panels = at::empty({width / PANEL, depth / 2, PANEL, 2}, weight.options());
+  pack_panels(data<bf16>(weight), data<bf16>(panels), width, depth);
+  return panels;
+}
+
+Tensor linear_py(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias) {
+  py::gil_scoped_release unlocked;
+  Tensor out = at::empty({x.size(0), panels.size(0) * PANEL}, x.options());
+  linear({data<bf16>(x), data<bf16>(panels), data<bf16>(bias), data<bf16>(out), x.size(0), out.size(1), x.size(1)});
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -139,5 +166,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("compact_kv", &compact_kv_py);
   m.def("gumbel", &gumbel_py);
   m.def("best_token", &best_token_py);
+  m.def("top_tokens", &top_tokens_py);
+  m.def("pack_weight", &pack_weight_py);
+  m.def("linear", &linear_py);
   m.attr("lanes") = LANES;
 }

@@ -59,3 +59,23 @@ void gumbel(const int64_t* seeds, const int64_t* positions, float* out, int64_t 
 // logits [*, vocab]; rows, tokens, best [n].
 template <class T>
 void best_token(const T* logits, const int64_t* rows, int64_t* tokens, float* best, int64_t n, int64_t vocab);
+
+// The k largest logits of each row, as log-probabilities and in falling order, and their indices (equal logits: the
+// lower index first). Rows with NaN, +inf or nothing above -inf give -inf; where there is -inf, index 0.
+// logits [n, vocab]; log_probs, tokens [n, k].
+template <class T>
+void top_tokens(const T* logits, float* log_probs, int64_t* tokens, int64_t n, int64_t vocab, int64_t k);
+
+// A bf16 matrix [width, depth] as linear reads it: panels [width / PANEL, depth / 2, PANEL, 2]; width a multiple
+// of PANEL, depth even. One buffer; what is fetched past its end is never read.
+constexpr int64_t PANEL = 32;
+struct LinearArgs {
+  const bf16* x;       // [n, depth]
+  const bf16* panels;
+  const bf16* bias;    // [width] or null
+  bf16* out;           // [n, width]
+  int64_t n, width, depth;
+};
+bool has_linear();  // whether this processor has the instructions
+void linear(const LinearArgs& a);
+void pack_panels(const bf16* weight, bf16* panels, int64_t width, int64_t depth);

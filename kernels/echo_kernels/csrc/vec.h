@@ -20,6 +20,7 @@ constexpr int LANES = 4;
 using bf16 = uint16_t;  // the bits of a bfloat16
 
 typedef float vf __attribute__((vector_size(LANES * 4)));
+typedef double vd __attribute__((vector_size(LANES * 8)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
 typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
@@ -97,6 +98,11 @@ INLINE float sum_lanes(vf v) {
     for (int i = 0; i < step; i++) s[i] += s[i + step];
   return s[0];
 }
+INLINE double sum_lanes(vd v) {
+  double sum = 0;
+  for (int i = 0; i < LANES; i++) sum += v[i];
+  return sum;
+}
 INLINE float max_lanes(vf v) {
   float s[LANES];
   store(s, v);
@@ -105,23 +111,31 @@ INLINE float max_lanes(vf v) {
   return s[0];
 }
 
-// e^x for x <= 0 (below -87 it is 0), about 1 ulp. NaN in, NaN out.
-INLINE vf exp_nonpositive(vf x) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
-  vf shifted = x * 1.44269504088896341f + magic;
-  vf n = shifted - magic;
-  vf r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
+constexpr float LOG2_E = 1.44269504088896341f;
+constexpr float ROUNDING = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+
+// e^r for |r| <= ln(2) / 2, about 1 ulp.
+INLINE vf exp_small(vf r) {
   vf p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  vf y = p * (r * r) + r + 1.0f;
-  vf power = (vf)(((vu)shifted << 23) + 0x3f800000u);  // 2^n
-  return (x < -87.0f) ? vf{} : y * power;
+  return p * (r * r) + r + 1.0f;
 }
+
+// e^x 2^-base for an integer base >= x log2(e) (below 2^-126 it is 0). NaN in, NaN out. The base enters
+// through the exponent alone: another base gives the same bits of the mantissa.
+INLINE vf exp_under(vf x, float base) {
+  const vf n = (x * LOG2_E + ROUNDING) - ROUNDING, d = n - base;
+  const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const vf power = (vf)((__builtin_convertvector(d, vi) + 127) << 23);
+  return (d < -126.0f) ? vf{} : exp_small(r) * power;
+}
+
+// e^x for x <= 0 (below 2^-126 it is 0), about 1 ulp. NaN in, NaN out.
+INLINE vf exp_nonpositive(vf x) { return exp_under(x, 0.0f); }
 
 // Natural logarithm of positive normal numbers, about 1 ulp (and relatively exact near 1).
 INLINE vf log_positive(vf x) {

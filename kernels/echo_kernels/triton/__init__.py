@@ -6,8 +6,10 @@ Kernels run on the current device, which must be the tensors'. With TRITON_INTER
 first import, they run on the CPU, slowly, for tests.
 """
 
+from echo_kernels.reference import linear, pack_weight
 from echo_kernels.triton.argmax import best_token
 from echo_kernels.triton.attention import tree_attention
+from echo_kernels.triton.gate_topk import top_tokens
 from echo_kernels.triton.gumbel import gumbel
 from echo_kernels.triton.kv import compact_kv
 from echo_kernels.triton.norms import add_rms_norm, rms_norm, silu_mul
@@ -18,8 +20,11 @@ __all__ = [
     "best_token",
     "compact_kv",
     "gumbel",
+    "linear",
+    "pack_weight",
     "rms_norm",
     "rope_store",
     "silu_mul",
+    "top_tokens",
     "tree_attention",
 ]

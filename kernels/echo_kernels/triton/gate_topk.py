@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from echo_kernels import reference
 from echo_kernels.device_interface import Level
+from echo_kernels.device_ops import MAX_FAN
 from echo_kernels.triton.aot_spec import KernelSpec
 
 SPAN = 4096
@@ -57,6 +59,16 @@ def gate_topk(
             POOL=triton.next_power_of_2(splits * fan), SPLITS=triton.next_power_of_2(splits),
         )  # fmt: skip
     return level
+
+
+def top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The level below one root a row, whose score is 0."""
+    if k > MAX_FAN:
+        return reference.top_tokens(logits, k)
+    roots = logits.new_zeros(len(logits), 1, dtype=torch.float32)
+    everyone = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    level = gate_topk(logits, roots, roots.long(), everyone, roots.view(-1), None, k, 1)
+    return level.scores, level.tokens
 
 
 @triton.jit
