@@ -106,6 +106,16 @@ class CostProfile:
         at = (batch, max(rows, batch), context)
         return _interpolate(self.verify, (self.batches, self.rows, self.contexts), at, (False, True, False))
 
+    def verify_each(self, batch: int, rows: Sequence[float], context: float = 0.0) -> list[float]:
+        """`verify_seconds` of passes that differ in their rows alone, for little more than the time of one."""
+        (a0, a1, ta), (c0, c1, tc) = _locate(self.batches, batch, False), _locate(self.contexts, context, False)
+        curve = [line[c0] + tc * (line[c1] - line[c0]) for line in self.verify[a0]]
+        if ta:
+            other = [line[c0] + tc * (line[c1] - line[c0]) for line in self.verify[a1]]
+            curve = [low + ta * (high - low) for low, high in zip(curve, other, strict=True)]
+        places = (_locate(self.rows, max(n, batch), True) for n in rows)
+        return [curve[b0] + tb * (curve[b1] - curve[b0]) for b0, b1, tb in places]
+
     def draft_seconds(self, batch: int, width: int, depth: int) -> float:
         """Drafting a tree of `depth` levels, 0 for none. Linear past the last depth; batch and width are clamped."""
         if depth <= 0:
@@ -141,17 +151,18 @@ class CostProfile:
         the hinge still pay and the knee lies further out.
         """
         price = theta * self.ar_seconds(batch, context) / max(1, batch) * (1.0 + 1e-9)
-        knots = [(r, self.verify_seconds(batch, r, context)) for r in self.rows if r > batch]
+        rows = [r for r in self.rows if r > batch]
+        knots = list(zip(rows, self.verify_each(batch, rows, context), strict=True))
         edges = [(high, (dear - cheap) / (high - low)) for (low, cheap), (high, dear) in pairwise(_lower_hull(knots))]
         reached = 0
-        for rows, slope in edges:
+        for corner, slope in edges:
             if slope > price:
                 break
-            reached = rows - batch
+            reached = corner - batch
         if not reached and knots:
-            rows, seconds = knots[0]
-            flat = seconds - self.ar_seconds(batch, context) <= price * (rows - batch)
-            reached = rows - batch if flat else 0
+            least, seconds = knots[0]
+            flat = seconds - self.ar_seconds(batch, context) <= price * (least - batch)
+            reached = least - batch if flat else 0
         return reached
 
     def hinge(self, batch: int, context: float = 0.0) -> Hinge:
@@ -297,17 +308,18 @@ def _interpolate(
     extrapolate: tuple[bool, bool, bool],
 ) -> float:
     """Trilinear interpolation. At most one axis may extrapolate, which keeps the result monotone along it."""
-    (a0, a1, ta), (b0, b1, tb), (c0, c1, tc) = (
-        _locate(axis, x, e) for axis, x, e in zip(axes, at, extrapolate, strict=True)
-    )
+    a0, a1, ta = _locate(axes[0], at[0], extrapolate[0])
+    b0, b1, tb = _locate(axes[1], at[1], extrapolate[1])
+    c0, c1, tc = _locate(axes[2], at[2], extrapolate[2])
+    low = _face(surface[a0], b0, b1, tb, c0, c1, tc)
+    return low + ta * (_face(surface[a1], b0, b1, tb, c0, c1, tc) - low) if ta else low
 
-    def line(plane: tuple[tuple[float, ...], ...], b: int) -> float:
-        row = plane[b]
-        return row[c0] + tc * (row[c1] - row[c0])
 
-    def face(a: int) -> float:
-        low = line(surface[a], b0)
-        return low + tb * (line(surface[a], b1) - low) if tb else low
-
-    low = face(a0)
-    return low + ta * (face(a1) - low) if ta else low
+def _face(plane: tuple[tuple[float, ...], ...], b0: int, b1: int, tb: float, c0: int, c1: int, tc: float) -> float:
+    """Bilinear interpolation within one plane."""
+    row = plane[b0]
+    low = row[c0] + tc * (row[c1] - row[c0])
+    if not tb:
+        return low
+    row = plane[b1]
+    return low + tb * (row[c0] + tc * (row[c1] - row[c0]) - low)

@@ -13,11 +13,13 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from echo_rl.contracts import StepReport
 from echo_rl.controllers.shapes import MAX_DEPTH, REFERENCE_HIT, pooled_yield, separate_yield
+
+Floats = NDArray[np.float64]
 
 SKILLS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.88, 0.94, 0.98)
 PRIOR_REQUESTS = 48.0
@@ -35,27 +37,26 @@ class AcceptanceModel:
         self._horizon, self._pooled = horizon, pooled
         prior = reference_yield(3.0, MAX_DEPTH, pooled)  # [S, D]
         self._expected = prior * PRIOR_REQUESTS  # [S, D] what each skill would have had accepted
-        self._accepted = self._expected[SKILLS.index(REFERENCE_HIT)].clone()  # [D] what was
+        self._accepted = self._expected[SKILLS.index(REFERENCE_HIT)].copy()  # [D] what was
 
-    def yields(self, options: Sequence[tuple[float, int]], batch: int) -> Tensor:
+    def yields(self, options: Sequence[tuple[float, int]], batch: int) -> Floats:
         """[S, O, D] reference yields of trees of (nodes a request, depth), to be passed to `expected`.
 
         A batch of one cannot move budget between requests and a large one can: the pooled yield
         weighs ``1 - 1 / batch``.
         """
         share = 1.0 - 1.0 / batch if self._pooled else 0.0
-        apart = torch.stack([reference_yield(nodes, depth, False) for nodes, depth in options], dim=1)
-        if not share:
-            return apart
-        return apart.lerp(torch.stack([reference_yield(nodes, depth, True) for nodes, depth in options], dim=1), share)
+        return np.stack([mixed_yield(nodes, depth, share) for nodes, depth in options], axis=1)
 
-    def expected(self, yields: Tensor, miss: float = 1.0) -> Tensor:
+    def expected(self, yields: Floats, miss: float = 1.0) -> Floats:
         """[O] E[L]: accepted nodes a request. `miss` < 1 asks what a drafter with fewer misses would yield."""
         low, share = self._skill(miss)
-        fitted = torch.lerp(self._expected[low], self._expected[low + 1], share)
-        correction = ((self._accepted + PRIOR_REQUESTS / 8) / (fitted + PRIOR_REQUESTS / 8)) if miss == 1.0 else 1.0
-        levels = torch.lerp(yields[low], yields[low + 1], share) * correction
-        return levels.clamp(max=1.0).cummin(1).values.sum(1)
+        levels = yields[low] + share * (yields[low + 1] - yields[low])
+        if miss == 1.0:
+            fitted = self._expected[low] + share * (self._expected[low + 1] - self._expected[low])
+            levels = levels * ((self._accepted + PRIOR_REQUESTS / 8) / (fitted + PRIOR_REQUESTS / 8))
+        total: Floats = np.minimum.accumulate(np.minimum(levels, 1.0), axis=1).sum(1)
+        return total
 
     def observe(self, report: StepReport) -> None:
         batch, depth = report.load.batch_size, min(report.plan.max_depth, MAX_DEPTH)
@@ -63,10 +64,12 @@ class AcceptanceModel:
             return
         nodes = round(4.0 * report.verified / batch) / 4.0 or 0.25
         decay = math.exp(-batch / self._horizon)
-        seen = self.yields(((nodes, depth),), batch)[:, 0, :depth]
-        self._expected[:, :depth] = self._expected[:, :depth] * decay + seen * batch
-        counts = (*report.accepted_by_depth[:depth], *[0] * (depth - len(report.accepted_by_depth)))
-        self._accepted[:depth] = self._accepted[:depth] * decay + torch.tensor(counts, dtype=self._accepted.dtype)
+        expected, accepted = self._expected[:, :depth], self._accepted[:depth]
+        expected *= decay
+        expected += mixed_yield(nodes, depth, 1.0 - 1.0 / batch if self._pooled else 0.0)[:, :depth] * batch
+        counts = report.accepted_by_depth[:depth]
+        accepted *= decay
+        accepted[: len(counts)] += counts
 
     def _skill(self, miss: float) -> tuple[int, float]:
         """The skill whose expected total is what was accepted, as (grid index, share of the next)."""
@@ -81,7 +84,21 @@ class AcceptanceModel:
 
 
 @lru_cache(maxsize=4096)
-def reference_yield(nodes: float, depth: int, pooled: bool) -> Tensor:
-    """[S, D] accepted nodes a request by depth, for each skill. Do not write to it."""
+def reference_yield(nodes: float, depth: int, pooled: bool) -> Floats:
+    """[S, D] accepted nodes a request by depth, for each skill. Read only."""
     rule = pooled_yield if pooled else separate_yield
-    return torch.tensor([rule(nodes, depth, skill) for skill in SKILLS], dtype=torch.float64)
+    return _read_only(np.array([rule(nodes, depth, skill) for skill in SKILLS]))
+
+
+@lru_cache(maxsize=4096)
+def mixed_yield(nodes: float, depth: int, pooled: float) -> Floats:
+    """[S, D] between the yields of equal shares (0) and of one budget for all (1). Read only."""
+    apart = reference_yield(nodes, depth, False)
+    if not pooled:
+        return apart
+    return _read_only(apart + pooled * (reference_yield(nodes, depth, True) - apart))
+
+
+def _read_only(array: Floats) -> Floats:
+    array.flags.writeable = False
+    return array

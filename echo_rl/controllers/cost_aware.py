@@ -1,4 +1,4 @@
-"""Trees sized by what the machine charges for them: Sequoia, SMART, CAST, EVICT.
+"""Trees whose growth and size follow what the machine charges for them: SMART, CAST, EVICT.
 
 All read the machine's `CostProfile`. Where a paper looks at one request, the batch's cost of giving
 every request as many nodes stands in for its cost. Where a rule compares one node's benefit with its
@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 
 from echo_rl.contracts import AUTOREGRESSIVE, NO_GATE, Forest, Frontier, LoadView, Selection, SpecPlan
-from echo_rl.controllers.base import MISSING, BaseController, global_top_k, pack, per_request_top_k
 from echo_rl.controllers.dynamic import TreeOptions, Values, beam, closed, every_level, existing, probabilities
-from echo_rl.controllers.fixed import Eagle3, Static, StaticOptions
-from echo_rl.controllers.fixed import Path as Ranks
-from echo_rl.controllers.shapes import REFERENCE_HIT, likeliest_tree
+from echo_rl.controllers.fixed import Eagle3
+from echo_rl.controllers.picking import MISSING, likeliest, pack, per_request_top_k
 from echo_rl.costs import CostArrays
 from echo_rl.errors import ConfigError
 from echo_rl.profile import CostProfile
@@ -72,9 +70,9 @@ class CostAware(Eagle3):
         return super().propose(load)
 
     def _costs_of(self, load: LoadView) -> Costs:
-        key, batch = (load.batch_size, _half_octave(load)), load.batch_size
+        key, batch = (load.batch_size, half_octave(load)), load.batch_size
         if key not in self._known:
-            context, options = _context(key[1]), self.options
+            context, options = context_of(key[1]), self.options
             nodes = np.arange(options.total * batch + 1)
             seconds = self._arrays.verify(batch, batch + nodes, context) + self._arrays.overhead(batch, nodes, True)
             verify = torch.from_numpy(seconds).float()
@@ -167,7 +165,7 @@ class Smart(CostAware):
         probs = probabilities(forest.scores).flatten()
         ranked = probs.topk(min(plan.budget, len(probs))).values
         k, _ = self._best_run(ranked, int(forest.depths[-1]) + 1, share=0.0)
-        return pack(forest, global_top_k(forest, k, self._node_cap))
+        return likeliest(forest, k, self._node_cap)
 
     def _best_run(self, ranked: Tensor, levels: int, share: float) -> tuple[int, float]:
         """How many of the ranked nodes to add for the highest speed-up, and the tokens then expected."""
@@ -261,104 +259,16 @@ class Cast(CostAware):
         return pack(forest, per_request_top_k(replace(forest, scores=scores), counts))
 
 
-@dataclass(frozen=True)
-class SequoiaOptions(CostAwareOptions):
-    hit: float = REFERENCE_HIT
-    """p of the positional model: a node's r-th child is accepted with probability ``p * (1 - p)**r``."""
-    TUNABLE: ClassVar[Values] = {"hit": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), "top_k": (4, 8)}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.0 < self.hit < 1.0:
-            raise ConfigError(f"sequoia hit is {self.hit}; give a probability between 0 and 1")
-
-
-@dataclass(frozen=True)
-class _Trees:
-    """The best tree of each size for one depth: the first n `paths`."""
-
-    paths: tuple[Ranks, ...]
-    gain: tuple[float, ...]  # expected accepted nodes of the first n = 1, 2, ... paths
-    width: tuple[int, ...]  # that drafting them takes
-    depth: tuple[int, ...]
-
-
-class Sequoia(BaseController):
-    """Sequoia (arXiv 2402.12374): the fixed tree with the best G(n, d) / (t(n) + d * c) for the batch size.
-
-    G(n, d) is the expected yield of the best tree of n nodes and d levels under positional acceptance.
-    There a node is no likelier than its parent or its elder sibling, so the paper's dynamic program and
-    taking the likeliest paths one by one find the same trees; every prefix is the optimum of its size. At
-    most `top_k` nodes a level have children. Size 0 is among the choices: plain decoding where no tree pays.
-    """
-
-    name = "sequoia"
-
-    def __init__(self, options: SequoiaOptions) -> None:
-        super().__init__()
-        self.options = options
-        self._arrays = CostArrays(CostProfile.of(options.profile))
-        self._grown = [_grow(options, depth) for depth in range(1, options.depth + 1)]
-        self._known: dict[tuple[int, int, int], Static | None] = {}
-        self._tree: Static | None = None
-
-    def propose(self, load: LoadView) -> SpecPlan:
-        key = (load.batch_size, _half_octave(load), min(load.max_nodes, self.options.total))
-        if key not in self._known:
-            paths = self._optimum(*key)
-            self._known[key] = Static(StaticOptions(paths)) if paths else None
-        self._tree = self._known[key]
-        return self._tree.propose(load) if self._tree else AUTOREGRESSIVE
-
-    def select(self, forest: Forest, plan: SpecPlan) -> Selection:
-        assert self._tree is not None, "select follows a plan that speculates"
-        return self._tree.select(forest, plan)
-
-    def _optimum(self, batch: int, half_octave: int, most: int) -> tuple[Ranks, ...]:
-        """The paths of the fastest tree of at most `most` nodes a request; none where plain decoding is faster."""
-        arrays, context = self._arrays, _context(half_octave)
-        best, paths = batch / arrays.profile.step_seconds(batch, 0, 0, 0, context), tuple[Ranks, ...]()
-        for trees in self._grown:
-            sizes = np.arange(1, min(most, len(trees.paths)) + 1)
-            seconds = arrays.verify(batch, batch * (1 + sizes), context) + arrays.overhead(batch, batch * sizes, True)
-            seconds += arrays.draft(batch, trees.width[: len(sizes)], trees.depth[: len(sizes)])
-            rates = batch * (1.0 + np.asarray(trees.gain[: len(sizes)])) / seconds
-            top = int(rates.argmax())
-            if rates[top] > best:
-                best, paths = float(rates[top]), trees.paths[: top + 1]
-        return paths
-
-
-def _grow(options: SequoiaOptions, depth: int) -> _Trees:
-    """The likeliest paths within `top_k` children a node and `top_k` parents a level."""
-    parents: list[set[Ranks]] = [set() for _ in range(depth)]
-    paths: dict[Ranks, None] = {}  # in order
-    gain, width, deepest = [0.0], [1], [0]
-    for path in likeliest_tree(8 * options.total, depth, options.hit):
-        family = parents[len(path) - 1]
-        if path[-1] >= options.top_k or (path[:-1] not in family and len(family) >= options.top_k):
-            continue
-        if len(path) > 1 and path[:-1] not in paths:
-            continue
-        family.add(path[:-1])
-        paths[path] = None
-        gain.append(gain[-1] + math.prod(options.hit * (1.0 - options.hit) ** rank for rank in path))
-        width.append(max(width[-1], path[-1] + 1, len(family)))
-        deepest.append(max(deepest[-1], len(path)))
-        if len(paths) == options.total:
-            break
-    return _Trees(tuple(paths), tuple(gain[1:]), tuple(width[1:]), tuple(deepest[1:]))
-
-
 def _running(values: Tensor, start: float) -> Tensor:
     """[..., K + 1]: the start, then the start and the sum of the first 1, 2, ... values."""
     return torch.nn.functional.pad(values.cumsum(-1), (1, 0)) + start
 
 
-def _half_octave(load: LoadView) -> int:
+def half_octave(load: LoadView) -> int:
     """The mean context in steps of a factor of the square root of 2."""
     return round(2.0 * math.log2(load.mean_context + 1.0))
 
 
-def _context(half_octave: int) -> float:
-    return float(2.0 ** (half_octave / 2.0)) - 1.0
+def context_of(halves: int) -> float:
+    """The mean context that so many half octaves stand for."""
+    return float(2.0 ** (halves / 2.0)) - 1.0

@@ -15,15 +15,15 @@ probabilities, so the batch-wide top-K *is* the greedy optimum. Its size never e
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+import numpy as np
 
-from echo_rl.contracts import AUTOREGRESSIVE, NO_GATE, Forest, LoadView, Selection, SpecPlan, StepReport
-from echo_rl.controllers.base import BaseController, even_split, global_top_k, pack, per_request_top_k
+from echo_rl.contracts import AUTOREGRESSIVE, Forest, LoadView, Selection, SpecPlan, StepReport
+from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.gates import GateCalibration
+from echo_rl.controllers.picking import even_split, likeliest, pack, per_request_top_k, scaled
 from echo_rl.controllers.planner import BudgetPlanner, PlannerOptions, Shape
 from echo_rl.controllers.shapes import affordable
 from echo_rl.errors import ConfigError
@@ -57,25 +57,17 @@ class CalibratedSelection(BaseController):
     def __init__(self, calibration: GateCalibration | str | Path | None) -> None:
         super().__init__()
         self.calibration = GateCalibration.of(calibration)
-        self._powers = torch.tensor(self.calibration.score_power)
+        powers = self.calibration.score_power
+        self._powers = np.array(powers, dtype=np.float32) if powers else None
 
     def select(self, forest: Forest, plan: SpecPlan) -> Selection:
-        scored = self._calibrated(forest)
-        if plan.floor:
-            scored = replace(scored, scores=scored.scores.masked_fill(scored.scores < math.log(plan.floor), NO_GATE))
         if self.scheduled:
-            return pack(forest, global_top_k(scored, plan.budget, self._node_cap))
+            return likeliest(forest, plan.budget, self._node_cap, self._powers, plan.floor)
+        scored = scaled(forest, self._powers, plan.floor)
         return pack(forest, per_request_top_k(scored, even_split(plan.budget, forest.batch_size, forest.scores.device)))
 
     def score_powers(self, plan: SpecPlan) -> tuple[float, ...] | None:
         return self.calibration.score_power if self.scheduled and self._decides_as(CalibratedSelection) else None
-
-    def _calibrated(self, forest: Forest) -> Forest:
-        """The forest with path probabilities raised to the calibrated power of their depth."""
-        if not len(self._powers):
-            return forest
-        powers = self._powers.to(forest.scores.device)[forest.depths.clamp(max=len(self._powers) - 1)]  # [M]
-        return replace(forest, scores=forest.scores * powers)
 
 
 class Echo(CalibratedSelection):

@@ -18,9 +18,10 @@ import numpy as np
 from torch import Tensor
 
 from echo_rl.contracts import AUTOREGRESSIVE, Forest, LoadView, Selection, SpecPlan, StepReport
-from echo_rl.controllers.base import BaseController, global_top_k, pack
+from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.clock import Pace, ProbeLedger
 from echo_rl.controllers.dynamic import Gates, probabilities
+from echo_rl.controllers.picking import likeliest
 from echo_rl.controllers.shapes import REFERENCE_HIT
 from echo_rl.costs import CostArrays, Floats
 from echo_rl.errors import ConfigError
@@ -28,6 +29,8 @@ from echo_rl.profile import CostProfile
 
 MOST_LEVELS = 8
 """Levels that recordings hold."""
+FAR = 1_000_000
+"""Rows past a profile's last, up to which its last slope is followed."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,10 @@ class StepClock:
         self.profile = CostProfile.of(profile)
         self._arrays = CostArrays(self.profile)
         self._pace = Pace(self.profile)
+        rows = self.profile.rows
+        self._knots = (*rows, rows[-1] + FAR)  # of the verify pass's seconds by its rows
+        self._at: tuple[int, float] | None = None  # the batch and context of `_curve`
+        self._curve: Floats = np.empty(0)  # seconds at the knots
 
     def plain(self, load: LoadView) -> float:
         """A step that does not speculate."""
@@ -67,15 +74,25 @@ class StepClock:
 
     def speculative(self, load: LoadView, nodes: Floats, width: int, depth: Floats | float) -> Floats:
         """Steps that draft `depth` levels and verify `nodes` over the batch, drafting included; arrays broadcast."""
-        batch, pace, arrays = load.batch_size, self._pace, self._arrays
-        verify = arrays.verify(batch, batch + nodes, load.mean_context) * pace.verify(batch, speculative=True)
-        rest = arrays.overhead(batch, nodes, True) * pace.rest[True]
-        return verify + rest + arrays.draft(batch, width, depth) * pace.draft
+        batch, pace, profile = load.batch_size, self._pace, self.profile
+        at = (batch, load.mean_context)
+        if self._at != at:
+            self._at, self._curve = at, np.array(profile.verify_each(batch, self._knots, load.mean_context))
+        verify = np.interp(batch + nodes, self._knots, self._curve) * pace.verify(batch, speculative=True)
+        rest = (profile.overhead_seconds(batch, 0, True) + profile.node_overhead * nodes) * pace.rest[True]
+        seconds: Floats = verify + rest + self._drafting(batch, width, depth) * pace.draft
+        return seconds
 
     def level(self, alive: Floats, width: int, depth: int) -> Floats:
         """Drafting level `depth` (0 = the root's children) for so many requests, on top of the levels above it."""
         arrays = self._arrays
         return (arrays.draft(alive, width, depth + 1) - arrays.draft(alive, width, depth)) * self._pace.draft
+
+    def _drafting(self, batch: int, width: int, depth: Floats | float) -> Floats | float:
+        draft = self.profile.draft_seconds
+        if not isinstance(depth, np.ndarray):
+            return draft(batch, width, int(depth))
+        return np.array([draft(batch, width, int(levels)) for levels in depth.flat]).reshape(depth.shape)
 
     def draft(self, load: LoadView, width: int, depth: int) -> float:
         """Drafting `depth` levels."""
@@ -263,7 +280,7 @@ class Efficient(BaseController):
         k = int(self.rates(tokens, seconds).argmax())
         levels = np.bincount(forest.depths.cpu().numpy(), weights=probs.sum(0).cpu().numpy()).astype(np.float64)
         self.curve.look(running, levels, forest.batch_size, k)
-        return pack(forest, global_top_k(forest, k, self._node_cap))
+        return likeliest(forest, k, self._node_cap)
 
     def observe(self, report: StepReport) -> None:
         self.clock.observe(report)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from echo_rl.contracts import AUTOREGRESSIVE, Forest, LoadView, Selection, SpecPlan
-from echo_rl.controllers.base import BaseController, pack, per_request_top_k
+from echo_rl.controllers.base import BaseController
+from echo_rl.controllers.picking import pack, per_request_top_k
 from echo_rl.controllers.shapes import likeliest_tree
 from echo_rl.errors import ConfigError
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -86,15 +87,14 @@ class Policy:
         Raises `PolicyError` where a logit is not finite: there is no likeliest action then.
         """
         logits = self.logits(observation)
-        if not np.isfinite(logits).all():
-            raise PolicyError("the policy's logits are not finite")
         if generator is not None:
             logits = logits + generator.gumbel(size=logits.shape).astype(np.float32)
-        return tuple(int(part.argmax()) for part in self.split(logits))
-
-    def split(self, logits: Array) -> list[Array]:
-        """[..., sum(table.sizes)] -> one array a knob."""
-        return np.split(logits, np.cumsum(self.table.sizes)[:-1], axis=-1)
+        values: list[float] = logits.tolist()
+        if not math.isfinite(sum(values)):
+            raise PolicyError("the policy's logits are not finite")
+        ends = list(accumulate(self.table.sizes))
+        knobs = (values[begin:end] for begin, end in zip((0, *ends), ends, strict=False))
+        return tuple(knob.index(max(knob)) for knob in knobs)
 
     def save(self, folder: str | Path, manifest: Mapping[str, Any]) -> None:
         """Write the folder; `manifest` adds what is known of the training (``trained``, ``metrics``, ``commit``, ...).

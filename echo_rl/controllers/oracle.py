@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from echo_rl.contracts import AUTOREGRESSIVE, OFF_PATH, Forest, LoadView, Selection, SpecPlan
-from echo_rl.controllers.base import BaseController, global_top_k, pack
+from echo_rl.controllers.base import BaseController
+from echo_rl.controllers.picking import global_top_k, pack
 from echo_rl.controllers.shapes import MAX_DEPTH
 from echo_rl.errors import ConfigError, PlanViolation
 from echo_rl.profile import CostProfile

@@ -2,7 +2,7 @@
 
 Compares a small ladder of budgets by predicted tokens a second, never past the profile's knee
 K_max(B), and answers "none" where plain decoding is predicted to be as fast. Knows nothing of
-gates, forests or tensors of tokens.
+gates or forests.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from echo_rl.contracts import LoadView, StepReport
 from echo_rl.controllers.acceptance import AcceptanceModel
@@ -19,6 +19,8 @@ from echo_rl.controllers.clock import Pace, ProbeLedger, PromptShare
 from echo_rl.controllers.shapes import affordable
 from echo_rl.errors import ConfigError
 from echo_rl.profile import BREAK_EVEN_ACCEPTANCE, CostProfile
+
+Floats = NDArray[np.float64]
 
 LADDER = (0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 9.0, 11.0, 15.0, 23.0, 31.0, 47.0, 60.0)
 """Budgets to compare, in nodes a request, up to ECHO's total at batch 1. With its root a request then
@@ -62,15 +64,24 @@ class PlannerOptions:
 
 
 @dataclass(frozen=True)
-class Menu:
-    """The shapes open to one batch size, with what each costs and would yield."""
+class Choices:
+    """The shapes open to one batch size, with what they cost and would yield whatever the context."""
 
     shapes: tuple[Shape, ...]
+    places: dict[tuple[float, int], int]
+    """Of a shape by its nodes a request and its depth."""
+    draft: Floats  # [O] seconds
+    rest: Floats  # [O] seconds outside the passes
+    yields: Floats  # [S, O, D] see AcceptanceModel
+
+
+@dataclass(frozen=True)
+class Menu:
+    """The choices at one context, with what verifying them costs."""
+
+    choices: Choices
     plain: float  # seconds of a plain verify pass
-    verify: Tensor  # [O] seconds
-    draft: Tensor  # [O] seconds
-    rest: Tensor  # [O] seconds outside the passes
-    yields: Tensor  # [S, O, D] see AcceptanceModel
+    verify: Floats  # [O] seconds
 
 
 @dataclass(frozen=True)
@@ -101,10 +112,12 @@ class BudgetPlanner:
         self._pace = Pace(profile)
         self._prompts = PromptShare()
         self._ledger = ProbeLedger(options.probe_share, options.probe_period)
+        self._choices: dict[tuple[int, int], Choices] = {}
         self._menus: dict[tuple[int, int, int], Menu] = {}
         self._decisions: dict[int, Decision] = {}
         self._in_use = PLAIN
         self._looking = False  # the step in progress is a probe or a check
+        self._unread: list[StepReport] = []  # not yet learned from
         self._unchecked: dict[int, int] = {}  # batch octave -> speculative steps since a plain one
         self._step = 0
         every = [(nodes, depth) for nodes in LADDER for depth in range(1, affordable(nodes)[0] + 1)]
@@ -125,12 +138,12 @@ class BudgetPlanner:
 
     def observe(self, report: StepReport) -> None:
         speculated, octave, ledger = report.plan.speculates, report.load.batch_size.bit_length(), self._ledger
-        self._pace.observe(report)
-        self._acceptance.observe(report)
-        self._prompts.observe(report)
+        self._unread.append(report)
         self._unchecked[octave] = self._unchecked.get(octave, 0) + 1 if speculated else 0
         if self._looking:
             self._decisions.clear()
+        if self._looking or (speculated and ledger.steps) or len(self._unread) >= 2 * self._options.period:
+            self._catch_up()
         if speculated and ledger.steps:
             drafting = self._profile.draft_seconds(report.load.batch_size, report.plan.width, report.plan.max_depth)
             ledger.backlog = max(0.0, report.times.draft - drafting * self._pace.draft) / ledger.steps
@@ -142,38 +155,46 @@ class BudgetPlanner:
             ledger.plain(report.times.total)
         self._looking = False
 
+    def _catch_up(self) -> None:
+        """Learn from the steps since the last decision. Nobody asks in between, and together they cost less."""
+        for report in self._unread:
+            self._pace.observe(report)
+            self._acceptance.observe(report)
+            self._prompts.observe(report)
+        self._unread.clear()
+
     def knee(self, load: LoadView) -> int:
         """K_max at this load."""
         return self._profile.knee(load.batch_size, load.mean_context, self._options.theta)
 
     def _decide(self, load: LoadView) -> Decision:
+        self._catch_up()
         menu = self._menu(load)
-        expires = self._step + self._options.period
-        if not menu.shapes:
+        shapes, expires = menu.choices.shapes, self._step + self._options.period
+        if not shapes:
             return Decision(PLAIN, PLAIN, math.inf, 0.0, expires)
         batch, plain = load.batch_size, self._plain_seconds(load)
-        tokens = (self._acceptance.expected(menu.yields) + 1.0) * batch
+        tokens = (self._acceptance.expected(menu.choices.yields) + 1.0) * batch
         seconds = self._seconds(menu, batch, tokens)
         rates = (tokens / seconds).tolist()
-        best = max(range(len(rates)), key=rates.__getitem__)
+        best = rates.index(max(rates))
         top, off = rates[best], batch / plain
         excess = float(seconds[best]) - plain
-        places = {(s.nodes, s.depth): i for i, s in enumerate(menu.shapes)}
         previous = self._decisions.get(batch)
         in_use = previous.shape if previous is not None else self._in_use
-        incumbent = places.get((in_use.nodes, in_use.depth))
+        incumbent = menu.choices.places.get((in_use.nodes, in_use.depth))
         current = rates[incumbent] if incumbent is not None else off
         if top <= max(off, current * (1.0 + self._options.margin)):  # not worth a move
-            stay = menu.shapes[incumbent] if incumbent is not None and current > off else PLAIN
-            return Decision(stay, menu.shapes[best], excess, top / off, expires)
-        return Decision(menu.shapes[best], menu.shapes[best], excess, top / off, expires)
+            stay = shapes[incumbent] if incumbent is not None and current > off else PLAIN
+            return Decision(stay, shapes[best], excess, top / off, expires)
+        return Decision(shapes[best], shapes[best], excess, top / off, expires)
 
-    def _seconds(self, menu: Menu, batch: int, tokens: Tensor) -> Tensor:
+    def _seconds(self, menu: Menu, batch: int, tokens: Floats) -> Floats:
         """[O] a step of each shape, with its share of letting the drafter read the prompts."""
         pace = self._pace
         reading = tokens * self._prompts.ratio * self._profile.catch_up * pace.draft
-        passes = menu.verify * pace.verify(batch, speculative=True) + menu.draft * pace.draft
-        return passes + menu.rest * pace.rest[True] + reading
+        passes = menu.verify * pace.verify(batch, speculative=True) + menu.choices.draft * pace.draft
+        return passes + menu.choices.rest * pace.rest[True] + reading
 
     def _plain_seconds(self, load: LoadView) -> float:
         rest = self._profile.overhead_seconds(load.batch_size) * self._pace.rest[False]
@@ -194,10 +215,11 @@ class BudgetPlanner:
         """
         if load.prefill_tokens or not decision.best.budget or not self._ledger.affords(decision.excess):
             return False
+        self._catch_up()
         menu = self._menu(load)
-        hoped = self._acceptance.expected(menu.yields, miss=0.5 ** (1.0 + self._ledger.steps / 512))
+        hoped = self._acceptance.expected(menu.choices.yields, miss=0.5 ** (1.0 + self._ledger.steps / 512))
         tokens = (hoped + 1.0) * load.batch_size
-        fastest = (tokens / self._seconds(menu, load.batch_size, tokens)).amax()
+        fastest = (tokens / self._seconds(menu, load.batch_size, tokens)).max()
         return bool(fastest > load.batch_size / self._plain_seconds(load))
 
     def _menu(self, load: LoadView) -> Menu:
@@ -205,27 +227,32 @@ class BudgetPlanner:
         octave = round(2.0 * math.log2(load.mean_context + 1.0))
         key = (load.batch_size, octave, load.max_nodes)
         if key not in self._menus:
-            self._menus[key] = _build_menu(
-                self._profile, self._acceptance, self.knee(load), load, context=2.0 ** (octave / 2.0) - 1.0
-            )
+            self._menus[key] = self._build_menu(load, 2.0 ** (octave / 2.0) - 1.0)
         return self._menus[key]
 
+    def _build_menu(self, load: LoadView, context: float) -> Menu:
+        batch, most = load.batch_size, min(self.knee(load), load.max_nodes * load.batch_size)
+        key = (batch, most)
+        if key not in self._choices:
+            self._choices[key] = self._build_choices(batch, most)
+        choices = self._choices[key]
+        rows = [batch, *(batch + shape.budget for shape in choices.shapes)]
+        plain, *verify = self._profile.verify_each(batch, rows, context)
+        return Menu(choices, plain, np.array(verify))
 
-def _build_menu(profile: CostProfile, acceptance: AcceptanceModel, k_max: int, load: LoadView, context: float) -> Menu:
-    batch, seen = load.batch_size, set()
-    shapes: list[Shape] = []
-    for nodes in LADDER:
-        budget = round(nodes * batch)
-        if not 0 < budget <= min(k_max, load.max_nodes * batch) or budget in seen:
-            continue
-        seen.add(budget)
-        deepest, width = affordable(nodes)
-        shapes.extend(Shape(budget, depth, width, nodes) for depth in range(1, min(deepest, budget) + 1))
-    return Menu(
-        tuple(shapes),
-        profile.ar_seconds(batch, context),
-        torch.tensor([profile.verify_seconds(batch, batch + s.budget, context) for s in shapes], dtype=torch.float64),
-        torch.tensor([profile.draft_seconds(batch, s.width, s.depth) for s in shapes], dtype=torch.float64),
-        torch.tensor([profile.overhead_seconds(batch, s.budget, True) for s in shapes], dtype=torch.float64),
-        acceptance.yields([(s.nodes, s.depth) for s in shapes], batch) if shapes else torch.empty(0),
-    )
+    def _build_choices(self, batch: int, most: int) -> Choices:
+        profile, budgets = self._profile, dict[int, float]()
+        for nodes in LADDER:
+            if 0 < round(nodes * batch) <= most:
+                budgets.setdefault(round(nodes * batch), nodes)
+        shapes: list[Shape] = []
+        for budget, nodes in budgets.items():
+            deepest, width = affordable(nodes)
+            shapes.extend(Shape(budget, depth, width, nodes) for depth in range(1, min(deepest, budget) + 1))
+        return Choices(
+            tuple(shapes),
+            {(s.nodes, s.depth): place for place, s in enumerate(shapes)},
+            np.array([profile.draft_seconds(batch, s.width, s.depth) for s in shapes]),
+            np.array([profile.overhead_seconds(batch, s.budget, True) for s in shapes]),
+            self._acceptance.yields([(s.nodes, s.depth) for s in shapes], batch) if shapes else np.empty(0),
+        )

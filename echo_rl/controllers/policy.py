@@ -6,22 +6,25 @@ Gates and scheduler stay ECHO's; only the knobs are learned. Imports no training
 from __future__ import annotations
 
 import logging
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from echo_rl.codec import Loads, Outcomes, Tracker
+from echo_rl.codec import Lane
 from echo_rl.contracts import AUTOREGRESSIVE, LoadView, SpecPlan, StepReport
 from echo_rl.controllers.echo import CalibratedSelection, Echo, EchoOptions
 from echo_rl.controllers.gates import GateCalibration
 from echo_rl.controllers.network import Policy
-from echo_rl.costs import CostArrays
 from echo_rl.errors import ConfigError
 from echo_rl.packages import shipped_checkpoints
 from echo_rl.profile import CostProfile
 
 Action = tuple[int, ...]
+MOST_UNREAD = 32
+"""Steps that may pass between two decisions before they are learned from; without decoding requests none is taken."""
+
 log = logging.getLogger(__name__)
 
 
@@ -75,7 +78,8 @@ class Ppo(CalibratedSelection):
         self.policy = given if isinstance(given, Policy) else Policy.load(shipped() if given is None else given)
         self.echo = Echo(EchoOptions(options.profile, self.calibration))
         self.fallbacks = 0
-        self._tracker = Tracker(CostArrays(self.echo.profile))
+        self._lane = Lane(self.echo.profile)
+        self._unread: deque[StepReport] = deque()  # not yet learned from
         self._gates = self.calibration.sparse(max(self.policy.table.depths))
         self._generator = None if options.deterministic else np.random.default_rng(options.seed)
         self._action: Action | None = None  # None: this decision is ECHO's
@@ -94,18 +98,26 @@ class Ppo(CalibratedSelection):
         return self._plans[key]
 
     def observe(self, report: StepReport) -> None:
-        self._tracker.update(Outcomes.of(report))
+        self._unread.append(report)
+        if len(self._unread) > MOST_UNREAD:
+            self._catch_up()
         if self.fallbacks:
             self.echo.observe(report)
 
     def _decide(self, load: LoadView) -> Action | None:
         try:
-            return self.policy.act(self._tracker.observe(Loads.of(load))[0], self._generator)
+            self._catch_up()
+            return self.policy.act(self._lane.observe(load), self._generator)
         except Exception as error:  # a server must go on, whatever a policy does
             if not self.fallbacks:
                 log.warning("the policy cannot decide (%s: %s); ECHO does instead", type(error).__name__, error)
             self.fallbacks += 1
             return None
+
+    def _catch_up(self) -> None:
+        """Learn from the steps since the last decision: nobody asks in between, and together they cost less."""
+        while self._unread:
+            self._lane.update(self._unread.popleft())
 
 
 def shipped() -> Path:

@@ -23,8 +23,6 @@ from echo_rl.controllers.cost_aware import (
     CastOptions,
     Evict,
     EvictOptions,
-    Sequoia,
-    SequoiaOptions,
     Smart,
     SmartOptions,
 )
@@ -54,6 +52,7 @@ from echo_rl.controllers.fixed import (
 from echo_rl.controllers.goodput import AdaSpec, AdaSpecOptions, TurboSpec, TurboSpecOptions
 from echo_rl.controllers.oracle import Oracle, OracleOptions
 from echo_rl.controllers.policy import Ppo, PpoOptions
+from echo_rl.controllers.sequoia import Sequoia, SequoiaOptions
 from echo_rl.errors import ConfigError, UnknownController
 from echo_rl.profile import CostProfile
 

@@ -15,8 +15,10 @@ from functools import lru_cache
 
 REFERENCE_HIT = 0.6
 """p of a typical first choice."""
-HIT_SPREAD = 1.2
-"""Easy, typical and hard positions differ by this much in the log-odds of p."""
+HIT_SPREAD = 3.0
+"""Easy, typical and hard positions differ by this much in the log-odds of p. Of 1.2, 1.8, 2.4 and 3.0 this one carries
+yields best from one tree size to another (replays of the shipped trace, batch 64, 1 to 23 nodes a request: mean
+absolute error of tokens a step 10 %, 6 %, 4.4 %, 4.1 %)."""
 MAX_DEPTH = 8
 """Levels of ECHO's deepest published tree."""
 

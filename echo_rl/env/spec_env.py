@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from echo_rl.codec import FEATURES, ActionTable, Gates, Loads, Outcomes, Tracker
+from echo_rl.codec import FEATURES, ActionTable, Gates, Lane
 from echo_rl.contracts import Backend, LoadView, Request, StepReport
 from echo_rl.costs import CostArrays, Scaling
 from echo_rl.env.reward import RewardMeter, RewardOptions
@@ -72,7 +72,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
 
     ## Observation space
     ``Box(32,)``, float32, each entry clipped to its range; B is the number of decoding requests of the
-    coming step, "running" a moving average over past steps (`codec.Tracker`):
+    coming step, "running" a moving average over past steps (`codec.Lane`):
 
     | entries | meaning | min | max |
     |---|---|---|---|
@@ -154,7 +154,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         super().reset(seed=seed, options=options)
         workload = self.options.workloads[int(self.np_random.integers(len(self.options.workloads)))]
         self._server.open(workload, self.np_random)
-        self._tracker = Tracker(self._costs)
+        self._lane = Lane(self._costs.profile)
         self._meter = RewardMeter(self.options.reward, lanes=1)  # an episode owes nothing to earlier ones
         self._steps = 0
         return self._observe(self._server.advance(self._learn)), {"workload": workload.name}
@@ -193,7 +193,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         return tuple(indices.tolist())
 
     def _learn(self, report: StepReport) -> None:
-        self._tracker.update(Outcomes.of(report))
+        self._lane.update(report)
 
     def _judge(self, served: ServedStep) -> dict[str, float]:
         """The reward, its terms and the facts of a step."""
@@ -215,7 +215,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         }
 
     def _observe(self, load: LoadView) -> Observation:
-        return self._tracker.observe(Loads.of(load))[0]
+        return self._lane.observe(load)
 
 
 def observation_space() -> gym.spaces.Box[np.float32]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -16,8 +15,8 @@ from stable_baselines3.common.distributions import MultiCategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.nn.functional import cross_entropy
 
-from echo_rl.codec import ActionTable, Gates, Loads, Outcomes, Tracker
-from echo_rl.contracts import LoadView, SpecPlan, StepReport
+from echo_rl.codec import ActionTable, Gates, Lane
+from echo_rl.contracts import LoadView, SpecPlan
 from echo_rl.errors import ConfigError
 from echo_rl.learning.play import MakeController, World, play
 
@@ -77,16 +76,15 @@ def demonstrate(scene: Scene, make: MakeController, options: CloneOptions, seed:
     observations, actions = [], []
     share = max(1, options.steps // len(scene.workloads))
     for number, workload in enumerate(scene.workloads, seed):
-        tracker, disturb = Tracker(scene.world.costs), _Disturbance(scene, options.disturbed, number)
-        learn = partial(_learn, tracker)
-        played = play(scene.world, make(), workload, share, number, learn, disturb)
+        lane, disturb = Lane(scene.world.costs.profile), _Disturbance(scene, options.disturbed, number)
+        played = play(scene.world, make(), workload, share, number, lane.update, disturb)
         for step, (load, plan, served) in enumerate(played):
             if step % (scene.repeat * scene.horizon) == 0:
-                tracker.reset(np.ones(1, dtype=np.bool_))  # so that beginnings are seen often enough
+                lane.reset()  # so that beginnings are seen often enough
             if step % scene.repeat == 0:
-                observations.append(tracker.observe(Loads.of(load))[0])
+                observations.append(lane.observe(load))
                 actions.append(scene.table.nearest(plan.budget / load.batch_size, plan.max_depth, plan.width))
-            learn(served.report)
+            lane.update(served.report)
     return Demonstrations(np.stack(observations), np.array(actions, dtype=np.int64))
 
 
@@ -135,10 +133,6 @@ def agreement(policy: ActorCriticPolicy, shown: Demonstrations) -> tuple[float, 
     counts = _matters(shown.actions)
     hits = np.stack(said, axis=1) == shown.actions
     return tuple(float(hits[counts[:, k], k].mean()) if counts[:, k].any() else 1.0 for k in range(hits.shape[1]))
-
-
-def _learn(tracker: Tracker, report: StepReport) -> None:
-    tracker.update(Outcomes.of(report))
 
 
 def _loss(

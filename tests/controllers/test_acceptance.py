@@ -38,9 +38,10 @@ def test_likeliest_tree_by_hand():
 
 
 def test_yields_by_hand():
-    easy, typical, hard = 0.8328, 0.6, 0.3112  # log-odds of 0.6 shifted by 1.2 either way
+    easy, typical, hard = 0.9678, 0.6, 0.0695  # log-odds of 0.6 shifted by 3 either way
     assert sum(separate_yield(1.0, 1, 0.6)) == pytest.approx((easy + typical + hard) / 3, abs=1e-4)
-    assert pooled_yield(1.0, 3, 0.6)[:2] == pytest.approx(((easy + typical) / 3, easy**2 / 3), abs=1e-4)
+    assert pooled_yield(1.0, 3, 0.6)[:3] == pytest.approx((easy / 3, easy**2 / 3, easy**3 / 3), abs=1e-4)
+    assert pooled_yield(4 / 3, 3, 0.6)[0] == pytest.approx((easy + typical) / 3, abs=1e-4)
     assert sum(pooled_yield(0.5, 1, 0.6)) == pytest.approx((easy + typical / 2) / 3, abs=1e-4)
 
 

@@ -15,11 +15,10 @@ from echo_rl.controllers.cost_aware import (
     CastOptions,
     Evict,
     EvictOptions,
-    Sequoia,
-    SequoiaOptions,
     Smart,
     SmartOptions,
 )
+from echo_rl.controllers.sequoia import Sequoia, SequoiaOptions
 from echo_rl.controllers.shapes import likeliest_tree
 from echo_rl.errors import ConfigError
 from tests.controllers.conftest import hinge_profile

@@ -24,9 +24,10 @@ from echo_rl.contracts import (
     StepReport,
 )
 from echo_rl.controllers import make
-from echo_rl.controllers.base import BaseController, global_top_k, pack
+from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.guarded import EVERYTHING, MOST_FAULTS, MOST_REPORTS, PATIENCE, Guarded, Standby, kept_aside
 from echo_rl.controllers.network import Policy
+from echo_rl.controllers.picking import global_top_k, pack
 from echo_rl.controllers.policy import Ppo, PpoOptions
 from echo_rl.controllers.soundness import Limits, Unsound, check_plan, check_selection, cut
 from tests import tiny

@@ -10,6 +10,7 @@ import pytest
 from echo_rl.controllers import make
 from echo_rl.controllers.planner import PlannerOptions
 from echo_rl.errors import ConfigError
+from echo_rl.profile import CostProfile, packaged
 
 
 @pytest.fixture
@@ -108,6 +109,15 @@ def test_adaptive_budget_is_close_to_the_best_fixed_one(make_profile, make_world
         plain = rate(make("none"), batch)
         assert rate(make("echo", profile=make_profile()), batch) >= 0.95 * max(*fixed, plain), batch
         assert max(chains) > plain or batch == 8
+
+
+@pytest.mark.parametrize("batch", [1, 3, 32, 100])
+@pytest.mark.parametrize("context", [0.0, 130.0, 1e5])
+def test_passes_of_one_step_cost_together_what_they_cost_each(batch, context):
+    profile = CostProfile.load(packaged("profile.json"))
+    rows = [0.0, batch, batch + 0.5, 17.0, 2.0 * max(profile.rows)]
+    each = [profile.verify_seconds(batch, n, context) for n in rows]
+    assert profile.verify_each(batch, rows, context) == pytest.approx(each, rel=1e-12)
 
 
 def test_planning_is_cheap(make_load):

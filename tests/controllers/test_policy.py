@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 import subprocess
 import sys
@@ -244,7 +245,7 @@ def test_a_failing_policy_leaves_the_decision_to_echo(fault, serve, make_load, m
         object.__setattr__(policy, "act", lambda *a: 1 / 0)
     ppo, echo, load = serve(policy), make("echo", profile=make_profile(), calibration=GATES), make_load(1)
     if fault == "observation":
-        ppo._tracker._average[:] = np.nan
+        ppo._lane._average = [math.nan] * len(ppo._lane._average)
     with caplog.at_level(logging.WARNING):
         plans = [ppo.plan(load) for _ in range(3)]
     assert plans == [echo.plan(load) for _ in range(3)] and plans[0].speculates

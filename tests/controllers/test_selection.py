@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_rl.contracts import NO_GATE, Forest, Selection
-from echo_rl.controllers.base import even_split, global_top_k, pack, per_request_top_k
+from echo_rl.contracts import NO_GATE, Forest, Frontier, Selection
+from echo_rl.controllers import picking
 from echo_rl.controllers.fixed import Static, StaticOptions, child_ranks, path_ids
+from echo_rl.controllers.picking import (
+    even_split,
+    global_top_k,
+    likeliest,
+    pack,
+    passing,
+    per_request_top_k,
+    scaled,
+)
 
 LEVELS = (0.0, -0.25, -0.5, -1.0, -3.0, float("nan"), NO_GATE)  # few values, so that ties are common
 
@@ -137,6 +147,37 @@ def test_global_top_k_properties(forest, k, limit):
     check_packed(forest, mask, pack(forest, mask))
     if limit is None and 0 < int(mask.sum()) < int(exists.sum()):
         assert forest.scores[mask].min() >= forest.scores[exists & ~mask].max()
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    forest=forests(),
+    k=st.integers(0, 60),
+    limit=st.none() | st.integers(1, 20),
+    powers=st.sampled_from([None, (0.5,), (1.0, 1.25, 2.0)]),
+    floor=st.sampled_from([0.0, 0.1, 0.6]),
+    few=st.sampled_from([0, 256]),
+)
+def test_the_quick_pick_is_the_specified_one(forest, k, limit, powers, floor, few):
+    powers = None if powers is None else np.array(powers, dtype=np.float32)
+    mask = global_top_k(scaled(forest, powers, floor), k, limit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(picking, "FEW", few)
+        picked = likeliest(forest, k, limit, powers, floor)
+    check_packed(forest, mask, picked)
+    for field, wanted in vars(pack(forest, mask)).items():
+        assert torch.equal(getattr(picked, field), wanted), field
+
+
+@given(
+    scores=st.lists(st.sampled_from(LEVELS), min_size=1, max_size=6), alive=st.booleans(), least=st.sampled_from(LEVELS)
+)
+def test_requests_pass_a_gate_by_their_best_path(scores, alive, least):
+    frontier = Frontier(
+        1, torch.tensor([scores, [NO_GATE if not alive else 0.0] * len(scores)]), torch.tensor([True, alive])
+    )
+    best = frontier.scores.amax(1)
+    assert (passing(frontier, least) & frontier.alive).tolist() == (frontier.alive & (best >= least)).tolist()
 
 
 @settings(deadline=None, max_examples=80)

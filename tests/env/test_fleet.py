@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_rl.codec import ActionTable, Knobs, Loads, Outcomes, Tracker, scaled_gates
+from echo_rl.codec import ActionTable, Knobs, Lane, Tracker, scaled_gates
 from echo_rl.contracts import NO_GATE, Forest, Frontier, SpecPlan
-from echo_rl.controllers.base import global_top_k
 from echo_rl.controllers.echo import CalibratedSelection
 from echo_rl.controllers.gates import GateCalibration
-from echo_rl.costs import CostArrays, Scaling
+from echo_rl.controllers.picking import global_top_k
+from echo_rl.costs import CostArrays
 from echo_rl.env.fleet import Fleet
 from echo_rl.env.levels import restrict
 from echo_rl.env.replay import ReplayBackend, ReplayOptions
@@ -27,6 +27,7 @@ from echo_rl.env.verdicts import Table
 from echo_rl.env.workload import closed
 from echo_rl.errors import ConfigError
 from echo_rl.profile import CostProfile, packaged
+from tests.one_lane import loads_of, outcomes_of
 from tests.recorded import DEPTH, WIDTH, random_levels, random_trace
 
 POWERS = (1.0, 1.1, 1.3)
@@ -128,7 +129,7 @@ def test_the_fleet_is_the_replay_backend_vectorised(costs):
         SpecPlan(n, d, w, scaled_gates(gates, d, 1.0, floor), floor) if n else SpecPlan(0) for n, d, w, floor in shapes
     ]
     controller = Knobbed(plans)
-    one, many = Tracker(costs), Tracker(costs, 1, Scaling.none(1))
+    one, many = Lane(costs.profile), Tracker(costs)
     top_up(0)
     running = 5
     for nodes, depth, width, floor in shapes:
@@ -144,16 +145,16 @@ def test_the_fleet_is_the_replay_backend_vectorised(costs):
         report = replace(report, load=replace(report.load, arrived=arrived))
         loads = fleet.loads()
         step = fleet.step(Knobs(*(np.array([x]) for x in (float(nodes), depth, width, 1.0, floor))))
-        assert Loads.of(report.load) == loads
+        assert loads_of(report.load) == loads
         assert step.tokens[0] == sum(len(o.tokens) for o in report.outputs)
         assert step.outcomes.verified[0] == report.verified
         assert step.seconds[0] == pytest.approx(report.times.total, rel=1e-9)
-        seen = Outcomes.of(report)
+        seen = outcomes_of(report)
         for name in ("budget", "depth", "width", "verified", "committed", "reached", "accepted"):
             np.testing.assert_array_equal(getattr(seen, name), getattr(step.outcomes, name), name)
-        one.update(seen)
+        one.update(report)
         many.update(step.outcomes)
-        np.testing.assert_allclose(one.observe(loads), many.observe(loads), rtol=1e-5, atol=2e-3)
+        np.testing.assert_allclose(one.observe(report.load), many.observe(loads)[0], rtol=1e-5, atol=2e-3)
     assert backend.clock() == pytest.approx(float(fleet.now[0]), rel=1e-9)
 
 

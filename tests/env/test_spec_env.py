@@ -14,7 +14,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
-from echo_rl.codec import FEATURES, ActionTable, Loads
+from echo_rl.codec import FEATURES, ActionTable
 from echo_rl.contracts import AUTOREGRESSIVE, LoadView, PhaseTimes, Request, RequestOutput, SamplingParams, StepReport
 from echo_rl.controllers.base import BaseController
 from echo_rl.costs import CostArrays
@@ -228,7 +228,7 @@ def test_the_load_observed_is_the_load_decided_on():
     waiting = set()
     for _ in range(40):
         load = backend.loads[-1]
-        expected = env._tracker.observe(Loads.of(load))[0]
+        expected = env._lane.observe(load)
         assert observation.tolist() == expected.tolist()
         observation, _, _, _, info = env.step(CHAIN)
         assert info["batch"] == load.batch_size >= 1 and info["budget"] == 3 * load.batch_size

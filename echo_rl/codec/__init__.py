@@ -1,0 +1,29 @@
+"""What a learned controller sees and says: loads and reports to observations, actions to plans.
+
+One package for training and for serving, so the two cannot drift apart; a policy is bound to
+`CODEC_VERSION`. A `Tracker` works on *lanes* (parallel servers, [E] arrays), a `Lane` is one server in
+plain floats; both say the same. Knows nothing of rewards, networks or where steps come from.
+"""
+
+from echo_rl.codec.actions import ActionTable, Gates, Knobs, gates_asked, scaled_gates
+from echo_rl.codec.features import CODEC_VERSION, CONFIDENCE, DEPTHS, FEATURES, GROUPS
+from echo_rl.codec.lane import Lane
+from echo_rl.codec.tracker import Loads, Outcomes, Tracker, quantiles
+
+__all__ = [
+    "CODEC_VERSION",
+    "CONFIDENCE",
+    "DEPTHS",
+    "FEATURES",
+    "GROUPS",
+    "ActionTable",
+    "Gates",
+    "Knobs",
+    "Lane",
+    "Loads",
+    "Outcomes",
+    "Tracker",
+    "gates_asked",
+    "quantiles",
+    "scaled_gates",
+]
