@@ -19,8 +19,8 @@ from echo_kernels import triton as fused
 from echo_kernels.device_interface import Candidates, DrawKeys
 from echo_kernels.triton import gate_topk, pack, verify
 from echo_rl.contracts import Forest, SamplingParams, SpecPlan
-from echo_rl.controllers.base import global_top_k
-from echo_rl.controllers.base import pack as pack_selection
+from echo_rl.controllers.picking import global_top_k
+from echo_rl.controllers.picking import pack as pack_selection
 from echo_rl.controllers.registry import make
 from echo_rl.runtime.drafter import Drafter
 from echo_rl.runtime.forest import _branch, _Expansion, _gate
@@ -33,7 +33,18 @@ FREE |= {"_unsafe_view", "_reshape_alias", "_local_scalar_dense", "view", "unbin
 """Operations that move nothing."""
 GATHERS = {"index", "gather", "index_select", "embedding", "scatter_", "index_put_", "scatter", "index_copy"}
 """Operations that touch as much of a table as they return or are given, not all of it."""
-WAITS = {"tolist", "item", "__bool__", "__int__", "__float__", "nonzero", "equal", "bincount", "repeat_interleave"}
+WAITS = {
+    "cpu",
+    "tolist",
+    "item",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "nonzero",
+    "equal",
+    "bincount",
+    "repeat_interleave",
+}
 """Functions after which the host knows something that the device computed."""
 
 
@@ -194,7 +205,7 @@ def decision_cases(s: Shape) -> Iterator[Case]:
         SimpleNamespace(blocks=list(range(b * 80, b * 80 + 80)), kv_len=s.context, tokens=[1]) for b in range(s.batch)
     )
     batch = Batch(drafting=sequences, plain=(), chunks=())  # type: ignore[arg-type]
-    layout = Layout(sequences, s.page, torch.device("cpu"))  # type: ignore[arg-type]
+    layout = Layout(sequences, s.page, torch.get_default_device())  # type: ignore[arg-type]
     forest = _forest(s)
     k = s.batch * s.nodes
     candidates = Candidates(forest.tokens, forest.parents, forest.depths, forest.scores)
@@ -229,8 +240,8 @@ def _gate_case(s: Shape) -> Case:
     )
     plan = SpecPlan(budget=9, max_depth=s.depth, width=s.width, gates=((1, 1e-9),))
     drafter: Any = SimpleNamespace(
-        ops=SimpleNamespace(rms_norm=lambda hidden, *_: hidden), _norm=None, config=SimpleNamespace(eps=0.0),
-        _lm_head=lambda hidden: hidden, vocabulary=vocabulary,
+        ops=SimpleNamespace(rms_norm=lambda hidden, *_: hidden, top_tokens=reference.top_tokens), _norm=None,
+        config=SimpleNamespace(eps=0.0), _lm_head=lambda hidden: hidden, vocabulary=vocabulary,
     )  # fmt: skip
     drafter.top = lambda hidden, k: Drafter.top(drafter, hidden, k)
     extend, hidden = make("eagle3").extend, logits.view(s.batch, s.width, -1)

@@ -13,10 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from echo_rl.codec import gates_asked
 from echo_rl.contracts import Backend, LoadView, Request, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
+from echo_rl.costs import CostArrays, Scaling
+from echo_rl.env.timing import Floats, Phases, Work, step_phases
 from echo_rl.loop import serve
 from echo_rl.profile import CostProfile, Surface
 
@@ -43,14 +46,25 @@ class Sample:
     unseen: int
 
 
+Usual = Callable[[StepReport], bool]
+"""Whether a step was served as most are, and not, say, while a graph was captured. Asked once a step, in order."""
+
+
+def every_step(report: StepReport) -> bool:
+    """`Usual` of a backend that serves all of them alike."""
+    del report
+    return True
+
+
 class RandomPlans(BaseController):
-    """A random shape every few steps; keeps what the steps took."""
+    """A random shape every few steps; keeps what the usual steps took."""
 
     name = "random-plans"
 
-    def __init__(self, prompts: dict[str, int], seed: int = 0) -> None:
+    def __init__(self, prompts: dict[str, int], seed: int = 0, usual: Usual = every_step) -> None:
         super().__init__()
         self.samples: list[Sample] = []
+        self._usual = usual
         self._prompts = prompts  # request id -> prompt tokens
         self._unseen: dict[str, int] = {}
         self._random, self._left, self._shape, self._gate = random.Random(seed), 0, SHAPES[0], GATES[0]
@@ -68,7 +82,8 @@ class RandomPlans(BaseController):
     def observe(self, report: StepReport) -> None:
         decodes = report.outputs[: report.load.batch_size]
         behind = sum(max(0, self._unseen[output.id] - 2) for output in decodes)
-        self.samples.append(Sample(report, behind))
+        if self._usual(report):
+            self.samples.append(Sample(report, behind))
         for i, output in enumerate(report.outputs):
             if i >= report.load.batch_size:
                 self._unseen[output.id] = self._prompts[output.id]
@@ -78,13 +93,17 @@ class RandomPlans(BaseController):
 
 
 def observe_steps(
-    engine: Backend, make: Callable[[int], list[Request]], concurrencies: Sequence[int], on_step: Callable[[], None]
+    engine: Backend,
+    make: Callable[[int], list[Request]],
+    concurrencies: Sequence[int],
+    on_step: Callable[[], None],
+    usual: Usual = every_step,
 ) -> list[Sample]:
     """Live steps under random plans; `make(c)` gives the requests to serve at concurrency c."""
     samples: list[Sample] = []
     for concurrency in concurrencies:
         requests = make(concurrency)
-        plans = RandomPlans({r.id: len(r.prompt) for r in requests}, seed=concurrency)
+        plans = RandomPlans({r.id: len(r.prompt) for r in requests}, concurrency, usual)
         serve(engine, plans, requests, concurrency)
         samples += plans.samples
         on_step()
@@ -93,36 +112,46 @@ def observe_steps(
 
 def correct(profile: CostProfile, samples: Sequence[Sample]) -> CostProfile:
     """The profile that fits the samples; parts that too few of them show stay as they are."""
-    fitted = _fit_overheads(profile, samples)
-    clean = [s for s in samples if s.report.load.batch_size and not s.report.load.prefill_tokens]
+    used = [s for s in samples if s.report.load.batch_size]
+    fitted = _fit_overheads(profile, used)
+    clean = [s for s in used if not s.report.load.prefill_tokens]
     fitted = _scale_verify(fitted, clean)
     fitted = _scale_draft(fitted, clean)
-    fitted = replace(fitted, prefill_weight=_prefill_weight(fitted, samples))
+    fitted = replace(fitted, prefill_weight=_prefill_weight(fitted, used))
     return replace(fitted, noise=_noise(fitted, clean))
 
 
-def predicted(profile: CostProfile, sample: Sample) -> tuple[float, float, float]:
-    """(verify, draft, rest) seconds that the profile gives a step with decoding requests."""
-    report, load, plan = sample.report, sample.report.load, sample.report.plan
-    batch, verified = load.batch_size, report.verified
-    rows = batch + verified + profile.prefill_weight * load.prefill_tokens
-    verify = profile.verify_seconds(batch, rows, load.mean_context)
-    draft = 0.0
-    if plan.speculates:
-        draft = sum(_level(profile, alive, plan.width, d) for d, alive in enumerate(report.drafting) if alive)
-        asked = gates_asked(plan.gates, plan.max_depth, report.drafting)
-        draft += profile.catch_up * sample.unseen + profile.gate_overhead * asked
-    return verify, draft, profile.overhead_seconds(batch, verified, plan.speculates)
+def predicted(profile: CostProfile, samples: Sequence[Sample]) -> Phases:
+    """The seconds that the profile gives steps with decoding requests, as a replay charges them."""
+    return step_phases(CostArrays(profile), Scaling.none(len(samples)), _work(samples))
 
 
-def _level(profile: CostProfile, alive: int, width: int, depth: int) -> float:
-    """Seconds of drafting one more level for the requests that do."""
-    return profile.draft_seconds(alive, width, depth + 1) - profile.draft_seconds(alive, width, depth)
+def _work(samples: Sequence[Sample]) -> Work:
+    """What the steps did."""
+    reports = [s.report for s in samples]
+    drafting = np.zeros((len(reports), max([1, *(len(r.drafting) for r in reports)])))
+    for row, report in zip(drafting, reports, strict=True):
+        row[: len(report.drafting)] = report.drafting
+    asked = [gates_asked(r.plan.gates, r.plan.max_depth, r.drafting) if r.plan.speculates else 0 for r in reports]
+    return Work(
+        batch=_column([r.load.batch_size for r in reports]),
+        context=_column([r.load.mean_context for r in reports]),
+        prefill=_column([r.load.prefill_tokens for r in reports]),
+        verified=_column([r.verified for r in reports]),
+        width=_column([r.plan.width for r in reports]),
+        drafting=drafting,
+        unseen=_column([s.unseen for s in samples]),
+        asked=_column(asked),
+    )
+
+
+def _column(values: Sequence[float]) -> Floats:
+    return np.asarray(values, dtype=np.float64)
 
 
 def _fit_overheads(profile: CostProfile, samples: Sequence[Sample]) -> CostProfile:
     """Least squares of the time outside the passes, twice: the second time without what the first calls outliers."""
-    used = [s.report for s in samples if s.report.load.batch_size]
+    used = [s.report for s in samples]
     if len(used) < FEWEST:
         return profile
     on = np.array([float(r.plan.speculates) for r in used])
@@ -151,14 +180,11 @@ def _least_squares(matrix: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _scale_verify(profile: CostProfile, clean: Sequence[Sample]) -> CostProfile:
-    plain = _factors(
-        profile.batches, [(s, s.report.times.verify / predicted(profile, s)[0]) for s in clean if not s.report.verified]
-    )
-    wide = _factors(
-        profile.batches, [(s, s.report.times.verify / predicted(profile, s)[0]) for s in clean if s.report.verified]
-    )
+    ratios = _column([s.report.times.verify for s in clean]) / predicted(profile, clean).verify
+    wide = np.array([s.report.verified > 0 for s in clean], dtype=bool)
+    factors = (_factors(profile.batches, clean, ratios, chosen) for chosen in (~wide, wide))
     planes = []
-    for batch, plane, p, w in zip(profile.batches, profile.verify, plain, wide, strict=True):
+    for batch, plane, p, w in zip(profile.batches, profile.verify, *factors, strict=True):
         scaled = [[t * (p if r <= batch else w) for t in line] for r, line in zip(profile.rows, plane, strict=True)]
         planes.append(scaled)
     return replace(profile, verify=_monotone(planes))
@@ -168,33 +194,34 @@ def _scale_draft(profile: CostProfile, clean: Sequence[Sample]) -> CostProfile:
     """Factors from steps with no gate and nothing to catch up on, then the costs of either from the others."""
     drafted = [s for s in clean if s.report.plan.speculates]
     fresh = [s for s in drafted if s.unseen <= s.report.load.batch_size]
-    usual = [(s, s.report.times.draft / predicted(profile, s)[1]) for s in fresh if not s.report.plan.gates]
-    factors = _factors(profile.draft_batches, usual)
+    usual = [s for s in fresh if not s.report.plan.gates]
+    ratios = _column([s.report.times.draft for s in usual]) / predicted(profile, usual).draft
+    factors = _factors(profile.draft_batches, usual, ratios, np.ones(len(usual), dtype=bool))
     planes = [[[t * f for t in line] for line in plane] for plane, f in zip(profile.draft, factors, strict=True)]
     fitted = replace(profile, draft=_monotone(planes), catch_up=0.0, gate_overhead=0.0)
-    fitted = replace(fitted, gate_overhead=_gate_overhead(fitted, fresh, profile.gate_overhead))
-    behind = [s for s in drafted if s.unseen > 4 * s.report.load.batch_size]
-    each = [(s.report.times.draft - predicted(fitted, s)[1]) / s.unseen for s in behind]
-    return replace(fitted, catch_up=max(0.0, float(np.median(each))) if len(each) >= FEWEST else profile.catch_up)
-
-
-def _gate_overhead(profile: CostProfile, fresh: Sequence[Sample], fallback: float) -> float:
-    """Median of what each gate added to drafting; `profile` has none yet."""
     gated = [s for s in fresh if s.report.plan.gates]
-    each = [
-        (s.report.times.draft - predicted(profile, s)[1])
-        / max(1, gates_asked(s.report.plan.gates, s.report.plan.max_depth, s.report.drafting))
-        for s in gated
-    ]
-    return max(0.0, float(np.median(each))) if len(each) >= FEWEST else fallback
+    fitted = replace(fitted, gate_overhead=_each(fitted, gated, _work(gated).asked, profile.gate_overhead))
+    behind = [s for s in drafted if s.unseen > 4 * s.report.load.batch_size]
+    return replace(fitted, catch_up=_each(fitted, behind, _work(behind).unseen, profile.catch_up))
 
 
-def _factors(batches: Sequence[int], ratios: Sequence[tuple[Sample, float]]) -> list[float]:
-    """Median ratio at each batch size; sizes that were not seen take the nearest seen one's (in log)."""
+def _each(profile: CostProfile, samples: Sequence[Sample], counts: Floats, fallback: float) -> float:
+    """Median of what each of `counts` added to drafting, which `profile` doesn't charge yet."""
+    if len(samples) < FEWEST:
+        return fallback
+    more = _column([s.report.times.draft for s in samples]) - predicted(profile, samples).draft
+    return max(0.0, float(np.median(more / np.maximum(counts, 1.0))))
+
+
+def _factors(
+    batches: Sequence[int], samples: Sequence[Sample], ratios: Floats, chosen: NDArray[np.bool_]
+) -> list[float]:
+    """Median ratio of the chosen samples at each batch size; sizes not seen take the nearest seen one's (in log)."""
     seen: dict[int, list[float]] = {batch: [] for batch in batches}
-    for sample, ratio in ratios:
-        nearest = min(batches, key=lambda b: abs(math.log(b / sample.report.load.batch_size)))
-        seen[nearest].append(ratio)
+    for sample, ratio, use in zip(samples, ratios.tolist(), chosen.tolist(), strict=True):
+        if use:
+            nearest = min(batches, key=lambda b: abs(math.log(b / sample.report.load.batch_size)))
+            seen[nearest].append(ratio)
     known = {batch: float(np.median(r)) for batch, r in seen.items() if len(r) >= FEWEST}
     if not known:
         return [1.0] * len(batches)
@@ -203,22 +230,23 @@ def _factors(batches: Sequence[int], ratios: Sequence[tuple[Sample, float]]) -> 
 
 def _prefill_weight(profile: CostProfile, samples: Sequence[Sample]) -> float:
     """The weight at which steps with prompts are predicted best."""
-    mixed = [s for s in samples if s.report.load.batch_size and s.report.load.prefill_tokens >= 32]
+    mixed = [s for s in samples if s.report.load.prefill_tokens >= 32]
     if len(mixed) < FEWEST:
         return profile.prefill_weight
+    took = _column([s.report.times.verify for s in mixed])
 
     def error(weight: float) -> float:
         trial = replace(profile, prefill_weight=weight)
-        return float(np.median([abs(math.log(s.report.times.verify / predicted(trial, s)[0])) for s in mixed]))
+        return float(np.median(np.abs(np.log(took / predicted(trial, mixed).verify))))
 
     return float(min(np.arange(0.4, 1.61, 0.05).tolist(), key=error))
 
 
 def _noise(profile: CostProfile, clean: Sequence[Sample]) -> float:
     """Robust standard deviation (interquartile range) of log(measured / predicted) of whole steps."""
-    residuals = [math.log(s.report.times.total / sum(predicted(profile, s))) for s in clean]
-    if len(residuals) < FEWEST:
+    if len(clean) < FEWEST:
         return profile.noise
+    residuals = np.log(_column([s.report.times.total for s in clean]) / predicted(profile, clean).total)
     low, high = np.quantile(residuals, (0.25, 0.75))
     return float(high - low) / 1.349
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from echo_rl.calibrate.cost import Grid, Machine, measure
+from echo_rl.calibrate.device_passes import passes, usual
 from echo_rl.calibrate.gates import GateObservation, GateOptions, best_paths, calibrate
 from echo_rl.calibrate.in_situ import correct, observe_steps
 from echo_rl.contracts import Forest, LoadView, Request, SamplingParams, Selection, SpecPlan, StepReport
@@ -22,7 +23,7 @@ from echo_rl.controllers.gates import GateCalibration
 from echo_rl.loop import serve
 from echo_rl.profile import CostProfile, packaged
 from echo_rl.runtime.engine import Engine
-from echo_rl.runtime.probe import Probe
+from echo_rl.runtime.ondevice.step import DeviceStep
 
 DEPTH, WIDTH, NODES = 8, 10, 60  # ECHO's batch-1 set-up: depth 8, top-k 10, 60 nodes
 LIVE_REQUESTS, LIVE_TOKENS, MOST_LIVE = 10, 64, 32  # of the live run that corrects the cost profile
@@ -85,7 +86,14 @@ def calibrate_gates(
 def calibrate_cost(
     engine: Engine, machine: Machine, grid: Grid, samples: Path | None, console: Console | None, provenance: str
 ) -> CostProfile:
-    """The machine's cost profile: single passes on the grid, corrected by what live steps took."""
+    """The machine's cost profile: single passes on the grid, corrected by what live steps took.
+
+    Both are timed as the engine serves. Where that is on the device, so say the provenance and the name of the
+    file of samples, which eager passes must not continue.
+    """
+    if isinstance(engine.serving, DeviceStep):
+        provenance = f"{provenance}, device step"
+        samples = samples and samples.with_stem(f"{samples.stem}-device")
     turns = calibration_prompts()
 
     def requests(concurrency: int) -> list[Request]:
@@ -93,12 +101,12 @@ def calibrate_cost(
             engine, [turns[i % len(turns)] for i in range(max(LIVE_REQUESTS, 3 * concurrency))], LIVE_TOKENS
         )
 
-    probe = Probe(engine)
+    probe = passes(engine)
     profile = measure(probe.verify, probe.draft, machine, grid, samples, console, provenance)
     concurrencies = [batch for batch in grid.batches if batch <= MOST_LIVE]
     with Progress(console=console, disable=console is None) as progress:
         task = progress.add_task("serving under random plans", total=len(concurrencies))
-        steps = observe_steps(engine, requests, concurrencies, lambda: progress.advance(task))
+        steps = observe_steps(engine, requests, concurrencies, lambda: progress.advance(task), usual(engine))
     return correct(profile, steps)
 
 

@@ -43,9 +43,9 @@ def samples(count=1200, noise=0.0):
             load, plan, (), 0, plan.budget, 0, batch, (), (), PhaseTimes(), drafting=drafting, confidence=()
         )
         unseen = rng.choice((0, 0, 20 * batch)) if on else 0
-        verify, draft, rest = predicted(LIVE, Sample(report, unseen))
-        factor = rng.lognormvariate(0.0, noise)
-        times = PhaseTimes(verify=verify * factor, draft=draft * factor, commit=rest * factor)
+        took, factor = predicted(LIVE, [Sample(report, unseen)]), rng.lognormvariate(0.0, noise)
+        verify, draft, rest = (factor * float(t[0]) for t in (took.verify, took.draft, took.overhead))
+        times = PhaseTimes(verify=verify, draft=draft, commit=rest)
         yield Sample(replace(report, times=times), unseen)
 
 
@@ -61,6 +61,28 @@ def test_a_live_machine_is_found_from_its_steps(noise, within):
             LIVE.verify_seconds(batch, 4 * batch, 200), rel=within
         )
         assert found.draft_seconds(batch, 3, 4) == pytest.approx(LIVE.draft_seconds(batch, 3, 4), rel=within)
+
+
+def test_a_prediction_is_the_profiles_own():
+    """Two steps by hand: a gated tree with catching up beside a prompt, and a plain step."""
+    plan = SpecPlan(12, 2, 3, ((0, 0.1),))
+    load = LoadView(4, 64, 0, 200.0, 0.1, 64)
+    tree = StepReport(load, plan, (), 0, 12, 0, 4, (), (), PhaseTimes(), drafting=(4, 2))
+    plain = replace(tree, load=replace(load, prefill_tokens=0), plan=SpecPlan(0), verified=0, drafting=())
+    found = predicted(LIVE, [Sample(tree, 9), Sample(plain, 9)])
+    level = [LIVE.draft_seconds(4, 3, 1), LIVE.draft_seconds(2, 3, 2) - LIVE.draft_seconds(2, 3, 1)]
+    assert found.verify == pytest.approx([LIVE.verify_seconds(4, 16 + 0.7 * 64, 200), LIVE.ar_seconds(4, 200)])
+    assert found.draft == pytest.approx([sum(level) + 9 * LIVE.catch_up + LIVE.gate_overhead, 0.0])
+    assert found.overhead == pytest.approx([LIVE.overhead_seconds(4, 12, True), LIVE.overhead_seconds(4)])
+
+
+def test_unusual_steps_are_left_out():
+    given = list(samples(8))
+    plans = RandomPlans({}, usual=lambda report: report.plan.speculates)
+    for sample in given:
+        plans.observe(sample.report)
+    assert [s.report for s in plans.samples] == [s.report for s in given if s.report.plan.speculates]
+    assert 0 < len(plans.samples) < 8
 
 
 def test_too_few_steps_change_nothing():

@@ -5,6 +5,7 @@ Nothing is served: that needs a GPU.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -18,12 +19,14 @@ from safetensors.torch import load_file
 
 from echo_rl.contracts import Forest, LoadView, SpecPlan
 from echo_rl.controllers import registry
-from echo_rl.controllers.base import per_request_top_k
+from echo_rl.controllers.picking import per_request_top_k
 from echo_rl.integrations.sglang import contract, trees
 from echo_rl.integrations.sglang.settings import PluginConfig, Shape
 from echo_rl.packages import shipped_checkpoints
 from echo_rl.profile import CostProfile
 from echo_rl.runtime.drafter_model import default_taps, draft_to_target, load_drafter
+from scripts.gpu.sglang_stages import MODES, servers, settings
+from scripts.gpu.steps import Args
 from tests import tiny
 from tests.integrations.sglang_fakes import host as make_host
 from tests.integrations.sglang_fakes import parallel, require_sglang
@@ -168,6 +171,24 @@ def test_the_doctor_passes(tmp_path):
 
     failed = [row for row in examine(str(path)) if not row.ok]
     assert [row.what for row in failed] in ([], ["entry point"]), "an uninstalled source tree has no entry point"
+
+
+def test_the_gpu_validation_gives_sglang_options_that_it_has(tmp_path):
+    """Its own parser reads the commands; the steered servers start as the plugin demands."""
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    ServerArgs.add_cli_args(parser)
+    given = Args(out=tmp_path, model=str(DRAFTER), drafter=str(DRAFTER))
+    read = {name: parser.parse_args(command[3:]) for name, (_, command) in servers(given, "python").items()}
+    assert {name: options.speculative_algorithm for name, options in read.items()} == {
+        "none": None, "eagle3": "EAGLE3", "adaptive": "EAGLE3", "trees": "EAGLE3",
+    }  # fmt: skip
+    assert [bool(read[name].speculative_adaptive) for name in read] == [False, False, True, False]
+    for mode in MODES:
+        launch = PluginConfig.of(settings(given, mode)).launch
+        options = read[mode]
+        assert (options.speculative_num_steps, options.speculative_num_draft_tokens) == (launch.steps, launch.width)
 
 
 # --------------------------------------------------------------------------- chains, through SGLang's controller

@@ -1,0 +1,87 @@
+"""Times every kernel of a decode step against its torch reference, on the same device and the same tensors.
+
+The operations and shapes are those that ``benchmarks/kernels.py`` counts launches of. One that fails is
+reported and the others are timed.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from echo_rl.results import write_json
+from launches import Case, Shape, decision_cases, model_cases
+
+Timer = Callable[[Callable[[], Any]], tuple[float, float, float]]
+"""call -> (median, lower, upper quartile) seconds."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Time the kernels of a decode step."""
+
+    out: Path
+    """The result's file."""
+    device: str = "cuda"
+    shape: tyro.conf.OmitArgPrefixes[Shape] = field(default_factory=Shape)
+
+
+def on_gpu(call: Callable[[], Any]) -> tuple[float, float, float]:
+    """Seconds of device time of one call; the caches are flushed before each."""
+    from triton.testing import do_bench
+
+    median, low, high = do_bench(call, quantiles=(0.5, 0.25, 0.75))
+    return median / 1e3, low / 1e3, high / 1e3
+
+
+def cases(shape: Shape) -> Iterator[Case]:
+    """The step's operations, their tensors on the default device."""
+    yield from model_cases(shape)
+    yield from decision_cases(shape)
+
+
+def measured(found: Iterable[Case], timer: Timer) -> list[dict[str, Any]]:
+    """A row an operation; where it fails, the row says so. An iterator that fails ends with such a row."""
+    rows: list[dict[str, Any]] = []
+    source = iter(found)
+    while True:
+        name = "the next operation's tensors"
+        try:
+            case = next(source, None)
+            if case is None:
+                return rows
+            name = case.name
+            kernel, reference = timed(case.after, timer), timed(case.before, timer)
+        except Exception as error:  # of a kernel that doesn't run on this device: that is what is looked for
+            traceback.print_exc()
+            rows.append({"name": name, "error": f"{type(error).__name__}: {error}"})
+        else:
+            speedup = reference["median"] / kernel["median"]
+            rows.append(
+                {"name": name, "calls": case.calls, "kernel": kernel, "reference": reference, "speedup": speedup}
+                | ({"bytes_a_second": case.least / kernel["median"]} if case.least else {})
+            )
+
+
+def timed(call: Callable[[], Any], timer: Timer) -> dict[str, float]:
+    return dict(zip(("median", "low", "high"), timer(call), strict=True))
+
+
+def script() -> int:
+    args = tyro.cli(Args, description=__doc__)
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        rows = measured(cases(args.shape), on_gpu)
+    write_json(args.out, {"shape": asdict(args.shape), "device": torch.cuda.get_device_name(0), "kernels": rows})
+    return int(any("error" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(script())
