@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from echo_rl.env.trace import Trace
 from echo_rl.learning.learner import LearnerOptions
 from echo_rl.learning.play import World, measure
 from echo_rl.loop import serve
+from echo_rl.metrics import geometric_mean
 from echo_rl.profile import CostProfile
 from echo_rl.results import write_json
 from echo_rl.sweep import Arm
@@ -84,7 +85,7 @@ def script() -> None:
     if args.quick:
         args = replace(args, steps=60, seeds=2, workloads=("closed:1", "closed:8"))
         small = LearnerOptions(steps=4_096)
-        runs = {name: replace(runs[name], learner=small) for name in ("seed0", "reward tokens")}
+        runs = {name: replace((SEEDS | ABLATIONS)[name], learner=small) for name in ("seed0", "reward tokens")}
     place.work.mkdir(parents=True, exist_ok=True)
     rest, test = split(args.trace, place.work)
     profile = CostProfile.default()
@@ -165,11 +166,8 @@ def compare(worth: Mapping[str, Any], seeds: Sequence[str], ablations: Sequence[
     }
 
 
-def _interval(logs: np.ndarray) -> dict[str, float]:
-    """Geometric mean of ratios with its 95 % bootstrap interval."""
-    draws = np.random.default_rng(0).choice(logs, (2_000, len(logs))).mean(1)
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return {"value": float(np.exp(logs.mean())), "low": float(np.exp(low)), "high": float(np.exp(high))}
+def _interval(logs: np.ndarray) -> dict[str, Any]:
+    return asdict(geometric_mean(np.exp(logs).tolist()))
 
 
 def deciding(test: Trace, profile: CostProfile) -> dict[str, dict[str, float]]:

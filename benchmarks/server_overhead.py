@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,13 +16,14 @@ from echo_rl.contracts import Controller
 from echo_rl.controllers import registry
 from echo_rl.load.client import Client
 from echo_rl.load.config import LoadConfig
+from echo_rl.load.connection import run_async
 from echo_rl.loop import serve
 from echo_rl.prompts import Prompt, load_prompts
 from echo_rl.runtime.engine import Engine
 from echo_rl.sweep import arm_order
 from echo_rl.trials import Rotation
 from server_load import NOWHERE, Visitor, load_of, tokenised
-from serving import Server, total
+from serving import Server, cpu_seconds, total
 
 ENGINE, HTTP = "engine", "http"
 
@@ -53,8 +53,12 @@ class Sides:
         return load_engine(self.config)
 
     @cached_property
+    def server(self) -> Server:
+        return self.stack.enter_context(Server(self.config, self.place.work / "server.log"))
+
+    @cached_property
     def url(self) -> str:
-        return self.stack.enter_context(Server(self.config, self.place.work / "server.log")).ready()
+        return self.server.ready()
 
     def measured(self, controller: str, side: str, block: int) -> dict[str, Any]:
         """One block; the first of a controller on a side comes after a short one that doesn't count."""
@@ -66,7 +70,7 @@ class Sides:
     def _prepared(self, controller: str, side: str) -> Controller | None:
         if side == ENGINE:
             return registry.make(controller)
-        asyncio.run(self._choose(controller))
+        run_async(self._choose(controller))
         return None
 
     async def _choose(self, controller: str) -> None:
@@ -81,7 +85,7 @@ class Sides:
         more = {"max_tokens": max_tokens, "seed": self.setting.seed + first, "extra": {"ignore_eos": True}}
         config = load_of(url, self.setting.concurrency, count, **more)
         if side == HTTP:
-            return asyncio.run(self._through_http(config, prompts))
+            return run_async(self._through_http(config, prompts))
         return self._in_process(self.ready[controller, side], config, prompts)
 
     def _in_process(
@@ -98,8 +102,9 @@ class Sides:
 
     async def _through_http(self, config: LoadConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
         visitor = Visitor(self.url, prompts)
-        before = (await visitor.ask("/metrics")).decode()
+        before, front = (await visitor.ask("/metrics")).decode(), cpu_seconds(self.server.process.pid)
         record = await visitor.serve(config, self.setting.concurrency)
+        front = cpu_seconds(self.server.process.pid) - front
         after = (await visitor.ask("/metrics")).decode()
         visitor.close()
         steps, busy = (
@@ -111,6 +116,7 @@ class Sides:
             "seconds": record.run.seconds,
             "steps": int(steps),
             "busy": busy,
+            "front_cpu": front,
             "client_cpu": record.client_cpu_seconds,
             "failed": sum(request.error is not None for request in record.run.requests),
         }
@@ -133,7 +139,10 @@ def overhead(setting: Overhead, engine: EngineConfig, place: Place) -> dict[str,
 
 
 def overhead_of(controller: str, engine: Sequence[dict[str, Any]], http: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Throughput of both sides, theirs over the engine's, and where the difference comes from."""
+    """Throughput of both sides, theirs over the engine's, and where the difference comes from.
+
+    Shares are of one core's time. The client's is no part of the server, though it takes it from the same cores.
+    """
     alone, through = ([metrics.Rate(cell["tokens"], cell["seconds"]) for cell in side] for side in (engine, http))
     seconds = sum(cell["seconds"] for cell in http)
     step = [sum(cell["busy"] for cell in side) / sum(cell["steps"] for cell in side) for side in (engine, http)]
@@ -144,6 +153,8 @@ def overhead_of(controller: str, engine: Sequence[dict[str, Any]], http: Sequenc
         "http_over_engine": asdict(metrics.rate_ratio(through, alone)),
         "step_seconds": {"engine": step[0], "http": step[1]},
         "engine_busy": sum(cell["busy"] for cell in http) / seconds,
+        "steps": {"engine": sum(cell["steps"] for cell in engine), "http": sum(cell["steps"] for cell in http)},
+        "front_cpu_share": sum(cell["front_cpu"] for cell in http) / seconds,
         "client_cpu_share": sum(cell["client_cpu"] for cell in http) / seconds,
         "failed": sum(cell["failed"] for cell in http),
     }

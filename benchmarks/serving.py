@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
@@ -46,14 +46,19 @@ class Server:
 
     def ready(self) -> str:
         """Waits until the engine is loaded; returns the server's URL. Raises `EchoError` with the end of its log."""
-        end = time.monotonic() + START_SECONDS
-        while not self.lines("ready"):
+        self.wait_for("ready")
+        return str(self.wait_for("listening")["url"])
+
+    def wait_for(self, message: str, seconds: float = START_SECONDS) -> dict[str, Any]:
+        """The log's first entry with this message. Raises `EchoError` with the end of the log where none comes."""
+        end = time.monotonic() + seconds
+        while not (found := self.lines(message)):
             if self.process.poll() is not None or time.monotonic() > end:
                 tail = "".join(self.log.read_text(errors="replace").splitlines(keepends=True)[-15:])
                 self.end()
-                raise EchoError(f"the server did not start; the end of its log:\n{tail}")
+                raise EchoError(f"the server did not say '{message}'; the end of its log:\n{tail}")
             time.sleep(POLL)
-        return str(self.lines("listening")[0]["url"])
+        return found[0]
 
     def lines(self, message: str) -> list[dict[str, Any]]:
         """The log's entries with this message, so far."""
@@ -89,11 +94,20 @@ def flags(engine: EngineConfig) -> list[str]:
 
 async def get(endpoint: Endpoint, path: str) -> bytes:
     """The body of a 200. Raises `EchoError` on any other answer, `OSError` where there is none."""
-    body = bytearray()
-    answer = await endpoint.fetch("GET", path, sink=body.extend)
+    return await _asked(endpoint, "GET", path)
+
+
+async def post(endpoint: Endpoint, path: str, body: Mapping[str, Any]) -> bytes:
+    """The same of a POST of JSON."""
+    return await _asked(endpoint, "POST", path, json.dumps(body).encode())
+
+
+async def _asked(endpoint: Endpoint, method: str, path: str, body: bytes = b"") -> bytes:
+    found = bytearray()
+    answer = await endpoint.fetch(method, path, body, sink=found.extend)
     if answer.status != OK:
         raise EchoError(f"{path} answers {answer.status}: {answer.body.decode(errors='replace')[:300]}")
-    return bytes(body)
+    return bytes(found)
 
 
 def total(exposition: str, name: str, **labels: str) -> float:
@@ -115,6 +129,12 @@ def children(parent: int) -> list[int]:
         if len(after_name) > 1 and int(after_name[1]) == parent and after_name[0] != b"Z":
             found.append(int(path.name))
     return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process so far, all its threads; 0 where it is gone."""
+    after_name = _read(pid, "stat").rpartition(b")")[2].split()
+    return sum(map(int, after_name[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_mb(pid: int) -> float | None:

@@ -131,17 +131,20 @@ def policies(result: Result) -> str:
     """The learned controller against ECHO and plain serving, workload by workload."""
     names = ("over_echo_by_workload", "hindsight_over_echo", "over_none_by_workload", "echo_over_none")
     rows = [
-        [f"`{workload}`", *(_ratio(result[name][i]) for name in names)]
+        [f"`{workload}`", *(Interval(**result[name][i]).text(3, "×") for name in names)]
         for i, workload in enumerate(result["workloads"])
     ]
-    rows.append(["all", _ratio(result["over_echo"]), "", "", ""])
+    rows.append(["all", Interval(**result["over_echo"]).text(3, "×"), "", "", ""])
     heads = ["workload", "`ppo` over `echo`", "best fixed plan over `echo`", "`ppo` over `none`", "`echo` over `none`"]
     return _table(heads, rows)
 
 
 def training(result: Result) -> str:
     """What each change to the training does to the result."""
-    rows = [[name, _ratio(interval)] for name, interval in {**result["seeds"], **result["ablations"]}.items()]
+    rows = [
+        [name, Interval(**interval).text(3, "×")]
+        for name, interval in {**result["seeds"], **result["ablations"]}.items()
+    ]
     return _table(["training", "over `echo`"], rows)
 
 
@@ -283,10 +286,6 @@ def _most_first(counts: Mapping[str, int]) -> list[tuple[str, int]]:
 
 def _milliseconds(latency: Mapping[str, float] | None, key: str) -> str:
     return "-" if latency is None else f"{1000 * latency[key]:.0f}"
-
-
-def _ratio(interval: Mapping[str, float]) -> str:
-    return f"{interval['value']:.3f}× [{interval['low']:.3f}, {interval['high']:.3f}]"
 
 
 TABLES: Mapping[str, tuple[str, Callable[[Result], str]]] = {

@@ -259,6 +259,14 @@ def mean_ratio(
     return _bootstrap(mean, sizes.pop(), level, resamples, seed)
 
 
+def geometric_mean(ratios: Sequence[float], level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Geometric mean of independent ratios, each one block. Raises `ConfigError` where there is none."""
+    if not len(ratios):
+        raise ConfigError("a mean needs at least one ratio")
+    logs = np.log(np.asarray(ratios, dtype=float))
+    return _bootstrap(lambda rows: np.exp(logs[rows].mean(-1)), len(logs), level, resamples, seed)
+
+
 def kendall(a: Mapping[str, float], b: Mapping[str, float]) -> float | None:
     """Kendall's tau-b (1945) of two rankings, by the names that both score; ties count half on their side.
 

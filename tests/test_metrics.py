@@ -147,3 +147,11 @@ def test_the_summary_is_json(fake_engine, make_controller):
     assert empty["tokens_per_second"] == 0.0 and empty["mat"] is None
     assert json.loads(json.dumps(full))["latency"]["tpot"]["mean"] == 1.0
     assert full["tokens_per_second"] == 0.2
+
+
+def test_geometric_mean_of_ratios():
+    found = metrics.geometric_mean([0.5, 2.0, 1.0, 1.0])
+    assert found.estimate == pytest.approx(1.0) and found.low < 1.0 < found.high and found.blocks == 4
+    assert metrics.geometric_mean([1.5] * 3).text() == "1.50 [1.50, 1.50]"
+    with pytest.raises(ConfigError):
+        metrics.geometric_mean([])

@@ -6,9 +6,10 @@ A body is handed on as it comes; only that of an error is kept.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from httptools import HttpParserError, HttpResponseParser
@@ -16,9 +17,20 @@ from httptools import HttpParserError, HttpResponseParser
 from echo_rl.errors import ConfigError
 
 Sink = Callable[[bytes], None]
+T = TypeVar("T")
 OK = 200
 MOST_KEPT = 1 << 20
 """Bytes of a body that nobody takes; what comes after them is dropped."""
+
+
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`, on uvloop where that is installed: a chunk then costs a client half as much."""
+    if importlib.util.find_spec("uvloop") is None:
+        return asyncio.run(work)
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,6 +17,7 @@ from echo_rl.env.workload import Arrivals, closed
 from echo_rl.errors import ConfigError
 from echo_rl.load.client import Client, chat_body
 from echo_rl.load.config import LoadConfig, Target
+from echo_rl.load.connection import run_async
 from echo_rl.load.drive import Ends, drive
 from echo_rl.load.record import LoadRecord
 from echo_rl.load.report import report
@@ -77,10 +77,10 @@ class Session:
         self.previous: dict[str, str] = {}
         """By URL, the controller to put back."""
         for url in config.urls:
-            asyncio.run(self._greet(url))
+            run_async(self._greet(url))
 
     def run(self, trial: Trial) -> LoadRecord:
-        record = asyncio.run(self._run(trial, self._config.targets[trial.arm]))
+        record = run_async(self._run(trial, self._config.targets[trial.arm]))
         if not record.served.output_tokens:
             raise ConfigError(f"no token came in {trial}{_most_frequent(record)}")
         return record
@@ -89,7 +89,7 @@ class Session:
         """Puts back the controllers; where that fails, only says so: the measurements are safe."""
         for url, spec in self.previous.items():
             try:
-                asyncio.run(self._switch(url, spec))
+                run_async(self._switch(url, spec))
             except ConfigError as error:
                 log.warning("the controller %s is not put back: %s", spec, error)
 

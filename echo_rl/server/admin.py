@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from echo_rl.errors import ConfigError
 from echo_rl.server import logs
 from echo_rl.server.auth import Guard
-from echo_rl.server.choices import Choices, public
+from echo_rl.server.choices import Choices, public, public_report
 from echo_rl.server.errors import ApiError
 from echo_rl.server.experiment import ExperimentOptions
 from echo_rl.server.front import Front
@@ -80,6 +80,11 @@ class Stats(BaseModel):
     restarts: int
     controller: str
     fallbacks: dict[str, int]
+    """Decisions that ECHO took over since the start, by cause."""
+    rollbacks: int
+    """Times that a new controller failed its trial and the one before it came back."""
+    serving: dict[str, int]
+    """How the engine served its steps, by way; empty where it counts nothing."""
     environment: dict[str, str]
     core: dict[str, Any]
     """What the engine's core holds, checked for KV conservation; empty while there is none."""
@@ -151,9 +156,11 @@ def make_router(front: Front, choices: Choices, guard: Guard) -> APIRouter:
             admitted=front.admission.unfinished,
             restarts=host.restarts,
             controller=public(host.controller),
-            fallbacks=dict(host.fallbacks),
+            fallbacks=host.fallbacks,
+            rollbacks=host.rollbacks,
+            serving=host.serving,
             environment=info.environment if info else {},
-            core=await _done(host.inspect()) if info else {},
+            core=public_report(await _done(host.inspect())) if info else {},
         )
 
     return router
@@ -166,7 +173,9 @@ def _spec(choices: Choices, choice: str | ControllerChoice) -> str:
 
 def _state(front: Front) -> ExperimentState:
     report = front.host.experiment
-    return ExperimentState(state=report.state if report else "none", value=report.value if report else {})
+    return ExperimentState(
+        state=report.state if report else "none", value=public_report(report.value) if report else {}
+    )
 
 
 async def _done(work: Awaitable[T]) -> T:

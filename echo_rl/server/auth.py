@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -16,8 +16,8 @@ from echo_rl.errors import ConfigError
 from echo_rl.server.config import ServerConfig
 from echo_rl.server.errors import ApiError
 
-Guard = Callable[..., None]
-"""A FastAPI dependency that raises `ApiError` for who may not pass."""
+Guard = Callable[..., Awaitable[None]]
+"""A FastAPI dependency that raises `ApiError` for who may not pass. A coroutine: FastAPI runs others in a thread."""
 
 FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-real-ip")
 """Headers by which a proxy gives itself away: its peer may be anybody."""
@@ -43,7 +43,7 @@ def api_guard(keys: Keys) -> Guard:
     """Lets those pass who have the API key, or everybody where there is none."""
     bearer = HTTPBearer(auto_error=False, description="The API key, where the server has one.")
 
-    def check(given: HTTPAuthorizationCredentials | None = Security(bearer)) -> None:  # noqa: B008
+    async def check(given: HTTPAuthorizationCredentials | None = Security(bearer)) -> None:  # noqa: B008
         if keys.api is not None:
             _require(keys.api, given)
 
@@ -58,7 +58,7 @@ def admin_guard(keys: Keys, bound: str) -> Guard:
     bearer = HTTPBearer(auto_error=False, scheme_name="Admin", description="The admin key, where the server has one.")
     closed = not is_loopback(bound)
 
-    def check(request: Request, given: HTTPAuthorizationCredentials | None = Security(bearer)) -> None:  # noqa: B008
+    async def check(request: Request, given: HTTPAuthorizationCredentials | None = Security(bearer)) -> None:  # noqa: B008
         if keys.admin is not None:
             _require(keys.admin, given)
         elif closed or not _is_local(request):

@@ -6,6 +6,7 @@ up among the folders that are there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from echo_rl.controllers.network import read_manifest
 from echo_rl.errors import ConfigError, PolicyError
 from echo_rl.sweep import Arm
 
+SPECS = ("controller", "previous", "control", "treatment")
+"""Where reports hold a controller's spec."""
 NEEDS_A_RECORDING = ("oracle",)
 """Controllers that know the future and so can't serve."""
 
@@ -76,6 +79,13 @@ def public(spec: str) -> str:
     """A spec without folders: of every path only its last part."""
     head, colon, tail = spec.partition(":")
     return head + colon + ",".join(map(_last_part, tail.split(",")))
+
+
+def public_report(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What an experiment or a core says of itself, its specs without folders."""
+    shown = {key: public(value[key]) for key in SPECS if isinstance(value.get(key), str)}
+    inner = {key: public_report(item) for key, item in value.items() if isinstance(item, Mapping)}
+    return {**value, **inner, **shown}
 
 
 def _is_plain(annotation: Any) -> bool:

@@ -13,6 +13,7 @@ from echo_rl.contracts import Backend, Request, StepReport
 from echo_rl.controllers.soundness import Limits
 from echo_rl.errors import EchoError, PlanViolation, RequestError
 from echo_rl.profile import CostProfile
+from echo_rl.records import StepRecord
 from echo_rl.server.messages import (
     Cancel,
     Command,
@@ -56,6 +57,8 @@ class CoreOptions:
     profile: CostProfile | None = None
     """Tells K_max; without it steps report 0."""
     switch: SwitchOptions = field(default_factory=SwitchOptions)
+    ways: Callable[[], dict[str, int]] = dict
+    """How the engine has served its steps so far, counted by way."""
 
 
 class EngineCore:
@@ -68,7 +71,7 @@ class EngineCore:
         options = options or CoreOptions()
         self._engine = engine
         self._switch = Switch(make_controller, spec, options.limits, options.switch)
-        self._knee = _Knees(options.profile)
+        self._knee, self._ways = _Knees(options.profile), options.ways
         self._in_flight: set[str] = set()
         self._violations = 0
         self._steps = 0
@@ -170,28 +173,17 @@ class EngineCore:
         self._switch.seat.guard.retire("invalid", str(error))
 
     def _stats(self, report: StepReport, spec: str, in_flight: int, seconds: float) -> StepStats:
-        load, plan = report.load, report.plan
+        load = report.load
         return StepStats(
-            time=time.time(),
-            seconds=seconds,
+            StepRecord.of(report, end=time.time(), seconds=seconds),
             controller=spec,
-            batch=load.batch_size + load.plain,
-            waiting=load.waiting,
+            plain=load.plain,
             running=in_flight - load.waiting,
-            prefill_tokens=load.prefill_tokens,
             kv_used=load.kv_used,
-            budget=plan.budget,
             knee=self._knee(load.batch_size, load.mean_context),
-            depth=plan.max_depth if plan.speculates else 0,
-            width=plan.width if plan.speculates else 0,
-            drafted=report.drafted,
-            verified=report.verified,
-            accepted=report.accepted,
-            committed=report.committed + load.plain,
-            reached_by_depth=report.reached_by_depth,
-            accepted_by_depth=report.accepted_by_depth,
-            times=report.times,
             fallbacks=self._switch.fallbacks,
+            rollbacks=self._switch.rollbacks,
+            serving=self._ways(),
             trees=report.trees,
         )
 

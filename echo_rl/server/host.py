@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +33,7 @@ from echo_rl.server.messages import (
     Watch,
 )
 from echo_rl.server.streams import News, OutputStream, Subscription
+from echo_rl.server.tally import Tally
 from echo_rl.server.worker import Factory
 
 log = logging.getLogger(__name__)
@@ -54,8 +54,7 @@ class EngineHost:
         self._trees = False
         self._good = _LastGood(config.controller, config.switch.trial_steps)
         self._draining = False
-        self._fallbacks: Counter[str] = Counter()  # of cores that are gone
-        self._core_fallbacks: dict[str, int] = {}
+        self._fallbacks, self._rollbacks, self._serving = Tally(), Tally(), Tally()
         self.ready_info: Ready | None = None
         """What the engine said of itself when it was last loaded."""
         self.experiment: ExperimentReport | None = None
@@ -90,9 +89,17 @@ class EngineHost:
     @property
     def fallbacks(self) -> dict[str, int]:
         """Decisions that the fallback took over since the start, by cause, over restarts."""
-        total = self._fallbacks.copy()
-        total.update(self._core_fallbacks)
-        return dict(total)
+        return self._fallbacks.total
+
+    @property
+    def rollbacks(self) -> int:
+        """Times since the start that a new controller failed its trial and the one before it came back."""
+        return sum(self._rollbacks.total.values())
+
+    @property
+    def serving(self) -> dict[str, int]:
+        """How steps were served since the start, by way; empty where the engine counts nothing."""
+        return self._serving.total
 
     # ------------------------------------------------------------------------- life
 
@@ -231,7 +238,9 @@ class EngineHost:
             stream.put(last)
 
     def _publish(self, stats: StepStats) -> None:
-        self._core_fallbacks = stats.fallbacks
+        self._fallbacks.see(stats.fallbacks)
+        self._rollbacks.see({"": stats.rollbacks})
+        self._serving.see(stats.serving)
         if not self._experimenting:
             self._good.stepped(stats.controller)
         for callback in self._callbacks:
@@ -282,8 +291,8 @@ class EngineHost:
         if self._experimenting and self.experiment is not None:
             value = {**self.experiment.value, "state": "stopped", "reason": message}
             self._report(ExperimentReport("stopped", value))
-        self._fallbacks.update(self._core_fallbacks)
-        self._core_fallbacks = {}
+        for tally in (self._fallbacks, self._rollbacks, self._serving):
+            tally.begin_anew()
 
 
 class _LastGood:

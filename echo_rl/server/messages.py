@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from echo_rl.contracts import PhaseTimes, Request, RequestOutput, RequestTree
+from echo_rl.contracts import Request, RequestOutput, RequestTree
+from echo_rl.records import StepRecord
 
 
 @dataclass(frozen=True)
@@ -84,36 +85,36 @@ Command = Submit | Cancel | SetController | StartExperiment | StopExperiment | W
 class StepStats:
     """One step, as the metrics and the live view need it."""
 
-    time: float
-    """Seconds since the epoch at the step's end."""
-    seconds: float
-    """Wall time of the step."""
+    step: StepRecord
+    """What it did; its `end` counts from the epoch."""
     controller: str
     """Spec of the controller in force."""
-    batch: int
-    """Requests that decoded."""
-    waiting: int
+    plain: int
+    """Requests that decoded without drafts because they asked for it; the step's batch leaves them out."""
     running: int
-    prefill_tokens: int
     kv_used: float
-    budget: int
-    """Nodes that the plan allowed over the batch; 0 is plain decoding."""
     knee: int
     """K_max at this batch: most drafted nodes that the machine's cost profile calls worth verifying; 0 = unknown."""
-    depth: int
-    width: int
-    drafted: int
-    verified: int
-    accepted: int
-    committed: int
-    """Tokens of decoding requests."""
-    reached_by_depth: tuple[int, ...]
-    accepted_by_depth: tuple[int, ...]
-    times: PhaseTimes
     fallbacks: dict[str, int]
-    """Decisions that `echo` took over since the start, by cause: ``exception``, ``nan``, ``deadline``, ``invalid``."""
+    """Decisions that `echo` took over since the core's start, by cause: ``exception``, ``nan``, ``deadline``,
+    ``invalid``."""
+    rollbacks: int = 0
+    """Times since the core's start that a new controller failed its trial and the one before it came back."""
+    serving: dict[str, int] = field(default_factory=dict)
+    """How the engine served its steps since the core's start, by way (see `worker.ways_of`); empty where it counts
+    nothing."""
     trees: tuple[RequestTree, ...] = ()
     """What was verified, a request each; empty while nobody watches."""
+
+    @property
+    def batch(self) -> int:
+        """Requests that decoded."""
+        return self.step.batch_size + self.plain
+
+    @property
+    def committed(self) -> int:
+        """Tokens of all requests that decoded."""
+        return self.step.committed + self.plain
 
 
 @dataclass(frozen=True)

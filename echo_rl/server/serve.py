@@ -23,6 +23,7 @@ from echo_rl.server.auth import Keys
 from echo_rl.server.config import ServerConfig
 from echo_rl.server.front import Front
 from echo_rl.server.host import EngineHost, HostConfig
+from echo_rl.server.turns import give_way
 from echo_rl.server.worker import live
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ async def _run(server: _Server, host: EngineHost, front: Front, listener: socket
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
         loop.add_signal_handler(number, lambda: (now if drain.is_set() else drain).set())
+    give_way()
     address, port = listener.getsockname()[:2]
     logs.write("listening", url=f"http://{f'[{address}]' if ':' in address else address}:{port}", model=front.model)
     serving = asyncio.create_task(server.serve(sockets=[listener]))

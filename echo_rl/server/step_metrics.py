@@ -7,15 +7,21 @@ stand under ``echo_rl:spec_*``.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Gauge
 
+from echo_rl.metrics import PHASES
 from echo_rl.server.messages import StepStats
 from echo_rl.server.meters import Labelled, Meters
 
 WINDOW_SECONDS = 5.0
+PLAN = {
+    "budget": "Nodes that the last plan allowed over the batch; 0 is plain decoding.",
+    "depth": "Levels of the last plan.",
+    "width": "Width of the last plan.",
+}
+STAGES = ("drafted", "verified", "accepted")
 STEP_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -37,39 +43,51 @@ class StepMetrics:
         self._tokens = meters.counters("echo_rl:spec_tokens_total", "Drafted tokens, by what became of them.", "stage")
         self._reached = meters.counters("echo_rl:spec_reached_total", "Paths with a node to accept there.", "depth")
         self._accepted = meters.counters("echo_rl:spec_accepted_total", "Accepted tokens at a depth.", "depth")
-        self._plan = {
-            name: meters.gauge(f"echo_rl:spec_{name}", text)
-            for name, text in (
-                ("budget", "Nodes that the last plan allowed over the batch; 0 is plain decoding."),
-                ("knee", "Most nodes worth verifying at this batch, by the cost profile; 0 is unknown."),
-                ("depth", "Levels of the last plan."),
-                ("width", "Width of the last plan."),
-            )
-        }
+        self._plan = {name: meters.gauge(f"echo_rl:spec_{name}", text) for name, text in PLAN.items()}
+        self._knee = meters.gauge(
+            "echo_rl:spec_knee", "Most nodes worth verifying at this batch, by the cost profile; 0 is unknown."
+        )
         self._seconds = meters.histogram("echo_rl:step_seconds", "Wall time of a step.", STEP_BUCKETS)
         self._phases = meters.counters("echo_rl:phase_seconds_total", "Time by phase of the steps.", "phase")
         self._swaps = meters.counter("echo_rl:controller_swaps_total", "Times that another controller took over.")
-        self._fallbacks = meters.counters("echo_rl:fallbacks_total", "Decisions that ECHO took over.", "cause")
-        self._seen_fallbacks: dict[str, int] = {}
+        rollbacks = meters.counter(
+            "echo_rl:controller_rollbacks_total",
+            "Times that a new controller failed its trial and the one before it came back.",
+        )
+        self._rollbacks = _Increments(lambda amount, _: rollbacks.inc(amount))
+        self._fallbacks = _Increments(
+            meters.counters("echo_rl:fallbacks_total", "Decisions that ECHO took over.", "cause").add
+        )
+        self._serving = _Increments(
+            meters.counters(
+                "echo_rl:served_total",
+                "Steps served on the device, steps left to the host by cause (eager:...), graphs (graphs:...).",
+                "way",
+            ).add
+        )
         self._info = Gauge(
             "echo_rl:controller_info", "The controller in force.", ["model_name", "controller"], registry=registry
         )
 
     def step(self, stats: StepStats) -> None:
         """Count one step."""
+        step = stats.step
         self._keep(stats)
-        self._seconds.observe(stats.seconds)
-        for name in self._plan:
-            self._plan[name].set(getattr(stats, name))
-        for phase, seconds in asdict(stats.times).items():
-            self._phases.add(seconds, phase)
-        for stage in ("drafted", "verified", "accepted"):
-            self._tokens.add(getattr(stats, stage), stage)
-        _by_depth(self._reached, stats.reached_by_depth)
-        _by_depth(self._accepted, stats.accepted_by_depth)
-        if stats.verified:
+        self._seconds.observe(step.seconds)
+        self._knee.set(stats.knee)
+        for name in PLAN:
+            self._plan[name].set(getattr(step, name))
+        for phase in PHASES:
+            self._phases.add(getattr(step.times, phase), phase)
+        for stage in STAGES:
+            self._tokens.add(getattr(step, stage), stage)
+        _by_depth(self._reached, step.reached_by_depth)
+        _by_depth(self._accepted, step.accepted_by_depth)
+        if step.verified:
             self._calls.inc(stats.batch)
-        self._count_fallbacks(stats.fallbacks)
+        self._fallbacks.see(stats.fallbacks)
+        self._rollbacks.see({"": stats.rollbacks})
+        self._serving.see(stats.serving)
         if self._last is None or self._last.controller != stats.controller:
             self._controller(stats.controller)
         self._last = stats
@@ -79,32 +97,23 @@ class StepMetrics:
         self._drop_old(now)
         last = self._last
         self._running.set(0 if idle or last is None else last.running)
-        self._queued.set(0 if idle or last is None else last.waiting)
+        self._queued.set(0 if idle or last is None else last.step.waiting)
         self._kv.set(0.0 if idle or last is None else last.kv_used)
         tokens = sum(stats.committed for stats in self._recent)
-        span = now - self._recent[0].time + self._recent[0].seconds if self._recent else 0.0
+        span = now - self._recent[0].step.end + self._recent[0].step.seconds if self._recent else 0.0
         self._throughput.set(tokens / span if span > 0 else 0.0)
-        speculating = [stats for stats in self._recent if stats.verified]
+        speculating = [stats for stats in self._recent if stats.step.verified]
         if speculating:
             self._length.set(sum(s.committed for s in speculating) / max(1, sum(s.batch for s in speculating)))
-            self._rate.set(sum(s.accepted for s in speculating) / sum(s.verified for s in speculating))
+            self._rate.set(sum(s.step.accepted for s in speculating) / sum(s.step.verified for s in speculating))
 
     def _keep(self, stats: StepStats) -> None:
         self._recent.append(stats)
-        self._drop_old(stats.time)
+        self._drop_old(stats.step.end)
 
     def _drop_old(self, now: float) -> None:
-        while self._recent and self._recent[0].time < now - WINDOW_SECONDS:
+        while self._recent and self._recent[0].step.end < now - WINDOW_SECONDS:
             self._recent.popleft()
-
-    def _count_fallbacks(self, totals: Mapping[str, int]) -> None:
-        """Totals are the core's since its start: less than before means that it was started again."""
-        if totals == self._seen_fallbacks:
-            return
-        for cause, total in totals.items():
-            before = self._seen_fallbacks.get(cause, 0)
-            self._fallbacks.add(total - before if total >= before else total, cause)
-        self._seen_fallbacks = dict(totals)
 
     def _controller(self, spec: str) -> None:
         """The name alone: options may name files."""
@@ -112,6 +121,22 @@ class StepMetrics:
             self._swaps.inc()
         self._info.clear()
         self._info.labels(self._model, spec.partition(":")[0]).set(1)
+
+
+class _Increments:
+    """Turns a core's totals since its start into what a counter adds: less than before means another core."""
+
+    def __init__(self, add: Callable[[int, str], None]) -> None:
+        self._add = add
+        self._seen: Mapping[str, int] = {}
+
+    def see(self, totals: Mapping[str, int]) -> None:
+        if totals == self._seen:
+            return
+        for name, total in totals.items():
+            before = self._seen.get(name, 0)
+            self._add(total - before if total >= before else total, name)
+        self._seen = dict(totals)
 
 
 def _by_depth(counter: Labelled, values: tuple[int, ...]) -> None:

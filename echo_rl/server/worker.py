@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from echo_rl.config import EngineConfig
@@ -21,6 +22,7 @@ from echo_rl.errors import EchoError
 from echo_rl.server.channel import CoreChannel
 from echo_rl.server.messages import Failed, Ready, Stop
 from echo_rl.server.options import SwitchOptions
+from echo_rl.server.turns import take_turns
 
 if TYPE_CHECKING:
     from echo_rl.runtime.engine import Engine
@@ -68,9 +70,22 @@ def live(
         build_controller,
         max_context=min(config.max_context, arch.max_positions),
         vocab=arch.vocab,
-        options=CoreOptions(limits, CostProfile.default(), switch),
+        options=CoreOptions(limits, CostProfile.default(), switch, partial(ways_of, engine)),
         environment=environment,
     )
+
+
+def ways_of(engine: Engine) -> dict[str, int]:
+    """Steps that the device served by itself (``device``) and that were left to the host, by cause (``eager:CAUSE``),
+    and what became of their bodies (``graphs:replayed``, ...); empty for an engine that serves all on the host."""
+    from echo_rl.runtime.ondevice.step import DeviceStep
+
+    serving = engine.serving
+    if not isinstance(serving, DeviceStep):
+        return {}
+    eager = {f"eager:{cause}": count for cause, count in serving.counts.eager.items()}
+    graphs = {f"graphs:{what}": count for what, count in vars(serving.graphs.counts).items()}
+    return {"device": serving.counts.device, **eager, **graphs}
 
 
 def build_controller(spec: str) -> Controller:
@@ -188,6 +203,7 @@ def _tell(channel: CoreChannel, error: BaseException) -> None:
 
 def _run_process(sock: socket.socket, factory: Factory, spec: str, switch: SwitchOptions) -> None:
     """Signals that end a server go to the whole group; the front alone decides when the engine stops."""
+    take_turns()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     ok = serve_core(sock, factory, spec, switch, on_orphaned=_die_later)

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import threading
 import time
+from dataclasses import replace
 
 import uvicorn
 from starlette.testclient import TestClient
 
 from echo_rl.contracts import PhaseTimes, RequestOutput, TokenLogprob
 from echo_rl.errors import ConfigError, RequestError
+from echo_rl.records import StepRecord
 from echo_rl.server.app import create_app
 from echo_rl.server.auth import Keys
 from echo_rl.server.config import ServerConfig
@@ -30,6 +32,7 @@ class FakeHost:
         self.ready, self.alive, self.restarts, self.controller = True, True, 0, "echo"
         self.ready_info = Ready("echo", context, vocab, {"model": "fake"})
         self.fallbacks: dict[str, int] = {}
+        self.rollbacks, self.serving = 0, {"device": 4}
         self.experiment: ExperimentReport | None = None
         self.requests: dict = {}
         self.cancelled: list[str] = []
@@ -97,12 +100,18 @@ class FakeHost:
 
 def stats(**changes) -> StepStats:
     values = {
-        "time": time.time(), "seconds": 0.02, "controller": "echo", "batch": 2, "waiting": 3, "running": 2,
-        "prefill_tokens": 0, "kv_used": 0.25, "budget": 8, "knee": 12, "depth": 3, "width": 2, "drafted": 10,
-        "verified": 8, "accepted": 4, "committed": 6, "reached_by_depth": (2, 2), "accepted_by_depth": (2, 2),
-        "times": PhaseTimes(verify=0.015), "fallbacks": {}, **changes,
+        "end": time.time(), "seconds": 0.02, "batch_size": 2, "prefill_tokens": 0, "waiting": 3, "context": 40.0,
+        "budget": 8, "depth": 3, "width": 2, "drafted": 10, "verified": 8, "accepted": 4, "committed": 6,
+        "reached_by_depth": (2, 2), "accepted_by_depth": (2, 2), "times": PhaseTimes(verify=0.015),
     }  # fmt: skip
-    return StepStats(**values)
+    step = StepStats(StepRecord(**values), "echo", plain=0, running=2, kv_used=0.25, knee=12, fallbacks={})
+    return changed(step, **changes)
+
+
+def changed(stats: StepStats, **changes) -> StepStats:
+    """With other values, of its own or of the step's record."""
+    own = {name: changes.pop(name) for name in [*changes] if name in vars(stats)}
+    return replace(stats, step=replace(stats.step, **changes), **own)
 
 
 def make_app(host, /, keys: Keys | None = None, tokenizer=None, model: str = "fake", **settings):

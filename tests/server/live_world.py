@@ -17,6 +17,7 @@ from typing import Any
 
 from echo_rl.contracts import PhaseTimes, RequestTree
 from echo_rl.errors import ConfigError
+from echo_rl.records import StepRecord
 from echo_rl.server.experiment import CONTROL, RUNNING, ExperimentOptions, Switchback
 from echo_rl.server.messages import ExperimentReport, Ready, StepStats
 from echo_rl.server.ui.feed import add_ragged
@@ -61,14 +62,13 @@ class LiveWorld:
         times = self._times(batch, verified, depth if budget else 0)
         self.clock += times.total + 0.0004
         kv = (40 * batch + sum(500 - a.left for a in self.answers)) / 16384
-        stats = StepStats(
-            *(self.clock, times.total + 0.0004, self.controller, batch, max(0, self.requests - 14), batch),
-            *(24 * arrived, kv, budget, knee, depth, 3, verified + 2 * batch, verified, accepted, accepted + batch),
+        step = StepRecord(
+            *(self.clock, times.total + 0.0004, batch, 24 * arrived, max(0, self.requests - 14), 100.0),
+            *(budget, depth, 3, verified + 2 * batch, verified, accepted, accepted + batch),
             *by_depth(trees, depth if budget else 0),
             times=times,
-            fallbacks=FALLBACKS,
-            trees=tuple(trees),
         )
+        stats = StepStats(step, self.controller, 0, batch, kv, knee, FALLBACKS, trees=tuple(trees))
         self._finish(trees)
         return stats
 
@@ -152,7 +152,8 @@ class LiveWorldHost:
         self.speed = speed
         self.idle = False
         self.ready = self.alive = True
-        self.in_flight = self.restarts = 0
+        self.in_flight = self.restarts = self.rollbacks = 0
+        self.serving: dict[str, int] = {}
         self.fallbacks = dict(FALLBACKS)
         self.watched: list[bool] = []
         self.controller = self.world.controller
@@ -182,7 +183,7 @@ class LiveWorldHost:
             options = self.switchback.options
             self.world.controller = options.control if self.switchback.arm == CONTROL else options.treatment
         stats = self.world.step()
-        if running and self.switchback.step(stats.committed, stats.seconds):
+        if running and self.switchback.step(stats.committed, stats.step.seconds):
             return [stats, self.experiment]
         return [stats]
 

@@ -111,6 +111,8 @@ def test_an_experiment_from_start_to_stop(client, host):
     started = client.post("/admin/ab", json=body).json()
     assert started["state"] == "running" and started["value"]["blocks"] == 4
     assert host.experiment.value["treatment"].startswith("ppo:path=")
+    for shown in (started, client.get("/admin/ab").json()):
+        assert shown["value"]["treatment"] == "ppo:path=night-run", "a folder went out"
     again = client.post("/admin/ab", json=body)
     assert again.status_code == 409
     assert client.delete("/admin/ab").json()["state"] == "stopped"
@@ -133,10 +135,23 @@ def test_no_foreign_page_can_start_one(client, host):
 
 
 def test_stats(client, host):
-    host.restarts, host.fallbacks = 2, {"nan": 3}
+    host.restarts, host.fallbacks, host.rollbacks = 2, {"nan": 3}, 1
     stats = client.get("/admin/stats").json()
     assert stats["restarts"] == 2 and stats["fallbacks"] == {"nan": 3} and stats["core"] == {"running": 0}
     assert stats["environment"] == {"model": "fake"} and stats["admitted"] == 0
+    assert stats["rollbacks"] == 1 and stats["serving"] == {"device": 4}
+
+
+def test_what_the_core_holds_names_no_folder(client, host):
+    experiment = {"control": "none", "treatment": "ppo:path=/a/b/night"}
+
+    async def inspect():
+        return {"controller": "ppo:path=/a/b/night", "previous": "ppo:seed=1,path=/a/b/day", "experiment": experiment}
+
+    host.inspect = inspect
+    core = client.get("/admin/stats").json()["core"]
+    assert (core["controller"], core["previous"]) == ("ppo:path=night", "ppo:seed=1,path=day")
+    assert core["experiment"]["treatment"] == "ppo:path=night"
 
 
 def test_while_the_engine_loads(client, host):

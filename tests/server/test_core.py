@@ -228,7 +228,7 @@ def test_twenty_swaps_in_flight_change_no_token_and_lose_no_block(tiny_engine):
     director = play(scene, tiny_engine, spec="echo", limits=limits, switch={"deadline": 5.0})
     assert len(swapped) == 20
     assert len({stats.controller for stats in director.stats}) == len(SPECS) + 1, "a controller never decided"
-    assert sum(stats.accepted for stats in director.stats) > 20, "hardly any speculation: the test shows little"
+    assert sum(stats.step.accepted for stats in director.stats) > 20, "hardly any speculation: the test shows little"
     assert not any(director.stats[-1].fallbacks.values())
     assert all(director.reply(2 * ticket + 1).error is None for ticket in range(1, 31))
     record = serve(tiny_engine, build_controller("none"), sent, concurrency=6)
@@ -249,7 +249,7 @@ def test_a_swap_takes_effect_between_two_steps_and_says_who_was_before():
     specs = [stats.controller for stats in director.stats]
     change = specs.index("chain:steps=2")
     assert set(specs[:change]) == {"none"} and set(specs[change:]) == {"chain:steps=2"}
-    assert [stats.depth for stats in director.stats][change] == 2
+    assert [stats.step.depth for stats in director.stats][change] == 2
     assert director.reply(1).value == {"controller": "chain:steps=2", "previous": "none", "swaps": 1}
 
 
@@ -301,6 +301,7 @@ def test_a_controller_that_fails_its_trial_makes_way_for_the_one_before():
     counts = Counter(stats.controller for stats in director.stats)
     assert counts["bad"] == 19, "its twentieth fault throws it out"
     assert director.stats[-1].controller == "chain:steps=2"
+    assert [stats.rollbacks for stats in director.stats].index(1) > 20 and director.stats[-1].rollbacks == 1
     held = director.reply(3).value
     assert held["rollbacks"] == 1 and held["retired"] is None and held["fallbacks"]["exception"] == 20
 
@@ -315,7 +316,7 @@ def test_a_controller_retired_after_its_trial_stays_under_the_fallback():
     director = play(scene, make=make_with_bad(fail), spec="chain", switch={"trial_steps": 5, "deadline": 5.0})
     held = director.reply(3).value
     assert held["controller"] == "bad" and "20 faults" in held["retired"] and held["rollbacks"] == 0
-    assert director.stats[-1].depth == 0, "the fallback of these tests doesn't speculate"
+    assert director.stats[-1].step.depth == 0, "the fallback of these tests doesn't speculate"
 
 
 def test_a_controller_that_hangs_stops_nobody():
@@ -452,10 +453,10 @@ def test_a_step_tells_what_the_controller_chose_and_the_knee(make_controller_pro
 
     director = play(scene, spec="chain:steps=2", profile=make_controller_profile)
     stats = director.stats[1]
-    assert (stats.budget, stats.depth, stats.width) == (6, 2, 1)
+    assert (stats.step.budget, stats.step.depth, stats.step.width) == (6, 2, 1)
     assert stats.knee == make_controller_profile.knee(3, 1.0) > 0
     assert director.stats[0].knee == 0, "nobody decoded"
-    assert stats.seconds > 0 and abs(stats.time - time.time()) < 60
+    assert stats.step.seconds > 0 and abs(stats.step.end - time.time()) < 60
 
 
 @pytest.fixture
@@ -477,7 +478,7 @@ def test_trees_are_sent_while_somebody_watches(tiny_engine):
     assert trees[:4] == [0] * 4 and trees[4:8] == [2] * 4 and trees[8:] == [0] * len(trees[8:])
     shown = director.stats[5]
     assert {tree.id for tree in shown.trees} == {"r1", "r2"}, "r5 asked not to speculate"
-    assert shown.batch == 3 and shown.committed == 3 + shown.accepted
+    assert shown.batch == 3 and shown.committed == 3 + shown.step.accepted
 
 
 def test_a_plan_is_cut_to_the_engines_limits(tiny_engine):
@@ -486,5 +487,5 @@ def test_a_plan_is_cut_to_the_engines_limits(tiny_engine):
         yield from quiet(5)
 
     director = play(scene, tiny_engine, make=lambda spec: Bad(lambda: SpecPlan(8, 8, 20)), limits=Limits(40))
-    assert director.stats[2].depth == 8 and director.stats[2].width == 5
+    assert director.stats[2].step.depth == 8 and director.stats[2].step.width == 5
     assert not any(director.stats[-1].fallbacks.values())

@@ -18,9 +18,10 @@ import pytest
 from echo_rl.errors import ConfigError, EchoError, RequestError
 from echo_rl.server.channel import CoreChannel, FrontChannel
 from echo_rl.server.host import EngineHost, HostConfig, Unavailable
-from echo_rl.server.messages import ExperimentReport, StepStats
+from echo_rl.server.messages import ExperimentReport, Stepped, StepStats
 from echo_rl.server.options import SwitchOptions
 from echo_rl.server.streams import SLOW_READER, Inbox
+from tests.server.front_world import stats
 from tests.server.hosts import collect, fake_host, request_of, running, serve_fake, tiny_host
 
 QUICK = {"backoff": 0.01, "stop_seconds": 5.0}
@@ -393,14 +394,27 @@ def test_a_death_ends_the_experiment():
     asyncio.run(main())
 
 
-def test_fallbacks_are_counted_over_restarts():
+def test_what_a_core_counts_lasts_over_restarts():
     async def main():
         async with running(fake_host(**QUICK)) as host:
-            host._core_fallbacks = {"nan": 3}
+            host.on_event(Stepped((), stats(fallbacks={"nan": 3}, rollbacks=2, serving={"device": 5})))
             await collect(host, request_of("#"))
             await until(lambda: host.restarts == 1 and host.ready)
             await collect(host, request_of("abc"))
-            assert host.fallbacks["nan"] == 3
+            assert (host.fallbacks["nan"], host.rollbacks, host.serving) == (3, 2, {"device": 5})
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("step", ["eager", "device"])
+def test_how_steps_were_served_is_told_where_the_engine_counts_it(tmp_path, step):
+    async def main():
+        async with running(tiny_host(tmp_path, {"step": step}, controller="none")) as host:
+            steps = []
+            host.on_stats(steps.append)
+            await collect(host, request_of("abc", max_new_tokens=4))
+            assert host.serving.get("device", 0) == (len(steps) if step == "device" else 0)
+            assert (host.serving.get("graphs:plain", 0) > 0) == (step == "device")
 
     asyncio.run(main())
 

@@ -50,7 +50,7 @@ def test_speculation_is_counted_truly(steps):
 def test_throughput_is_of_the_last_seconds_and_idle_is_zero(steps):
     metrics, value = steps
     for i in range(100):
-        metrics.step(stats(time=1000.0 + i, seconds=1.0))
+        metrics.step(stats(end=1000.0 + i, seconds=1.0))
     metrics.refresh(1099.0, idle=False)
     assert value("sglang:gen_throughput") == pytest.approx(6.0)
     assert (value("sglang:num_running_reqs"), value("sglang:num_queue_reqs")) == (2, 3)
@@ -58,11 +58,13 @@ def test_throughput_is_of_the_last_seconds_and_idle_is_zero(steps):
     assert value("sglang:gen_throughput") == value("sglang:num_running_reqs") == value("sglang:token_usage") == 0
 
 
-def test_swaps_and_fallbacks_count_on_over_a_restart(steps):
+def test_swaps_fallbacks_and_rollbacks_count_on_over_a_restart(steps):
     metrics, value = steps
-    metrics.step(stats(fallbacks={"nan": 5}))
-    metrics.step(stats(controller="ppo:path=/secret", fallbacks={"nan": 7}))
-    metrics.step(stats(controller="ppo:path=/secret", fallbacks={"nan": 1}))  # a new core counts from 0
+    metrics.step(stats(fallbacks={"nan": 5}, rollbacks=1, serving={"device": 3, "eager:width": 1}))
+    metrics.step(stats(controller="ppo:path=/secret", fallbacks={"nan": 7}, rollbacks=3, serving={"device": 4}))
+    metrics.step(stats(controller="ppo:path=/secret", fallbacks={"nan": 1}, rollbacks=1))  # a new core counts from 0
+    assert value("echo_rl:controller_rollbacks_total") == 4
+    assert value("echo_rl:served_total", way="device") == 4 and value("echo_rl:served_total", way="eager:width") == 1
     assert value("echo_rl:controller_swaps_total") == 1
     assert value("echo_rl:fallbacks_total", cause="nan") == 8
     assert value("echo_rl:controller_info", controller="ppo") == 1

@@ -6,70 +6,39 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
+from itertools import count
 
 import httpx
 import pytest
 
+from echo_rl.config import EngineConfig
+from serving import Server
 from tests import tiny
 
+LIMITS = {"max_context": 500, "kv_tokens": 8192, "max_nodes": 24, "max_expanded": 40}
 LONG = {"prompt": "hello", "max_tokens": 480, "n": 6, "temperature": 1.0, "stream": True, "ignore_eos": True}
 
 
-class Server:
-    """The process and what it has logged."""
-
-    def __init__(self, model, drafter, *options: str) -> None:
-        command = [
-            *(sys.executable, "-m", "echo_rl.cli", "serve", "--model", str(model), "--drafter", str(drafter)),
-            *("--device", "cpu", "--dtype", "float32", "--max-context", "500", "--kv-tokens", "8192"),
-            *("--max-nodes", "24", "--max-expanded", "40", "--threads", "1", "--port", "0", "--log-format", "json"),
-            *options,
-        ]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("ECHO_RL_")}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        self.raw: list[str] = []
-        self._reader = threading.Thread(target=lambda: self.raw.extend(self.process.stderr), daemon=True)
-        self._reader.start()
-
-    def lines(self, message: str) -> list[dict]:
-        entries = [json.loads(line) for line in self.raw if line.startswith("{")]
-        return [entry for entry in entries if entry["message"] == message]
-
-    def wait_for(self, message: str, seconds: float = 60.0) -> dict:
-        end = time.monotonic() + seconds
-        while not (found := self.lines(message)):
-            assert self.process.poll() is None and time.monotonic() < end, "".join(self.raw)
-            time.sleep(0.02)
-        return found[0]
-
-    def end(self, seconds: float = 30.0) -> int:
-        code = self.process.wait(seconds)
-        self._reader.join(5)
-        return code
-
-
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def engine(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
-    return tiny.target_folder(root / "target"), tiny.drafter_folder(root / "drafter")
+    models = {"model": tiny.target_folder(root / "target"), "drafter": tiny.drafter_folder(root / "drafter")}
+    names = {name: str(folder) for name, folder in models.items()}
+    return EngineConfig(**names, **LIMITS, device="cpu", dtype="float32", threads=1)
 
 
 @pytest.fixture
-def serve(folders):
+def serve(engine, tmp_path):
+    logs = (tmp_path / f"{number}.log" for number in count())
     started = []
 
     def start(*options: str) -> Server:
-        started.append(Server(*folders, *options))
+        started.append(Server(engine, next(logs), options))
         return started[-1]
 
     yield start
     for server in started:
-        server.process.kill()
-        server.process.wait()
+        server.end(0.0)
 
 
 def test_sigterm_finishes_what_is_in_flight_and_exits_with_0(serve):
@@ -89,7 +58,7 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_with_0(serve):
     assert rest[-1] == "data: [DONE]"
     reasons = [json.loads(line[6:])["choices"][0]["finish_reason"] for line in rest[:-1]]
     assert [reason for reason in reasons if reason] == ["length"] * LONG["n"]
-    assert server.end() == 0
+    assert server.process.wait(30) == 0
     (line,) = [line for line in server.lines("request") if line["status"] == 200]
     assert line["output_tokens"] == LONG["n"] * LONG["max_tokens"]
 
@@ -107,12 +76,20 @@ def test_a_drain_that_takes_too_long_cancels_and_a_second_signal_does_at_once(se
                 server.process.send_signal(signal.SIGINT)
             rest = "".join(lines)
         assert '"code": "cancelled"' in rest or '"code": "engine_error"' in rest
-    assert (patient.end(), hasty.end()) == (0, 130)
+    assert (patient.process.wait(30), hasty.process.wait(30)) == (0, 130)
 
 
 def test_what_is_wrong_is_one_line_and_exit_code_2(serve):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         busy = serve("--port", str(taken.getsockname()[1]))
         wrong = serve("--controller", "nonsense")
-        assert (busy.end(60), wrong.end(60)) == (2, 2)
-    assert "cannot listen" in busy.raw[-1] and "nonsense" in wrong.raw[-1]
+        assert (busy.process.wait(60), wrong.process.wait(60)) == (2, 2)
+    last = [server.log.read_text().splitlines()[-1] for server in (busy, wrong)]
+    assert "cannot listen" in last[0] and "nonsense" in last[1]
+
+
+def test_the_front_never_interrupts_a_step_and_the_engine_runs_as_usual(serve):
+    server = serve("--controller", "none")
+    server.ready()
+    assert os.sched_getscheduler(server.process.pid) == os.SCHED_BATCH
+    assert os.sched_getscheduler(server.engine()) == os.SCHED_OTHER

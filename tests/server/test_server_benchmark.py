@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 
@@ -11,7 +12,7 @@ from echo_rl.errors import EchoError
 from server import as_in_a_bench
 from server_identity import compare
 from server_overhead import overhead_of
-from serving import Server, children, flags, resident_mb, total
+from serving import Server, children, cpu_seconds, flags, resident_mb, total
 
 EXPECTED = {"a": ["one two", 2, "stop"], "b": ["three", 1, "length"]}
 
@@ -35,11 +36,14 @@ def test_a_request_that_failed_is_lost_and_not_compared():
 
 def test_overhead_is_the_ratio_of_throughputs_and_says_where_it_comes_from():
     engine = [{"tokens": 100, "seconds": 1.0, "steps": 10, "busy": 0.9}] * 3
-    http = [{"tokens": 100, "seconds": 1.25, "steps": 10, "busy": 1.0, "client_cpu": 0.1, "failed": 0}] * 3
+    http = [
+        {"tokens": 100, "seconds": 1.25, "steps": 10, "busy": 1.0, "front_cpu": 0.05, "client_cpu": 0.1, "failed": 0}
+    ] * 3
     found = overhead_of("none", engine, http)
     assert found["http_over_engine"]["estimate"] == pytest.approx(0.8)
     assert found["step_seconds"] == {"engine": pytest.approx(0.09), "http": pytest.approx(0.1)}
     assert (found["engine_busy"], found["client_cpu_share"]) == (pytest.approx(0.8), pytest.approx(0.08))
+    assert found["front_cpu_share"] == pytest.approx(0.04) and found["steps"] == {"engine": 30, "http": 30}
 
 
 def test_a_cell_of_a_load_test_is_one_of_a_bench():
@@ -62,6 +66,7 @@ def test_series_are_summed_by_name_and_labels():
 def test_this_process_is_a_child_of_its_parent_and_uses_memory():
     assert os.getpid() in children(os.getppid())
     assert resident_mb(os.getpid()) > 20 and resident_mb(2**30) is None
+    assert 0 < cpu_seconds(os.getpid()) == pytest.approx(time.process_time(), abs=0.1) and cpu_seconds(2**30) == 0
 
 
 def test_a_server_that_does_not_start_shows_the_end_of_its_log(tmp_path):

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import replace
-
 import pytest
 
+import chromium
 from echo_rl.contracts import RequestTree
+from echo_rl.errors import ConfigError
 from echo_rl.server.auth import Keys
-from tests.server.front_world import listening, make_app, wait_until
+from tests.server.front_world import changed, listening, make_app, wait_until
 from tests.server.live_world import LiveWorld, LiveWorldHost
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-FLAGS = (
-    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
 WIDE, PHONE = (1280, 800), (390, 844)
 
-if not (CHROMIUM and DRIVER):
-    pytest.skip("the live view is tested in Chromium: install chromium and chromedriver", allow_module_level=True)
-selenium = pytest.importorskip("selenium", reason="the live view is tested through selenium: install it")
+pytest.importorskip("selenium", reason="the live view is tested through selenium: install it")
 
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys as Key  # noqa: E402
 
@@ -41,11 +30,8 @@ class Browser:
         return self.driver.find_element(By.ID, id)
 
     def open(self, url: str, size=WIDE, scheme: str = "dark", motion: str = "reduce") -> None:
-        cdp = self.driver.execute_cdp_cmd
-        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size is PHONE}
-        features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": motion}
-        cdp("Emulation.setDeviceMetricsOverride", metrics)
-        cdp("Emulation.setEmulatedMedia", {"features": [{"name": k, "value": v} for k, v in features.items()]})
+        features = {"prefers_color_scheme": scheme, "prefers_reduced_motion": motion}
+        chromium.dress(self.driver, size, mobile=size is PHONE, **features)
         self.driver.get(f"{url}/ui")
         self.js("sessionStorage.clear()")
 
@@ -70,12 +56,10 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, Service(DRIVER))
+    try:
+        driver = chromium.start(str(tmp_path_factory.mktemp("chromium")))
+    except ConfigError as error:
+        pytest.skip(str(error))
     yield driver
     driver.quit()
 
@@ -104,7 +88,7 @@ class StillHost(LiveWorldHost):
     """Says the same step again and again, a second of the server later."""
 
     def advance(self):
-        self.step = replace(self.step, time=self.step.time + 1)
+        self.step = changed(self.step, end=self.step.step.end + 1)
         return [self.step]
 
 
@@ -126,8 +110,8 @@ def test_numbers_and_tree_are_those_of_the_step(browser):
     tree = RequestTree("cmpl-one", (-1, -1, 0, 0, 2, 4), (0, 0, 1, 1, 2, 3), (0, 2), 4)
     host = StillHost()
     base = LiveWorld(requests=1).step()
-    host.step = replace(
-        *(base,), batch=1, running=1, waiting=7, verified=6, accepted=2, committed=3, budget=8, knee=9, drafted=6,
+    host.step = changed(
+        *(base,), batch_size=1, running=1, waiting=7, verified=6, accepted=2, committed=3, budget=8, knee=9, drafted=6,
         kv_used=0.25, reached_by_depth=(1, 1, 1, 0), accepted_by_depth=(1, 1, 0, 0), seconds=0.02, trees=(tree,),
         prefill_tokens=0, fallbacks={"exception": 0, "nan": 4, "deadline": 3, "invalid": 0},
     )  # fmt: skip
@@ -164,7 +148,7 @@ def test_plain_steps_are_drawn_as_such(browser, url, host):
 
 def test_a_plain_step_without_trees_is_a_bare_column(browser):
     host = StillHost()
-    host.step = replace(LiveWorld(requests=2, controller="none").step(), trees=())
+    host.step = changed(LiveWorld(requests=2, controller="none").step(), trees=())
     with listening(make_app(host)) as url:
         browser.open(url)
         wait_until(lambda: browser.count(".col .bare") > 0)

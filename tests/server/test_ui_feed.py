@@ -6,7 +6,6 @@ import asyncio
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -23,7 +22,7 @@ from echo_rl.server.ui.feed import COUNTERS, MOST_TREES, Feed, add_ragged, encod
 from echo_rl.server.ui.sessions import MOST_SESSIONS, SESSION_SECONDS, Sessions
 from echo_rl.server.ui.stream import Viewers
 from tests.conftest import FakeClock, FakeTokenizer
-from tests.server.front_world import client_of, listening, make_app, serving, stats, wait_until
+from tests.server.front_world import changed, client_of, listening, make_app, serving, stats, wait_until
 from tests.server.hosts import tiny_host
 from tests.server.live_world import LiveWorld, LiveWorldHost
 
@@ -50,29 +49,30 @@ def test_frames_lose_and_repeat_nothing(seed, count, cuts):
     frames = [frame for frame in frames_of(steps, cuts) if frame["steps"]]
     assert sum(frame["steps"] for frame in frames) == count
     for name in COUNTERS:
-        assert sum(frame[name] for frame in frames) == sum(getattr(step, name) for step in steps)
-    assert sum(frame["requests"] for frame in frames) == sum(step.batch for step in steps)
+        assert sum(frame[name] for frame in frames) == sum(getattr(stats.step, name) for stats in steps)
+    for name, total in (("requests", "batch"), ("committed", "committed")):
+        assert sum(frame[name] for frame in frames) == sum(getattr(stats, total) for stats in steps)
     reached = accepted = ()
     for frame in frames:
         reached = add_ragged(reached, frame["reached_by_depth"])
         accepted = add_ragged(accepted, frame["accepted_by_depth"])
-    assert sum(accepted) == sum(step.accepted for step in steps)
-    assert sum(reached) == sum(sum(step.reached_by_depth) for step in steps)
+    assert sum(accepted) == sum(stats.step.accepted for stats in steps)
+    assert sum(reached) == sum(sum(stats.step.reached_by_depth) for stats in steps)
     spent = sum(sum(frame["times"].values()) for frame in frames)
-    assert spent == pytest.approx(sum(step.seconds for step in steps))
+    assert spent == pytest.approx(sum(stats.step.seconds for stats in steps))
 
 
 def test_a_frame_shows_the_latest_state_and_the_last_step_that_decoded():
     world = LiveWorld(requests=3)
     first, second = world.step(), world.step()
-    prefill = replace(second, time=second.time + 1, batch=0, running=1, verified=0, trees=(), controller="none")
+    prefill = changed(second, end=second.step.end + 1, batch_size=0, running=1, verified=0, trees=(), controller="none")
     gathering = Feed()
     for step in (first, second, prefill):
         gathering.add(step)
     (name, frame), *others = gathering.take()
     assert (name, others) == ("steps", [])
-    assert (frame["time"], frame["batch"], frame["running"], frame["controller"]) == (prefill.time, 0, 1, "none")
-    assert frame["step"]["time"] == second.time
+    assert (frame["time"], frame["batch"], frame["running"], frame["controller"]) == (prefill.step.end, 0, 1, "none")
+    assert frame["step"]["time"] == second.step.end
     assert [tree["id"] for tree in frame["step"]["trees"]] == [tree.id for tree in second.trees]
     assert frame["step"]["trees"][0]["parents"] == second.trees[0].parents
 
@@ -107,7 +107,7 @@ def test_folders_of_policies_are_not_told():
 
 def test_a_frame_holds_no_more_trees_than_the_page_shows():
     trees = tuple(RequestTree(str(i), (-1,), (0,), (), 1) for i in range(MOST_TREES + 5))
-    frame = frames_of([stats(batch=len(trees), trees=trees)], set())[0]
+    frame = frames_of([stats(batch_size=len(trees), trees=trees)], set())[0]
     assert [tree["id"] for tree in frame["step"]["trees"]] == [str(i) for i in range(MOST_TREES)]
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 from echo_rl.contracts import PhaseTimes, RequestTree
 from echo_rl.metrics import PHASES
-from echo_rl.server.choices import public
+from echo_rl.server.choices import public, public_report
 from echo_rl.server.messages import ExperimentReport, StepStats
 
 MOST_TREES = 32
 """Requests whose trees a frame carries at most; the page has no room for more."""
 
-COUNTERS = ("prefill_tokens", "budget", "depth", "width", "drafted", "verified", "accepted", "committed")
-"""Fields of `StepStats` that a frame sums over its steps."""
+COUNTERS = ("prefill_tokens", "budget", "depth", "width", "drafted", "verified", "accepted")
+"""Fields of `StepRecord` that a frame sums over its steps."""
 
 Event = tuple[str, dict[str, Any]]
 """A server-sent event: its name and its data."""
@@ -53,7 +53,7 @@ class Feed:
     def _clear(self) -> None:
         self._last: StepStats | None = None
         self._shown: StepStats | None = None
-        self._counts = dict.fromkeys(COUNTERS, 0)
+        self._counts = dict.fromkeys((*COUNTERS, "committed"), 0)
         self._times = dict.fromkeys(PHASES, 0.0)
         self._steps = self._requests = self._known_knees = self._knees = 0
         self._seconds = 0.0
@@ -66,15 +66,16 @@ class Feed:
             self._shown = stats
         self._steps += 1
         self._requests += stats.batch
-        self._seconds += stats.seconds
+        self._seconds += stats.step.seconds
         self._knees += stats.knee
         self._known_knees += bool(stats.knee)
         for name in COUNTERS:
-            self._counts[name] += getattr(stats, name)
-        for phase, seconds in phases(stats.times).items():
+            self._counts[name] += getattr(stats.step, name)
+        self._counts["committed"] += stats.committed
+        for phase, seconds in phases(stats.step.times).items():
             self._times[phase] += seconds
-        self._reached = add_ragged(self._reached, stats.reached_by_depth)
-        self._accepted = add_ragged(self._accepted, stats.accepted_by_depth)
+        self._reached = add_ragged(self._reached, stats.step.reached_by_depth)
+        self._accepted = add_ragged(self._accepted, stats.step.accepted_by_depth)
 
     def _frame(self) -> dict[str, Any]:
         if self._last is None:
@@ -82,15 +83,16 @@ class Feed:
         last = self._last
         other = max(0.0, self._seconds - sum(self._times.values()))
         return {
-            "time": last.time,
+            "time": last.step.end,
             "steps": self._steps,
             "seconds": self._seconds,
             "controller": public(last.controller),
             "batch": last.batch,
             "running": last.running,
-            "waiting": last.waiting,
+            "waiting": last.step.waiting,
             "kv_used": last.kv_used,
             "fallbacks": last.fallbacks,
+            "rollbacks": last.rollbacks,
             "requests": self._requests,
             **self._counts,
             "knee": self._knees / self._known_knees if self._known_knees else None,
@@ -103,9 +105,13 @@ class Feed:
 
 def step_data(stats: StepStats) -> dict[str, Any]:
     """One step by itself, as the picture of the super-tree needs it."""
-    names = ("time", "batch", "budget", "knee", "depth", "width", "verified", "accepted", "committed")
-    return {name: getattr(stats, name) for name in names} | {
-        "trees": [tree_data(tree) for tree in stats.trees[:MOST_TREES]]
+    names = ("budget", "depth", "width", "verified", "accepted")
+    return {name: getattr(stats.step, name) for name in names} | {
+        "time": stats.step.end,
+        "batch": stats.batch,
+        "knee": stats.knee,
+        "committed": stats.committed,
+        "trees": [tree_data(tree) for tree in stats.trees[:MOST_TREES]],
     }
 
 
@@ -120,12 +126,8 @@ def tree_data(tree: RequestTree) -> dict[str, Any]:
 
 
 def experiment_data(report: ExperimentReport) -> dict[str, Any]:
-    """The report in one piece; of a policy's folder only the last part of its path."""
-    data = {**report.value, "state": report.state}
-    for arm in ("control", "treatment"):
-        if arm in data:
-            data[arm] = public(data[arm])
-    return data
+    """The report in one piece, without folders."""
+    return {**public_report(report.value), "state": report.state}
 
 
 def phases(times: PhaseTimes) -> dict[str, float]:

@@ -22,7 +22,7 @@ class Page {
     const series = (key, name, style, kind) => ({ key, name, style, kind, colour: `k-${style === "used" ? "lit" : style}` });
     this.speed = new TimeChart($("p-speed"), $("r-speed"), [series("tokens", "", "lit", "area")], 60);
     this.budget = new TimeChart($("p-budget"), $("r-budget"), [
-      series("budget", "budget", "budget", "area"), series("used", "verified", "used", "line"), series("knee", "Kmax", "knee", "line"),
+      series("budget", "budget", "budget", "area"), series("used", "verified", "used", "line"), { ...series("knee", "Kmax", "knee", "line"), guide: true },
     ], 60);
     Object.assign(this, { source: null, failures: 0, paused: false, drawn: -Infinity, column: -Infinity, report: null });
     $("pause").addEventListener("click", () => this.pause(!this.paused));

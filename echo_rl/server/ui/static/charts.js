@@ -2,10 +2,13 @@
 
 import { draw, make, percent, rough } from "./dom.js";
 
+/** A guide so many times above all else does not stretch the axis: it runs along its upper end. */
+const FAR = 4;
 const TOP = 6, BOTTOM = 16, LEFT = 0, RIGHT = 2;
 
 export class TimeChart {
-  /** `series`: [{key, style, name, kind}], drawn in order; kind "area" fills below, "step" holds a value. */
+  /** `series`: [{key, style, name, kind}], drawn in order; kind "area" fills below, "step" holds a value;
+   *  a `guide` is there to compare the others with. */
   constructor(plot, readout, series, seconds) {
     Object.assign(this, { plot, readout, series, seconds, points: [], at: null });
     this.svg = draw("svg", { role: "img" });
@@ -24,9 +27,10 @@ export class TimeChart {
     const { width, height } = this.plot.getBoundingClientRect();
     if (!width || !this.points.length) return;
     this.width = width;
-    const top = nice(Math.max(1, ...this.points.flatMap((p) => this.series.map((s) => p[s.key] ?? 0))));
+    const own = this.#most(false), guide = this.#most(true);
+    const top = nice(Math.max(1, own, own && guide > FAR * own ? 0 : guide));
     const x = (i) => LEFT + ((width - LEFT - RIGHT) * i) / (this.points.length - 1);
-    const y = (value) => TOP + (height - TOP - BOTTOM) * (1 - value / top);
+    const y = (value) => TOP + (height - TOP - BOTTOM) * (1 - Math.min(1, value / top));
     const parts = [0, 0.5, 1].map((share) => rule(width, y(share * top)));
     for (const one of this.series) parts.push(...shapes(one, this.points.map((p) => p[one.key]), x, y));
     for (const share of [0.5, 1]) parts.push(label(2, y(share * top) + 11, tick(share * top)));
@@ -34,6 +38,12 @@ export class TimeChart {
     if (this.at !== null) parts.push(draw("line", { class: "cursor", x1: x(this.at), x2: x(this.at), y1: TOP, y2: height - BOTTOM }));
     this.svg.replaceChildren(...parts);
     this.#read();
+  }
+
+  /** The largest value of the guides, or of all others. */
+  #most(guides) {
+    const keys = this.series.filter((s) => Boolean(s.guide) === guides).map((s) => s.key);
+    return Math.max(0, ...this.points.flatMap((p) => keys.map((key) => p[key] ?? 0)));
   }
 
   #point(event) {
