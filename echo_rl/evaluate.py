@@ -11,19 +11,17 @@ It is bound to the trace, the costs and the release, not to a controller's code:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 
-from echo_rl import __version__, metrics, plots
+from echo_rl import __version__
 from echo_rl.bench import MakeController
 from echo_rl.contracts import Controller, Request
 from echo_rl.costs import CostArrays
@@ -33,15 +31,9 @@ from echo_rl.env.trace import Trace
 from echo_rl.errors import ConfigError, PolicyError, TraceError
 from echo_rl.ledger import Ledger
 from echo_rl.loop import serve
+from echo_rl.ranking import BASELINE, HINDSIGHT, REFERENCE, Block, Served, draw, pooled, report
 from echo_rl.results import write_json
 from echo_rl.sweep import Arm
-
-Result = Mapping[str, Any]
-BASELINE, REFERENCE, HINDSIGHT = "none", "echo", "hindsight"
-BOUNDS = (HINDSIGHT, "oracle")
-"""Arms that know the answer before they choose: shown, but neither ranked nor winners."""
-RESAMPLES = 2000
-DASHES = ("-", "--", ":")
 
 SHAPES: tuple[tuple[float, int, int], ...] = (
     (0, 1, 1), (0.25, 1, 1), (0.5, 1, 1), (0.5, 2, 2), (1, 1, 1), (1, 2, 2), (1.5, 2, 2), (2, 2, 1), (2, 3, 2),
@@ -77,23 +69,6 @@ class EvalConfig:
     @property
     def all_arms(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((BASELINE, REFERENCE, *self.arms)))
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block that an arm served."""
-
-    tokens: int
-    seconds: float
-    steps: int
-    committed: int
-    """Tokens of decoding requests."""
-    rows: int
-    """Decoding requests, summed over steps."""
-
-    @property
-    def rate(self) -> metrics.Rate:
-        return metrics.Rate(self.tokens, self.seconds)
 
 
 class Replayer:
@@ -171,7 +146,12 @@ def evaluate(
             found = {c: best_fixed(replayer, c) for c in progress.track(config.concurrency, description="hindsight")}
         measured[HINDSIGHT] = {c: blocks for c, (_, blocks) in found.items()}
         best = {str(c): arm for c, (arm, _) in found.items()}
-    result = report(config, measured) | {"hindsight": best, "left_out": left_out, "settings": replayer.settings}
+    result = report(config.concurrency, measured) | {
+        "config": asdict(config),
+        "hindsight": best,
+        "left_out": left_out,
+        "settings": replayer.settings,
+    }
     result["machine"] = {"modelled": costs.profile.modelled, "title": costs.profile.title}
     if out:
         write_json(out / "result.json", result)
@@ -179,14 +159,10 @@ def evaluate(
     return result
 
 
-Measured = dict[str, dict[int, list[Block]]]
-"""Blocks by arm and concurrency."""
-
-
-def _measure(replayer: Replayer, console: Console | None) -> tuple[Measured, dict[str, str]]:
+def _measure(replayer: Replayer, console: Console | None) -> tuple[dict[str, Served], dict[str, str]]:
     config = replayer.config
     left_out: dict[str, str] = {}
-    measured: Measured = {}
+    measured: dict[str, Served] = {}
     for arm in config.all_arms:
         try:
             replayer.controller(arm)  # before anything is measured: a misspelt name shall not cost minutes
@@ -227,7 +203,7 @@ def best_fixed(
         served[arm] += replayer.measure(arm, concurrency, blocks, warm=False)
         return True
 
-    best = halving(arms, replayer.config.blocks, measure, lambda arm: _pooled(served[arm]), keep)[0]
+    best = halving(arms, replayer.config.blocks, measure, lambda arm: pooled(served[arm]), keep)[0]
     return best, served[best]
 
 
@@ -255,126 +231,6 @@ def halving(
             most = ceil(keep * len(left))
             left = [arm for place, arm in enumerate(left) if place < most or arm in always]
     return left
-
-
-def _pooled(blocks: Sequence[Block]) -> float:
-    return sum(block.tokens for block in blocks) / sum(block.seconds for block in blocks)
-
-
-# ----------------------------------------------------------------------------- report
-
-
-def report(config: EvalConfig, measured: Mapping[str, Mapping[int, Sequence[Block]]]) -> dict[str, Any]:
-    """As plain JSON types: a cell per load and arm, the overall ranking, and who wins each load.
-
-    `BOUNDS` have cells but no rank.
-    """
-    cells = [_cell(measured, arm, load) for load in config.concurrency for arm in measured]
-    winners = [_winner(measured, load) for load in config.concurrency]
-    return {
-        "config": asdict(config),
-        "baseline": BASELINE,
-        "reference": REFERENCE,
-        "cells": cells,
-        "winners": winners,
-        "ranking": _ranking(measured, [winner["arm"] for winner in winners]),
-    }
-
-
-def _cell(measured: Mapping[str, Mapping[int, Sequence[Block]]], arm: str, load: int) -> dict[str, Any]:
-    ours = measured[arm][load]
-    rows = sum(block.rows for block in ours)
-    return {
-        "arm": arm,
-        "concurrency": load,
-        "throughput": asdict(metrics.rate([block.rate for block in ours])),
-        "speedup": asdict(_ratio(measured, arm, BASELINE, load)),
-        "over_reference": asdict(_ratio(measured, arm, REFERENCE, load)),
-        "mat": sum(block.committed for block in ours) / rows if rows else None,
-        "steps": sum(block.steps for block in ours),
-        "tokens": sum(block.tokens for block in ours),
-        "seconds": sum(block.seconds for block in ours),
-    }
-
-
-def _ratio(
-    measured: Mapping[str, Mapping[int, Sequence[Block]]], arm: str, against: str, load: int
-) -> metrics.Interval:
-    ours, theirs = ([block.rate for block in measured[name][load]] for name in (arm, against))
-    return metrics.rate_ratio(ours, theirs)
-
-
-def _winner(measured: Mapping[str, Mapping[int, Sequence[Block]]], load: int) -> dict[str, Any]:
-    """The fastest arm at a load, and the arms that can't be told from it."""
-    arms = sorted(filter(_competes, measured), key=lambda arm: -_pooled(measured[arm][load]))
-    ends = {arm: _ratio(measured, arm, arms[0], load).high for arm in arms[1:]}
-    return {"concurrency": load, "arm": arms[0], "tied": [arm for arm, high in ends.items() if high and high >= 1.0]}
-
-
-def _ranking(measured: Mapping[str, Mapping[int, Sequence[Block]]], winners: Sequence[str]) -> list[dict[str, Any]]:
-    overall = {arm: geometric_mean(measured[arm], measured[BASELINE]) for arm in measured}
-    order = sorted(measured, key=lambda arm: -overall[arm].estimate)
-    places = list(filter(_competes, order))
-    return [
-        {
-            "rank": places.index(arm) + 1 if arm in places else None,
-            "arm": arm,
-            "speedup": asdict(overall[arm]),
-            "over_reference": asdict(geometric_mean(measured[arm], measured[REFERENCE])),
-            "wins": winners.count(arm),
-        }
-        for arm in order
-    ]
-
-
-def _competes(arm: str) -> bool:
-    return Arm.parse(arm).controller not in BOUNDS
-
-
-def mean_speedup(ours: Mapping[int, Sequence[Block]], theirs: Mapping[int, Sequence[Block]]) -> float:
-    """Geometric mean over loads of the ratio of pooled rates."""
-    return float(np.exp(np.mean([np.log(_pooled(blocks) / _pooled(theirs[load])) for load, blocks in ours.items()])))
-
-
-def geometric_mean(
-    ours: Mapping[int, Sequence[Block]], theirs: Mapping[int, Sequence[Block]], level: float = 0.95, seed: int = 0
-) -> metrics.Interval:
-    """`mean_speedup` with its interval, which resamples pairs of blocks, each load on its own."""
-    generator = np.random.default_rng(seed)
-    estimate, logs = mean_speedup(ours, theirs), np.zeros(RESAMPLES)
-    for load, blocks in ours.items():
-        sides = [np.array([(b.tokens, b.seconds) for b in side]) for side in (blocks, theirs[load])]
-        rows = generator.integers(len(blocks), size=(RESAMPLES, len(blocks)))
-        a, b = (side[rows].sum(1) for side in sides)  # [RESAMPLES, 2] tokens, seconds
-        logs += np.log(a[:, 0] / a[:, 1] * b[:, 1] / b[:, 0]) / len(ours)
-    fewest = min(len(blocks) for blocks in ours.values())
-    if fewest < 2:
-        return metrics.Interval(estimate, None, None, fewest)
-    low, high = np.exp(np.quantile(logs, [(1 - level) / 2, (1 + level) / 2]))
-    return metrics.Interval(estimate, float(low), float(high), fewest)
-
-
-def draw(result: Result, out: Path) -> Path:
-    """Writes ``speedup.png``: speed-up over plain decoding against concurrency, a line an arm, best first."""
-    with rc_context(plots.STYLE):
-        figure = Figure(figsize=(9.5, 5.0), layout="constrained")
-        axes = figure.subplots()
-        for place, row in enumerate(row for row in result["ranking"] if row["arm"] != BASELINE):
-            cells = [cell for cell in result["cells"] if cell["arm"] == row["arm"]]
-            axes.plot(
-                [cell["concurrency"] for cell in cells],
-                [cell["speedup"]["estimate"] for cell in cells],
-                color=plots.COLOURS[place % 8], marker=plots.MARKERS[place % 8], linestyle=DASHES[place // 8 % 3],
-                markersize=4, linewidth=1.5, label=f"{row['arm']} ({row['speedup']['estimate']:.2f})",
-            )  # fmt: skip
-        axes.axhline(1.0, color="#777777", linewidth=1)
-        plots.concurrency_axis(axes, [cell["concurrency"] for cell in result["cells"]])
-        axes.set_ylabel(f"speed-up over {result['baseline']}")
-        axes.set_title(f"replayed with the costs of {result['machine']['title']}")
-        figure.legend(loc="outside right upper", fontsize="small", title="geometric mean")
-        path = out / "speedup.png"
-        figure.savefig(path, bbox_inches="tight")
-    return path
 
 
 def fingerprint(trace: Trace) -> str:

@@ -18,11 +18,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from echo_rl.bench import MakeController
 from echo_rl.controllers import registry
 from echo_rl.costs import CostArrays
 from echo_rl.env.trace import Trace
 from echo_rl.errors import ConfigError, TraceError, UnknownController
-from echo_rl.evaluate import BASELINE, Block, EvalConfig, MakeController, Replayer, halving, mean_speedup
+from echo_rl.evaluate import EvalConfig, Replayer, halving
+from echo_rl.ranking import BASELINE, Block, mean_speedup
 from echo_rl.results import write_json
 from echo_rl.sweep import Arm
 

@@ -22,7 +22,7 @@ LEVELS = (
     {"runtime", "env", "controllers"},
     {
         *("loop", "metrics", "prompts", "sweep", "results", "bench", "plots", "record", "drafting", "calibrate"),
-        *("environments", "train", "learning", "ab", "evaluate", "tune", "records", "trials", "ledger"),
+        *("environments", "train", "learning", "ab", "evaluate", "ranking", "tune", "records", "trials", "ledger"),
         *("report_html", "plots_ab", "roofline", "load"),
     },
     {"server", "integrations"},

@@ -14,19 +14,9 @@ from hypothesis import strategies as st
 from echo_rl.controllers import registry
 from echo_rl.costs import CostArrays
 from echo_rl.errors import ConfigError, PolicyError, TraceError, UnknownController
-from echo_rl.evaluate import (
-    HINDSIGHT,
-    Block,
-    EvalConfig,
-    Replayer,
-    best_fixed,
-    evaluate,
-    geometric_mean,
-    halving,
-    mean_speedup,
-    report,
-)
+from echo_rl.evaluate import EvalConfig, Replayer, best_fixed, evaluate, halving
 from echo_rl.profile import CostProfile, packaged
+from echo_rl.ranking import HINDSIGHT, Block, geometric_mean, mean_speedup, report
 from tests.recorded import random_trace
 
 SHAPES = ((0, 1, 1), (0.5, 1, 1), (1, 1, 1), (2, 2, 1), (3, 3, 2), (7, 4, 3), (15, 5, 4))
@@ -66,7 +56,7 @@ def test_a_constructed_case_is_ranked():
         HINDSIGHT: blocks({1: [950, 1045], 8: [900, 990]}),
         "oracle:depth=3": blocks({1: [999, 1099], 8: [999, 1099]}),
     }
-    result = report(EvalConfig(("flat", "tall", "twin"), (1, 8), blocks=2), measured)
+    result = report((1, 8), measured)
     ranking = by_arm(result, "ranking")
     assert list(ranking) == ["oracle:depth=3", HINDSIGHT, "tall", "twin", "echo", "flat", "none"]
     assert [row["rank"] for row in ranking.values()] == [None, None, 1, 2, 3, 4, 5]

@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t BLOCK = 64;              // keys converted at a time
 constexpr int64_t TILE_ROWS = 48;          // query rows (positions x group) that share a converted block
-constexpr double SERIAL_FLOPS = 6e6;       // some 25 us on one thread: waking others gains nothing below
+constexpr double SERIAL_FLOPS = 2e6;       // some 10 us on one thread: waking others gains nothing below
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 struct Task {

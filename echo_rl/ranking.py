@@ -1,0 +1,163 @@
+"""Ranks what controllers served: speed-ups paired by block, the winner of each load, the order over all loads, a plot.
+
+Knows blocks of work and the time they took; not how they were served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from echo_rl import metrics, plots
+from echo_rl.sweep import Arm
+
+Result = Mapping[str, Any]
+BASELINE, REFERENCE, HINDSIGHT = "none", "echo", "hindsight"
+BOUNDS = (HINDSIGHT, "oracle")
+"""Arms that know the answer before they choose: shown, but neither ranked nor winners."""
+RESAMPLES = 2000
+DASHES = ("-", "--", ":")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block that an arm served."""
+
+    tokens: int
+    seconds: float
+    steps: int
+    committed: int
+    """Tokens of decoding requests."""
+    rows: int
+    """Decoding requests, summed over steps."""
+
+    @property
+    def rate(self) -> metrics.Rate:
+        return metrics.Rate(self.tokens, self.seconds)
+
+
+Served = dict[int, list[Block]]
+"""Blocks by concurrency."""
+Measured = Mapping[str, Mapping[int, Sequence[Block]]]
+"""Blocks by arm and concurrency."""
+
+
+def pooled(blocks: Sequence[Block]) -> float:
+    """Tokens a second of all blocks together."""
+    return sum(block.tokens for block in blocks) / sum(block.seconds for block in blocks)
+
+
+def report(loads: Sequence[int], measured: Measured) -> dict[str, Any]:
+    """As plain JSON types: a cell per load and arm, the overall ranking, and who wins each load.
+
+    `BOUNDS` have cells but no rank.
+    """
+    cells = [_cell(measured, arm, load) for load in loads for arm in measured]
+    winners = [_winner(measured, load) for load in loads]
+    return {
+        "baseline": BASELINE,
+        "reference": REFERENCE,
+        "cells": cells,
+        "winners": winners,
+        "ranking": _ranking(measured, [winner["arm"] for winner in winners]),
+    }
+
+
+def _cell(measured: Measured, arm: str, load: int) -> dict[str, Any]:
+    ours = measured[arm][load]
+    rows = sum(block.rows for block in ours)
+    return {
+        "arm": arm,
+        "concurrency": load,
+        "throughput": asdict(metrics.rate([block.rate for block in ours])),
+        "speedup": asdict(_ratio(measured, arm, BASELINE, load)),
+        "over_reference": asdict(_ratio(measured, arm, REFERENCE, load)),
+        "mat": sum(block.committed for block in ours) / rows if rows else None,
+        "steps": sum(block.steps for block in ours),
+        "tokens": sum(block.tokens for block in ours),
+        "seconds": sum(block.seconds for block in ours),
+    }
+
+
+def _ratio(measured: Measured, arm: str, against: str, load: int) -> metrics.Interval:
+    ours, theirs = ([block.rate for block in measured[name][load]] for name in (arm, against))
+    return metrics.rate_ratio(ours, theirs)
+
+
+def _winner(measured: Measured, load: int) -> dict[str, Any]:
+    """The fastest arm at a load, and the arms that can't be told from it."""
+    arms = sorted(filter(_competes, measured), key=lambda arm: -pooled(measured[arm][load]))
+    ends = {arm: _ratio(measured, arm, arms[0], load).high for arm in arms[1:]}
+    return {"concurrency": load, "arm": arms[0], "tied": [arm for arm, high in ends.items() if high and high >= 1.0]}
+
+
+def _ranking(measured: Measured, winners: Sequence[str]) -> list[dict[str, Any]]:
+    overall = {arm: geometric_mean(measured[arm], measured[BASELINE]) for arm in measured}
+    order = sorted(measured, key=lambda arm: -overall[arm].estimate)
+    places = list(filter(_competes, order))
+    return [
+        {
+            "rank": places.index(arm) + 1 if arm in places else None,
+            "arm": arm,
+            "speedup": asdict(overall[arm]),
+            "over_reference": asdict(geometric_mean(measured[arm], measured[REFERENCE])),
+            "wins": winners.count(arm),
+        }
+        for arm in order
+    ]
+
+
+def _competes(arm: str) -> bool:
+    return Arm.parse(arm).controller not in BOUNDS
+
+
+def mean_speedup(ours: Mapping[int, Sequence[Block]], theirs: Mapping[int, Sequence[Block]]) -> float:
+    """Geometric mean over loads of the ratio of pooled rates."""
+    return float(np.exp(np.mean([np.log(pooled(blocks) / pooled(theirs[load])) for load, blocks in ours.items()])))
+
+
+def geometric_mean(
+    ours: Mapping[int, Sequence[Block]], theirs: Mapping[int, Sequence[Block]], level: float = 0.95, seed: int = 0
+) -> metrics.Interval:
+    """`mean_speedup` with its interval, which resamples pairs of blocks, each load on its own."""
+    generator = np.random.default_rng(seed)
+    estimate, logs = mean_speedup(ours, theirs), np.zeros(RESAMPLES)
+    for load, blocks in ours.items():
+        sides = [np.array([(b.tokens, b.seconds) for b in side]) for side in (blocks, theirs[load])]
+        rows = generator.integers(len(blocks), size=(RESAMPLES, len(blocks)))
+        a, b = (side[rows].sum(1) for side in sides)  # [RESAMPLES, 2] tokens, seconds
+        logs += np.log(a[:, 0] / a[:, 1] * b[:, 1] / b[:, 0]) / len(ours)
+    fewest = min(len(blocks) for blocks in ours.values())
+    if fewest < 2:
+        return metrics.Interval(estimate, None, None, fewest)
+    low, high = np.exp(np.quantile(logs, [(1 - level) / 2, (1 + level) / 2]))
+    return metrics.Interval(estimate, float(low), float(high), fewest)
+
+
+def draw(result: Result, out: Path) -> Path:
+    """Writes ``speedup.png``: speed-up over plain decoding against concurrency, a line an arm, best first."""
+    with rc_context(plots.STYLE):
+        figure = Figure(figsize=(9.5, 5.0), layout="constrained")
+        axes = figure.subplots()
+        for place, row in enumerate(row for row in result["ranking"] if row["arm"] != BASELINE):
+            cells = [cell for cell in result["cells"] if cell["arm"] == row["arm"]]
+            axes.plot(
+                [cell["concurrency"] for cell in cells],
+                [cell["speedup"]["estimate"] for cell in cells],
+                color=plots.COLOURS[place % 8], marker=plots.MARKERS[place % 8], linestyle=DASHES[place // 8 % 3],
+                markersize=4, linewidth=1.5, label=f"{row['arm']} ({row['speedup']['estimate']:.2f})",
+            )  # fmt: skip
+        axes.axhline(1.0, color="#777777", linewidth=1)
+        plots.concurrency_axis(axes, [cell["concurrency"] for cell in result["cells"]])
+        axes.set_ylabel(f"speed-up over {result['baseline']}")
+        axes.set_title(f"replayed with the costs of {result['machine']['title']}")
+        figure.legend(loc="outside right upper", fontsize="small", title="geometric mean")
+        path = out / "speedup.png"
+        figure.savefig(path, bbox_inches="tight")
+    return path
