@@ -240,9 +240,8 @@ def _gate_case(s: Shape) -> Case:
     )
     plan = SpecPlan(budget=9, max_depth=s.depth, width=s.width, gates=((1, 1e-9),))
     drafter: Any = SimpleNamespace(
-        ops=SimpleNamespace(rms_norm=lambda hidden, *_: hidden, top_tokens=reference.top_tokens), _norm=None,
-        config=SimpleNamespace(eps=0.0), _lm_head=lambda hidden: hidden, vocabulary=vocabulary,
-    )  # fmt: skip
+        ops=SimpleNamespace(top_tokens=reference.top_tokens), logits=lambda hidden: hidden, vocabulary=vocabulary
+    )
     drafter.top = lambda hidden, k: Drafter.top(drafter, hidden, k)
     extend, hidden = make("eagle3").extend, logits.view(s.batch, s.width, -1)
 
