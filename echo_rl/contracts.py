@@ -196,7 +196,8 @@ class Forest:
     @property
     def first_confidence(self) -> tuple[float, ...]:
         """Per request, the drafter's probability of its likeliest first token."""
-        return tuple(self.scores[:, self.depths == 0].amax(1).exp().tolist())
+        first = int((self.depths == 0).sum())  # levels are in order
+        return tuple(self.scores[:, :first].amax(1).exp().tolist())
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
 
-from echo_rl.contracts import NO_GATE, Controller, Forest, PhaseTimes, Selection, SpecPlan, Verdict
+from echo_rl.contracts import Controller, Forest, PhaseTimes, Selection, SpecPlan, Verdict
 from echo_rl.errors import PlanViolation
 from echo_rl.runtime.runner import Runner
 from echo_rl.runtime.scheduler import Batch
@@ -59,10 +58,8 @@ class Growth:
 
     @classmethod
     def of(cls, forest: Forest) -> Growth:
-        scores, depths = forest.scores.cpu().numpy(), forest.depths.cpu().numpy()
-        levels = [stop + 1 for stop in forest.stop_depth.tolist()]
-        confidence = np.exp(scores[:, : np.count_nonzero(depths == 0)].max(axis=1))  # the first level comes first
-        return cls(int(np.count_nonzero(scores > NO_GATE)), forest.drafting, tuple(confidence.tolist()), tuple(levels))
+        levels = tuple(stop + 1 for stop in forest.stop_depth.tolist())
+        return cls(int(forest.exists.sum()), forest.drafting, forest.first_confidence, levels)
 
 
 @dataclass(frozen=True)
