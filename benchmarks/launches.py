@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +24,7 @@ from echo_rl.controllers.picking import global_top_k
 from echo_rl.controllers.picking import pack as pack_selection
 from echo_rl.controllers.registry import make
 from echo_rl.runtime.drafter import Drafter
-from echo_rl.runtime.forest import _branch, _Expansion, _gate
+from echo_rl.runtime.forest import _children, _Expansion, _following, _gate
 from echo_rl.runtime.layout import Layout
 from echo_rl.runtime.scheduler import Batch
 from echo_rl.runtime.verify import RowLogits, SuperTree, accept, flatten
@@ -200,12 +201,12 @@ def half(*size: int) -> torch.Tensor:
 
 def decision_cases(s: Shape) -> Iterator[Case]:
     """Draft a level and gate it, choose and pack the nodes, verify."""
-    yield _gate_case(s)
     sequences = tuple(
         SimpleNamespace(blocks=list(range(b * 80, b * 80 + 80)), kv_len=s.context, tokens=[1]) for b in range(s.batch)
     )
     batch = Batch(drafting=sequences, plain=(), chunks=())  # type: ignore[arg-type]
     layout = Layout(sequences, s.page, torch.get_default_device())  # type: ignore[arg-type]
+    yield _gate_case(s, layout)
     forest = _forest(s)
     k = s.batch * s.nodes
     candidates = Candidates(forest.tokens, forest.parents, forest.depths, forest.scores)
@@ -224,30 +225,24 @@ def decision_cases(s: Shape) -> Iterator[Case]:
     yield _verify_case(s, flatten(batch, pack_selection(forest, global_top_k(forest, k, 60)), layout))
 
 
-def _gate_case(s: Shape) -> Case:
+def _gate_case(s: Shape, layout: Layout) -> Case:
     logits = half(s.batch * s.width, s.draft_vocab)
     scores, nodes = -torch.rand(s.batch, s.width), torch.arange(s.width).expand(s.batch, -1).contiguous()
     vocabulary, alive = torch.arange(s.draft_vocab), torch.ones(s.batch, dtype=torch.bool)
-    some = torch.zeros(s.batch, s.width, 1)
-    front = _Expansion(
-        torch.arange(s.batch),
-        nodes,
-        nodes,
-        scores,
-        some,
-        some.bool(),
-        torch.ones(1, s.batch, s.width, dtype=torch.bool),
-    )
+    some, features = np.zeros((s.batch, s.width, 1), dtype=np.bool_), torch.zeros(s.batch, s.width, 1)
+    places, beams = nodes.numpy(), np.ones((1, s.batch, s.width), dtype=np.bool_)
+    front = _Expansion(np.arange(s.batch), places, places, scores.numpy(), features, some, beams)
     plan = SpecPlan(budget=9, max_depth=s.depth, width=s.width, gates=((1, 1e-9),))
     drafter: Any = SimpleNamespace(
         ops=SimpleNamespace(top_tokens=reference.top_tokens), logits=lambda hidden: hidden, vocabulary=vocabulary
     )
     drafter.top = lambda hidden, k: Drafter.top(drafter, hidden, k)
-    extend, hidden = make("eagle3").extend, logits.view(s.batch, s.width, -1)
+    extend = make("eagle3").extend
 
     def before() -> None:
-        level, following = _branch(drafter, front, hidden, some.bool(), plan, s.batch, 0)
-        _gate(following, alive, level, 1, plan, extend)
+        level = _children(drafter, front, logits, plan)
+        following = _following(front, level, logits, some, plan, 0, layout)
+        _gate(following, alive.numpy(), level, 1, plan, extend, layout)
 
     thresholds = torch.zeros(s.batch)
     return Case(

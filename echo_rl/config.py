@@ -50,6 +50,9 @@ class EngineConfig:
     """Most drafted nodes that one request may have verified in a step."""
     max_expanded: int = 96
     """Most nodes that the drafter expands for one request in a step."""
+    drafter_weights: str = "auto"
+    """``auto`` (eight bits where the processor multiplies them fast, see `echo_kernels.ops.Ops.pack_int8`) or
+    ``model`` (`dtype`). Verification makes the output the same."""
     step: str = "auto"
     """``auto`` (device on CUDA, else eager), ``eager`` (the host decides level by level) or ``device`` (decisions
     stay on the device, which is read once a step)."""
@@ -66,6 +69,8 @@ class EngineConfig:
             raise ConfigError(f"dtype is '{self.dtype}'; give auto, bfloat16, float16 or float32")
         if self.step not in ("auto", "eager", "device"):
             raise ConfigError(f"step is '{self.step}'; give auto, eager or device")
+        if self.drafter_weights not in ("auto", "model"):
+            raise ConfigError(f"drafter_weights is '{self.drafter_weights}'; give auto or model")
         if self.max_nodes < 1 or self.max_expanded < 1:
             raise ConfigError(
                 "max_nodes and max_expanded must be at least 1; use the controller 'none' not to speculate"

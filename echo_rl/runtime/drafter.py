@@ -7,6 +7,7 @@ own hidden state of the parent row. Source: EAGLE-3 (arXiv 2503.01840). Knows no
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,33 +23,45 @@ from echo_rl.runtime.target import Target
 class Drafter:
     """A loaded drafter, bound to the target whose embeddings it uses."""
 
-    def __init__(self, config: DrafterConfig, tensors: dict[str, torch.Tensor], target: Target, positions: int) -> None:
+    def __init__(
+        self,
+        config: DrafterConfig,
+        tensors: dict[str, torch.Tensor],
+        target: Target,
+        positions: int,
+        *,
+        int8: bool = False,
+    ) -> None:
         config.check_target(hidden=target.arch.hidden, vocab=target.arch.vocab, layers=target.arch.layers)
         self.config = config
         self.ops = target.ops
         self.embed = target.embed
         device, dtype = target.embed.device, target.embed.dtype
         w = {name: t.to(device=device, dtype=dtype) for name, t in tensors.items() if t.is_floating_point()}
-        self._fc = Linear(w["fc.weight"])
+        self._fc = Linear(w["fc.weight"])  # reads raw states, whose outliers eight bits would drown
+        linear = partial(Linear, int8=int8)
         self._embed_norm = w["midlayer.input_layernorm.weight"]
         self._feature_norm = w["midlayer.hidden_norm.weight"]
         q, k, v = (w[f"midlayer.self_attn.{p}_proj.weight"] for p in "qkv")
-        self._qkv, self._kv = Linear(torch.cat([q, k, v])), Linear(torch.cat([k, v]))
-        self._out = Linear(w["midlayer.self_attn.o_proj.weight"])
+        self._qkv, self._kv = linear(torch.cat([q, k, v])), linear(torch.cat([k, v]))
+        self._out = linear(w["midlayer.self_attn.o_proj.weight"])
         self._post_norm = w["midlayer.post_attention_layernorm.weight"]
-        self._gate_up = Linear(torch.cat([w["midlayer.mlp.gate_proj.weight"], w["midlayer.mlp.up_proj.weight"]]))
-        self._down = Linear(w["midlayer.mlp.down_proj.weight"])
+        self._gate_up = linear(torch.cat([w["midlayer.mlp.gate_proj.weight"], w["midlayer.mlp.up_proj.weight"]]))
+        self._down = linear(w["midlayer.mlp.down_proj.weight"])
         self._norm = w["norm.weight"]
-        self._lm_head = Linear(w["lm_head.weight"])
+        self._lm_head = linear(w["lm_head.weight"])
         self.vocabulary = draft_to_target(tensors["d2t"]).to(device)  # [V'] target ids
         cos, sin = rope_table(config.head_dim, config.rope_theta, positions)
         self._cos, self._sin = cos.to(device), sin.to(device)
 
     @classmethod
-    def load(cls, folder: Path, target: Target, positions: int) -> Drafter:
-        """Raises `WeightsError` (damaged) or `DrafterMismatch` (made for another target)."""
+    def load(cls, folder: Path, target: Target, positions: int, *, int8: bool = False) -> Drafter:
+        """`int8`: products in eight bits where the device has them, see `Linear`.
+
+        Raises `WeightsError` (damaged) or `DrafterMismatch` (made for another target).
+        """
         config, tensors = load_drafter(folder, target_layers=target.arch.layers)
-        return cls(config, tensors, target, positions)
+        return cls(config, tensors, target, positions, int8=int8)
 
     @property
     def taps(self) -> tuple[int, ...]:

@@ -65,7 +65,8 @@ class Engine:
         positions = config.max_context + config.headroom
         target = Target.load(folder, positions, device, dtype)
         drafter_folder: Path | None = resolve_drafter(config.drafter, config.model)
-        drafter = Drafter.load(drafter_folder, target, positions) if drafter_folder else None
+        int8 = config.drafter_weights == "auto"
+        drafter = Drafter.load(drafter_folder, target, positions, int8=int8) if drafter_folder else None
         return cls(config, Tokenizer.load(folder), target, drafter)
 
     @property

@@ -1,7 +1,8 @@
 """A weight matrix, laid out once for its device's products.
 
 Reading the weights is what a pass of few rows spends its time on, and the layout decides how fast they
-stream. On a CPU in bf16 that is the kernels' panels, else oneDNN's blocks, whichever suits the processor.
+stream. On a CPU in bf16 that is the kernels' panels, else oneDNN's blocks, whichever suits the processor;
+half as many bytes where the caller can bear weights of eight bits.
 """
 
 from __future__ import annotations
@@ -16,35 +17,46 @@ from echo_kernels import ops_for
 PACK_ROWS = 16
 """Rows of activations that oneDNN is asked to lay the weights out for."""
 
-
-Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Operands = tuple[torch.Tensor | None, ...]
+Product = Callable[..., torch.Tensor]
+"""Of x [N, in] and the operands it was laid out with."""
 
 
 class Linear:
-    """``x @ weight.T + bias`` for x [N, in]; weight [out, in], bias [out]. Keeps one copy of the weight."""
+    """``x @ weight.T + bias`` for x [N, in]; weight [out, in], bias [out]. Keeps one copy of the weight.
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    With `int8`, weights and activations are rounded to eight bits where the device has a product for that
+    (`Ops.linear_int8`): for a drafter, whose errors verification mends, not for a target. It takes no bias.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, int8: bool = False) -> None:
         self.out_features, self.in_features = weight.shape
-        self._weight, self._product = _lay_out(weight)
-        self._bias = bias
+        narrow = ops_for(weight.device).pack_int8(weight) if int8 and bias is None else None
+        self.bits = 8 if narrow else 8 * weight.element_size()
+        """Bits of a weight."""
+        self._product: Product
+        self._operands: Operands
+        self._product, self._operands = (
+            (ops_for(weight.device).linear_int8, narrow) if narrow else _lay_out(weight, bias)
+        )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[N, in] -> [N, out] in the weight's dtype."""
-        return self._product(x, self._weight, self._bias)
+        return self._product(x, *self._operands)
 
 
-def _lay_out(weight: torch.Tensor) -> tuple[torch.Tensor, Product]:
-    """The weight as its product wants it."""
+def _lay_out(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Product, Operands]:
+    """The product, and the weight as it wants it."""
     ops = ops_for(weight.device)
     panels = ops.pack_weight(weight)
     if panels is not None:
-        return panels, ops.linear
+        return ops.linear, (panels, bias)
     if _blocks(weight):
-        return torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS), _blocked_product
-    return weight, F.linear
+        return _blocked, (torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS), bias)
+    return F.linear, (weight, bias)
 
 
-def _blocked_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _blocked(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
 

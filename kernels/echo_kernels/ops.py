@@ -222,6 +222,36 @@ class Ops:
             _need_weight("bias", bias, 32 * panels.shape[0], x)
         return self._impl.linear(x, panels, bias)
 
+    def pack_int8(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """weight [N, K] in eight bits, for `linear_int8`: (panels [N / 32, K / 4, 32, 4] uint8, scales [N] float32).
+
+        Column n's weights are whole numbers from -127 to 127 times its scale, its largest magnitude / 127;
+        element [p, k, c, h] is that of weight[32 p + c, 4 k + h], plus 128. None where the backend has no such
+        product: on other devices and dtypes than bfloat16 on a CPU with AVX512-VNNI, N no multiple of 32, K none of 16.
+        """
+        need_float("weight", weight, self._dtypes)
+        need_matrix("weight", weight)
+        return self._impl.pack_int8(weight)
+
+    def linear_int8(self, x: Tensor, panels: Tensor, scales: Tensor) -> Tensor:
+        """x [R, K] bfloat16 times a matrix packed in eight bits -> [R, N].
+
+        Each row is rounded to whole numbers from -127 to 127 times its own scale, its largest magnitude / 127.
+        Sums of whole numbers are exact, so a row's result depends on nothing but the row. NaN and infinity make
+        their whole row NaN.
+        """
+        need_float("x", x, self._dtypes)
+        need_matrix("x", x)
+        need_dtype("panels", panels, torch.uint8)
+        need_dtype("scales", scales, torch.float32)
+        if panels.dim() != 4 or panels.shape[2:] != (32, 4) or not panels.is_contiguous():
+            need(False, f"panels has shape {tuple(panels.shape)}; give what `pack_int8` returned")
+        if x.shape[1] != 4 * panels.shape[1]:
+            need(False, f"x has width {x.shape[1]}; the packed matrix takes {4 * panels.shape[1]}")
+        if scales.shape != (32 * panels.shape[0],):
+            need(False, f"scales has shape {tuple(scales.shape)}; expected [{32 * panels.shape[0]}]")
+        return self._impl.linear_int8(x, panels, scales)
+
     def best_token(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest token of some rows: logits [N, V], rows [R] int64 -> (tokens [R] int64, their logits [R]
         float32).

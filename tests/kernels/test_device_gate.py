@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from echo_kernels.device_interface import Level
 from echo_kernels.device_ops import DeviceOps
 from echo_rl.contracts import Frontier, SpecPlan
 from echo_rl.runtime.drafter import Drafter
-from echo_rl.runtime.forest import _branch, _Expansion
+from echo_rl.runtime.forest import _children, _Expansion, _following, _of_all
 from tests.kernels.device_cases import REFERENCE, TRITON, same
 
 both = pytest.mark.parametrize("ops", [REFERENCE, TRITON], ids=["reference", "triton"])
@@ -72,7 +73,7 @@ def close(actual: Level, expected: Level) -> None:
 @settings(max_examples=25, deadline=None)
 @both
 def test_grows_what_the_runtime_grows(ops: DeviceOps, seed, batch, front, width):
-    """Against `forest._branch`, which only sees the requests still alive, and the controllers' gate."""
+    """Against `forest.grow`'s level, which only sees the requests still alive, and the controllers' gate."""
     g = torch.Generator().manual_seed(seed)
     alive = torch.rand(batch, generator=g) < 0.7
     alive[0] = True
@@ -84,18 +85,23 @@ def test_grows_what_the_runtime_grows(ops: DeviceOps, seed, batch, front, width)
     drafter = SimpleNamespace(logits=lambda hidden: hidden, vocabulary=vocabulary, ops=ops_for("cpu"))
     drafter.top = lambda hidden, k: Drafter.top(drafter, hidden, k)
     kept = alive.nonzero().squeeze(1)
-    some = torch.zeros(len(kept), front, 1)
+    some = np.zeros((len(kept), front, 1), dtype=np.bool_)
+    places = nodes[kept].numpy()
     expansion = _Expansion(
-        kept, nodes[kept], nodes[kept], scores[kept], some, some.bool(), some.bool().view(1, -1, front)
+        kept.numpy(), places, places, scores[kept].numpy(), torch.zeros(some.shape), some, some.reshape(1, -1, front)
     )
     plan = SpecPlan(budget=9, max_depth=3, width=width, gates=((1, 0.2),))
-    expected, following = _branch(
-        drafter, expansion, logits.view(batch, front, -1)[kept], some.bool(), plan, batch, first_node=0
+    hidden = logits.view(batch, front, -1)[kept].flatten(0, 1)
+    children = _children(drafter, expansion, hidden, plan)
+    following = _following(expansion, children, hidden, some, plan, 0, SimpleNamespace(tensor=torch.from_numpy))
+    level = _of_all(children, kept.numpy(), batch)
+    expected = SimpleNamespace(
+        **{name: torch.from_numpy(getattr(level, name)) for name in ("tokens", "scores", "parents")}
     )
     torch.testing.assert_close(made.scores, expected.scores)
     assert torch.equal(made.tokens, expected.tokens) and torch.equal(made.parents, expected.parents)
-    assert torch.equal(made.best[kept], following.nodes)
-    torch.testing.assert_close(made.best_scores[kept], following.scores)
+    assert torch.equal(made.best[kept], torch.from_numpy(following.nodes))
+    torch.testing.assert_close(made.best_scores[kept], torch.from_numpy(following.scores))
     passed = alive & (Frontier(1, expected.scores, alive).confidence >= 0.2)
     assert torch.equal(made.alive, passed)
 

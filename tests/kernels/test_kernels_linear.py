@@ -1,4 +1,4 @@
-"""Products with a packed matrix: torch's numbers, and rows that do not know each other."""
+"""Products with a packed matrix: torch's numbers, and rows that do not know each other; in bf16 and in eight bits."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ def packs(cpp):
     """The C++ backend, on processors whose instructions it needs."""
     if cpp.pack_weight(torch.zeros(32, 2, dtype=torch.bfloat16)) is None:
         pytest.skip("this processor has no AVX512-BF16 (or has AMX): torch's products are used")
+    return cpp
+
+
+@pytest.fixture(scope="module")
+def narrow(cpp):
+    """The C++ backend, on processors that multiply bytes."""
+    if cpp.pack_int8(torch.zeros(32, 16, dtype=torch.bfloat16)) is None:
+        pytest.skip("this processor has no AVX512-VNNI: weights keep the model's dtype")
     return cpp
 
 
@@ -89,3 +97,64 @@ def test_bad_arguments_are_refused(ops):
         ops.linear(x, panels.float())
     with pytest.raises(ValueError, match="bias"):
         ops.linear(x, panels, torch.zeros(63, dtype=torch.bfloat16))
+
+
+def unpacked(panels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """[N, K] float32: the weights that eight bits stand for."""
+    codes = panels.permute(0, 2, 1, 3).flatten(2).flatten(0, 1).float() - 128
+    return codes * scales[:, None]
+
+
+def test_eight_bits_hold_the_weights_to_half_a_step(narrow):
+    weight = matrix(96, 48)
+    weight[5] = 0
+    panels, scales = narrow.pack_int8(weight)
+    assert panels.shape == (3, 12, 32, 4) and panels.dtype == torch.uint8
+    error = (unpacked(panels, scales) - weight.float()).abs()
+    assert (error <= 0.501 * scales[:, None]).all()
+    assert torch.equal(scales, weight.float().abs().amax(1) / 127)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=st.integers(0, 45), width=st.integers(1, 5), depth=st.integers(1, 12), seed=st.integers(0, 999))
+def test_products_in_eight_bits_are_the_references_bit_for_bit(narrow, reference, rows, width, depth, seed):
+    x, packed = matrix(rows, 16 * depth, seed=seed), narrow.pack_int8(matrix(32 * width, 16 * depth, seed=seed + 1))
+    if rows:
+        x[seed % rows] *= seed % 3  # also a row of zeros
+    found = narrow.linear_int8(x, *packed)
+    assert found.shape == (rows, 32 * width) and found.dtype == torch.bfloat16
+    assert torch.equal(found, reference.linear_int8(x, *packed))
+
+
+def test_products_in_eight_bits_are_near_the_true_ones(narrow):
+    weight, x = matrix(256, 1536), matrix(20, 1536, seed=1)
+    exact = x.double() @ weight.double().T
+    error = narrow.linear_int8(x, *narrow.pack_int8(weight)).double() - exact
+    assert error.std() < 0.02 * exact.std()
+
+
+def test_in_eight_bits_nan_and_infinity_stay_in_their_row(narrow, reference):
+    packed, x = narrow.pack_int8(matrix(64, 32)), matrix(4, 32)
+    x[1, 5], x[2, 7] = float("nan"), float("-inf")
+    for backend in (narrow, reference):
+        out = backend.linear_int8(x, *packed)
+        assert out[[1, 2]].isnan().all() and out[[0, 3]].isfinite().all()
+
+
+def test_matrices_that_eight_bits_do_not_suit_are_left_alone(ops):
+    assert ops.pack_int8(torch.zeros(32, 16)) is None
+    assert ops.pack_int8(torch.zeros(33, 16, dtype=torch.bfloat16)) is None
+    assert ops.pack_int8(torch.zeros(32, 8, dtype=torch.bfloat16)) is None
+
+
+def test_bad_arguments_of_eight_bits_are_refused(ops):
+    panels, scales = torch.zeros(2, 4, 32, 4, dtype=torch.uint8), torch.ones(64)
+    x = torch.zeros(1, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="width 8"):
+        ops.linear_int8(x[:, :8].contiguous(), panels, scales)
+    with pytest.raises(ValueError, match="what `pack_int8` returned"):
+        ops.linear_int8(x, panels[0], scales)
+    with pytest.raises(TypeError, match="panels"):
+        ops.linear_int8(x, panels.float(), scales)
+    with pytest.raises(ValueError, match="scales"):
+        ops.linear_int8(x, panels, scales[:5])

@@ -23,3 +23,13 @@ def test_equals_the_plain_product(dtype: torch.dtype, rows: int, biased: bool) -
     torch.testing.assert_close(
         found, expected, rtol=0.02 if dtype == torch.bfloat16 else 0, atol=0.02 if dtype == torch.bfloat16 else 0
     )
+
+
+def test_eight_bits_are_near_the_plain_product_and_only_where_they_may_be() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 64).bfloat16(), torch.randn(5, 64).bfloat16()
+    linear, bias = Linear(weight, int8=True), torch.randn(96).bfloat16()
+    torch.testing.assert_close(linear(x), F.linear(x, weight), rtol=0.05, atol=0.4)
+    assert linear.bits in (8, 16)
+    assert Linear(weight).bits == Linear(weight, bias, int8=True).bits == 16
+    assert Linear(weight.float(), int8=True).bits == 32

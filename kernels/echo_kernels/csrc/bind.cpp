@@ -155,6 +155,25 @@ Tensor linear_py(const Tensor& x, const Tensor& panels, const std::optional<Tens
   return out;
 }
 
+// (panels, scales), or None where a wider product is to be used.
+py::object pack_int8_py(const Tensor& weight) {
+  const int64_t width = weight.size(0), depth = weight.size(1);
+  if (!has_linear_int8() || weight.scalar_type() != at::kBFloat16 || !width || width % PANEL || !depth || depth % 16)
+    return py::none();
+  Tensor panels = at::empty({width / PANEL, depth / 4, PANEL, 4}, weight.options().dtype(at::kByte));
+  Tensor scales = at::empty({width}, weight.options().dtype(at::kFloat));
+  pack_int8_panels(data<bf16>(weight), data<uint8_t>(panels), data<float>(scales), width, depth);
+  return py::make_tuple(panels, scales);
+}
+
+Tensor linear_int8_py(const Tensor& x, const Tensor& panels, const Tensor& scales) {
+  py::gil_scoped_release unlocked;
+  Tensor out = at::empty({x.size(0), scales.size(0)}, x.options());
+  linear_int8({data<bf16>(x), data<uint8_t>(panels), data<float>(scales), data<bf16>(out), x.size(0), out.size(1),
+               x.size(1)});
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -169,5 +188,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("top_tokens", &top_tokens_py);
   m.def("pack_weight", &pack_weight_py);
   m.def("linear", &linear_py);
+  m.def("pack_int8", &pack_int8_py);
+  m.def("linear_int8", &linear_int8_py);
   m.attr("lanes") = LANES;
 }

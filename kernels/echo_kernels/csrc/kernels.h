@@ -79,3 +79,18 @@ struct LinearArgs {
 bool has_linear();  // whether this processor has the instructions
 void linear(const LinearArgs& a);
 void pack_panels(const bf16* weight, bf16* panels, int64_t width, int64_t depth);
+
+// The same with weights of eight bits: panels [width / PANEL, depth / 4, PANEL, 4] of whole numbers from -127 to 127,
+// shifted to be positive; `scales` is what 1 stands for in each column. The rows of x are rounded likewise, each to
+// its own scale, and the sums are exact. depth a multiple of 16.
+constexpr int32_t INT8_SHIFT = 128;
+struct Int8Args {
+  const bf16* x;          // [n, depth]
+  const uint8_t* panels;
+  const float* scales;    // [width]
+  bf16* out;              // [n, width]
+  int64_t n, width, depth;
+};
+bool has_linear_int8();
+void linear_int8(const Int8Args& a);
+void pack_int8_panels(const bf16* weight, uint8_t* panels, float* scales, int64_t width, int64_t depth);

@@ -6,7 +6,7 @@ Kernels run on the current device, which must be the tensors'. With TRITON_INTER
 first import, they run on the CPU, slowly, for tests.
 """
 
-from echo_kernels.reference import linear, pack_weight
+from echo_kernels.reference import linear, linear_int8, pack_int8, pack_weight
 from echo_kernels.triton.argmax import best_token
 from echo_kernels.triton.attention import tree_attention
 from echo_kernels.triton.gate_topk import top_tokens
@@ -21,6 +21,8 @@ __all__ = [
     "compact_kv",
     "gumbel",
     "linear",
+    "linear_int8",
+    "pack_int8",
     "pack_weight",
     "rms_norm",
     "rope_store",
