@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import numpy as np
+
 from echo_rl.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
@@ -196,8 +198,8 @@ class Forest:
     @property
     def first_confidence(self) -> tuple[float, ...]:
         """Per request, the drafter's probability of its likeliest first token."""
-        first = int((self.depths == 0).sum())  # levels are in order
-        return tuple(self.scores[:, :first].amax(1).exp().tolist())
+        first = np.count_nonzero(self.depths.cpu().numpy() == 0)  # levels are in order
+        return tuple(np.exp(self.scores.cpu().numpy()[:, :first].max(1)).tolist())
 
 
 @dataclass(frozen=True)

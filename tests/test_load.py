@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 import time
@@ -20,6 +21,7 @@ from echo_rl.errors import ConfigError
 from echo_rl.load import plots
 from echo_rl.load.client import Client, chat_body, choice
 from echo_rl.load.config import LoadConfig
+from echo_rl.load.connection import run_async
 from echo_rl.load.drive import PAUSE, Ends, drive
 from echo_rl.load.record import LoadRecord
 from echo_rl.load.report import errors
@@ -583,3 +585,18 @@ def test_bad_input_is_a_config_error(options, message, monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match=message):
         command.Load(**options, out=tmp_path / "out").run()
     assert not (tmp_path / "out").exists()
+
+
+def test_the_garbage_collector_passes_over_what_there_was_only_meanwhile():
+    async def frozen():
+        return gc.get_freeze_count()
+
+    before = gc.get_freeze_count()
+    assert run_async(frozen()) > 10_000
+    with pytest.raises(ZeroDivisionError):
+        run_async(_failing())
+    assert gc.get_freeze_count() <= before
+
+
+async def _failing():
+    raise ZeroDivisionError

@@ -5,12 +5,13 @@ One package for training and for serving, so the two cannot drift apart; a polic
 plain floats; both say the same. Knows nothing of rewards, networks or where steps come from.
 """
 
-from echo_rl.codec.actions import ActionTable, Gates, Knobs, gates_asked, scaled_gates
+from echo_rl.codec.actions import CALIBRATED, ActionTable, Gates, Knobs, gates_asked, planned_gates
 from echo_rl.codec.features import CODEC_VERSION, CONFIDENCE, DEPTHS, FEATURES, GROUPS
 from echo_rl.codec.lane import Lane
 from echo_rl.codec.tracker import Loads, Outcomes, Tracker, quantiles
 
 __all__ = [
+    "CALIBRATED",
     "CODEC_VERSION",
     "CONFIDENCE",
     "DEPTHS",
@@ -24,6 +25,6 @@ __all__ = [
     "Outcomes",
     "Tracker",
     "gates_asked",
+    "planned_gates",
     "quantiles",
-    "scaled_gates",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-CODEC_VERSION = 1
+CODEC_VERSION = 2
 DEPTHS = 8
 """Deepest level that is observed and planned."""
 

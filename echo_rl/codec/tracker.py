@@ -146,13 +146,17 @@ def cost_features(costs: CostArrays, scaling: Scaling, batch: Floats, context: F
     return np.concatenate([np.log2(seconds / base[:, None]) / 4.0, (level / base)[:, None]], axis=1)
 
 
-def quantiles(values: NDArray[np.floating[Any]]) -> Floats:
-    """`np.quantile(values, CONFIDENCE)` without its overhead."""
+def quantiles(values: NDArray[np.floating[Any]], counts: NDArray[np.int64] | None = None) -> Floats:
+    """[..., n] -> [..., len(CONFIDENCE)], `np.quantile(values, CONFIDENCE)` without its overhead.
+
+    `counts` [...]: how many of the n each row really has (at least 1), the others being NaN; None for all.
+    """
     ordered = np.sort(values).astype(np.float64)
-    place = _AT * (len(ordered) - 1)
+    last = (np.asarray(values.shape[-1]) if counts is None else counts)[..., None] - 1
+    place = _AT * last
     low = place.astype(np.int64)
-    high = np.minimum(low + 1, len(ordered) - 1)
-    result: Floats = ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    at, after = (np.take_along_axis(ordered, i, -1) for i in (low, np.minimum(low + 1, last)))
+    result: Floats = at + (place - low) * (after - at)
     return result
 
 

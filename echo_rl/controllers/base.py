@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from echo_rl.contracts import AUTOREGRESSIVE, NO_GATE, Forest, Frontier, LoadView, Selection, SpecPlan, StepReport
+from echo_rl.contracts import AUTOREGRESSIVE, Forest, Frontier, LoadView, Selection, SpecPlan, StepReport
 from echo_rl.controllers.picking import likeliest, passing
 
 
@@ -41,9 +40,7 @@ class BaseController(ABC):
     def extend(self, frontier: Frontier, plan: SpecPlan) -> Tensor:
         """[B] bool: requests whose best path is at least as likely as the plan's gate at this depth."""
         gate = plan.gate(frontier.depth)
-        if gate is None:
-            return frontier.alive
-        return passing(frontier, math.log(gate) if gate > 0.0 else NO_GATE)
+        return frontier.alive if gate is None else passing(frontier, gate)
 
     def select(self, forest: Forest, plan: SpecPlan) -> Selection:
         return likeliest(forest, plan.budget, self._node_cap)

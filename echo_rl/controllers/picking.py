@@ -33,16 +33,16 @@ FEW = 256
 partitioning crawls over equal values."""
 
 
-def passing(frontier: Frontier, least: float) -> Tensor:
-    """[B] bool: the requests that drafted this level and whose best path scores at least `least`."""
-    scores = frontier.scores
+def passing(frontier: Frontier, gate: float) -> Tensor:
+    """[B] bool: the requests that drafted this level and whose best path is at least as likely as the gate."""
+    scores, alive = frontier.scores, frontier.alive
+    least = _least(gate) if gate > 0.0 else NO_GATE
     if scores.is_cpu and scores.numel() <= FEW:
-        for row in scores.tolist():
-            if not max(row) >= least or math.isnan(sum(row)):
-                break
-        else:
-            return frontier.alive  # the common case, for a third of the time
-    return frontier.alive & (scores.amax(dim=1) >= least)
+        passed = [max(row) >= least and not math.isnan(sum(row)) for row in scores.tolist()]
+        if all(passed):
+            return alive
+        return torch.from_numpy(np.array([a and b for a, b in zip(alive.tolist(), passed, strict=True)]))
+    return alive & (scores.amax(dim=1) >= least)
 
 
 def likeliest(
@@ -201,7 +201,7 @@ def _on_host(forest: Forest, k: int, limit: int | None, powers: Floats | None, f
     nodes = _top(scores.reshape(-1), k, width, _least(floor))
     if nodes is None:
         return None
-    parents = forest.parents.numpy().reshape(-1)[nodes]
+    parents = forest.parents.numpy().reshape(-1).take(nodes)
     if batch == 1:
         counts, start, places = np.array((len(nodes),)), 0, nodes
     else:
@@ -213,9 +213,8 @@ def _on_host(forest: Forest, k: int, limit: int | None, powers: Floats | None, f
         parents, places = parents + first, nodes - first
     # A node's parent is picked too, and the root's place is before the request's first node.
     above = nodes.searchsorted(parents, side="right") - (start + 1)
-    tokens = forest.tokens.numpy().reshape(-1)[nodes]
-    packed = (torch.from_numpy(array) for array in (counts, tokens, above, depths[places]))
-    return Selection(*packed)
+    packed = (counts, forest.tokens.numpy().reshape(-1).take(nodes), above, depths.take(places))
+    return Selection(*map(torch.from_numpy, packed))
 
 
 def _top(scores: Floats, k: int, width: int, least: float) -> Ints | None:
@@ -247,8 +246,9 @@ def _top(scores: Floats, k: int, width: int, least: float) -> Ints | None:
 def _among_equals(scores: Floats, k: int, width: int, last: float) -> Ints:
     """[k] ascending: all scores above the last, and of those that equal it the first levels', request by request."""
     above, equal = (scores > last).nonzero()[0], (scores == last).nonzero()[0]
-    order = np.lexsort((equal, equal % width))
-    nodes: Ints = np.sort(np.concatenate([above, equal[order[: k - len(above)]]]))
+    if len(scores) > width:
+        equal = equal[np.lexsort((equal, equal % width))]
+    nodes: Ints = np.sort(np.concatenate([above, equal[: k - len(above)]]))
     return nodes
 
 

@@ -7,18 +7,18 @@ once. One `step` is one serving step of every lane.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_rl.codec import CONFIDENCE, DEPTHS, Knobs, Loads, Outcomes, gates_asked, quantiles, scaled_gates
-from echo_rl.contracts import LoadView
+from echo_rl.codec import CALIBRATED, DEPTHS, Knobs, Loads, Outcomes, planned_gates, quantiles
+from echo_rl.contracts import NO_GATE
 from echo_rl.costs import CostArrays, Scaling
-from echo_rl.env.lane import Gain, Lane, LaneOptions, Turn
+from echo_rl.env.lane import LaneOptions, Lanes, Turn, sums
 from echo_rl.env.timing import Phases, Plain, Work, noise, plain_step, step_phases
 from echo_rl.env.trace import Trace
-from echo_rl.env.verdicts import Table, Verdict
+from echo_rl.env.verdicts import Orders, Tables, Verdicts
 from echo_rl.env.workload import Arrivals, Workload
 
 Floats = NDArray[np.float64]
@@ -39,8 +39,15 @@ class FleetStep:
     decoded: Floats  # of them those of decoding requests
     seconds: Floats
     plain: Plain
-    kept: tuple[Ints, ...]  # per lane: tokens of each decoding request
+    kept: Ints  # [R] tokens of each decoding request, lane by lane
     reference: Reference | None  # what the fleet's reference plan would have brought instead
+
+    def within(self, tpot: float) -> Floats:
+        """[E] share of the decoding requests that took at most so many seconds a token."""
+        counts = self.outcomes.loads.batch.astype(np.int64)
+        good = np.repeat(self.seconds, counts) / np.maximum(self.kept, 1e-9) <= tpot
+        lanes = np.repeat(np.arange(len(counts)), counts)
+        return sums(lanes, good, len(counts)) / counts
 
 
 @dataclass(frozen=True)
@@ -69,164 +76,144 @@ class Fleet:
         """`reference` are plans whose outcome every step tells too; none by default."""
         self._costs, self._gates, self._noisy, self._reference = costs, gates, noisy, reference
         self._limits = limits or LaneOptions()
-        self._tables = {width: Table(trace.restricted(width), score_power) for width in widths}
+        self._tables = Tables([trace.restricted(width) for width in widths], score_power)
+        self._thresholds: dict[tuple[int, float, float], NDArray[np.float32]] = {}  # see `_gate_row`
         self._suites = {"": np.arange(len(trace.responses))} | {
             suite: np.array([i for i, r in enumerate(trace.responses) if r.suite == suite]) for suite in trace.suites
         }
-        self._lanes = [Lane(trace, self._limits) for _ in range(lanes)]
+        self.lanes, self._servers = lanes, Lanes(trace, self._limits, lanes)
         self._arrivals: list[Arrivals | None] = [None] * lanes
         self._generators = [np.random.default_rng(0) for _ in range(lanes)]
         self.now = np.zeros(lanes)
         self.scaling = Scaling(*np.ones((4, lanes)))
-        self._turns: list[Turn] = [lane.turn() for lane in self._lanes]
-        self._views: list[LoadView] = [lane.load(turn) for lane, turn in zip(self._lanes, self._turns, strict=True)]
-
-    @property
-    def lanes(self) -> int:
-        return len(self._lanes)
+        self._turn = self._servers.turn()
 
     def reset(self, lane: int, workload: Workload, seed: int) -> None:
         """Empty a lane and serve this workload from time 0, up to its first step with a decoding request."""
-        self._lanes[lane].clear()
+        self._servers.clear(lane)
         self._generators[lane] = np.random.default_rng(seed)
         self._arrivals[lane] = Arrivals(workload, seed)
         self.now[lane] = 0.0
-        self._advance(lane)
+        self._advance([lane])
 
     def loads(self) -> Loads:
         """[E] what the coming step is decided on."""
-        rows = [(v.batch_size, v.prefill_tokens, v.waiting, v.mean_context, v.kv_used, v.arrived) for v in self._views]
-        return Loads(*np.array(rows, dtype=np.float64).T)
+        return self._turn.loads
 
     def step(self, knobs: Knobs) -> FleetStep:
         """Serve one step in every lane and move on to the next step with a decoding request."""
-        loads = self.loads()
-        batch = loads.batch.astype(np.int64)
-        budgets = np.minimum(knobs.budget(batch), batch * self._limits.max_nodes)
-        tally = _Tally(self.lanes)
-        reference = self._counterfactual(loads, batch) if self._reference else None
-        turns = list(self._turns)
-        gains = [self._serve(lane, knobs, int(budgets[lane]), tally) for lane in range(self.lanes)]
-        unseen = np.array([float(turn.unseen) for turn in turns])
-        phases = self._times(tally.work(loads, knobs.width.astype(np.float64), unseen))
+        turn, loads = self._turn, self._turn.loads
+        budgets = np.minimum(knobs.budget(turn.counts), turn.counts * self._limits.max_nodes)
+        on = budgets > 0
+        verdicts, work = self._decide(turn, knobs, budgets, turn.unseen)
+        reference = self._counterfactual(turn) if self._reference else None
+        phases = self._times(work)
         plain = plain_step(self._costs, self.scaling, loads.batch, loads.context, loads.prefill)
         self.now += phases.total
-        decoded = np.array([float(gain.kept.sum()) for gain in gains])
-        tokens = decoded + np.array([float(len(turn.prompts)) for turn in turns])
+        kept = self._servers.commit(turn, verdicts.accepted, on).kept
+        decoded = sums(turn.servers, kept, self.lanes)
         outcomes = Outcomes(
             loads=loads,
             budget=budgets.astype(np.float64),
-            depth=np.where(budgets > 0, knobs.depth, 0).astype(np.float64),
-            width=np.where(budgets > 0, knobs.width, 0).astype(np.float64),
-            verified=tally.verified,
-            committed=tally.committed,
-            reached=tally.reached,
-            accepted=tally.hits,
-            confidence=tally.confidence,
+            depth=np.where(on, knobs.depth, 0).astype(np.float64),
+            width=np.where(on, knobs.width, 0).astype(np.float64),
+            verified=verdicts.verified,
+            committed=sums(turn.servers, verdicts.accepted, self.lanes) + turn.counts,
+            reached=verdicts.reached,
+            accepted=verdicts.hits,
+            confidence=np.where(on[:, None], _confidence(turn, verdicts.first), np.nan),
             verify_seconds=phases.verify,
             draft_seconds=phases.draft,
         )
-        for lane in range(self.lanes):
-            self._advance(lane)
-        return FleetStep(outcomes, tokens, decoded, phases.total, plain, tuple(gain.kept for gain in gains), reference)
+        self._advance(range(self.lanes))
+        tokens = decoded + np.bincount(turn.prompts[0], minlength=self.lanes)
+        return FleetStep(outcomes, tokens, decoded, phases.total, plain, kept, reference)
 
-    def _serve(self, lane: int, knobs: Knobs, budget: int, tally: _Tally) -> Gain:
-        """Decide and commit one lane's step."""
-        turn = self._turns[lane]
-        accepted = np.zeros(len(turn.decoding), dtype=np.int64)
-        if budget:
-            depth, floor = int(knobs.depth[lane]), float(knobs.floor[lane])
-            gates = scaled_gates(self._gates, depth, float(knobs.gate_scale[lane]), floor)
-            table = self._tables[int(knobs.width[lane])]
-            verdict = table.decide(turn.positions, budget, depth, gates, self._limits.max_nodes, floor)
-            tally.take(lane, verdict, gates_asked(gates, depth, verdict.drafting))
-            accepted = verdict.accepted
-        tally.committed[lane] = accepted.sum() + len(accepted)
-        return self._lanes[lane].commit(turn, accepted, budget > 0)
+    def _decide(self, turn: Turn, knobs: Knobs, budgets: Ints, unseen: Floats) -> tuple[Verdicts, Work]:
+        """What these knobs bring on the forests of the coming step, and what the step does for it."""
+        depth = np.where(budgets > 0, knobs.depth, 0)
+        rows = zip(depth.tolist(), knobs.gate.tolist(), knobs.floor.tolist(), strict=True)
+        gates = np.stack([self._gate_row(*row) for row in rows])
+        orders = Orders(budgets, depth, knobs.width, gates, knobs.floor)
+        verdicts = self._tables.decide(turn.positions, turn.counts, orders, self._limits.max_nodes)
+        work = Work(
+            batch=turn.loads.batch,
+            context=turn.loads.context,
+            prefill=turn.loads.prefill,
+            verified=verdicts.verified,
+            width=knobs.width.astype(np.float64),
+            drafting=verdicts.drafting,
+            unseen=unseen,
+            asked=((gates > NO_GATE) & (verdicts.drafting > 0)).sum(1).astype(np.float64),
+        )
+        return verdicts, work
 
-    def _counterfactual(self, loads: Loads, batch: Ints) -> Reference:
+    def _gate_row(self, depth: int, gate: float, floor: float) -> NDArray[np.float32]:
+        """[DEPTHS] a plan's thresholds by depth, `NO_GATE` where it has none."""
+        key = (depth, gate, floor)
+        if key not in self._thresholds:
+            gates = dict(planned_gates(self._gates, *key))
+            self._thresholds[key] = np.array([gates.get(d, NO_GATE) for d in range(DEPTHS)], dtype=np.float32)
+        return self._thresholds[key]
+
+    def _counterfactual(self, turn: Turn) -> Reference:
         """The coming step under the reference plan, with nothing for the drafter to catch up on.
 
         What there is to catch up on is the policy's doing; it must not be able to make the reference look bad.
         """
-        plans = [next((p for most, p in self._reference if size <= most), self._reference[-1][1]) for size in batch]
-        widths = np.array([float(width) for _, _, width in plans])
-        tally, decoded = _Tally(self.lanes), np.zeros(self.lanes)
-        for lane, (turn, server) in enumerate(zip(self._turns, self._lanes, strict=True)):
-            nodes, depth, width = plans[lane]
-            budget = max(1, round(nodes * int(batch[lane])))
-            gates = scaled_gates(self._gates, depth, 1.0, 0.0)
-            verdict = self._tables[width].decide(turn.positions, budget, depth, gates, self._limits.max_nodes)
-            tally.take(lane, verdict, gates_asked(gates, depth, verdict.drafting))
-            decoded[lane] = server.kept(turn, verdict.accepted).sum()
-        work = tally.work(loads, widths, unseen=np.zeros(self.lanes))
+        sizes, plans = zip(*self._reference, strict=True)
+        place = np.minimum(np.searchsorted(sizes, turn.counts), len(sizes) - 1)
+        nodes, depth, width = (np.array(values)[place] for values in zip(*plans, strict=True))
+        none = np.zeros(self.lanes)
+        knobs = Knobs(nodes, depth, width, none + CALIBRATED, none)
+        verdicts, work = self._decide(turn, knobs, knobs.budget(turn.counts), unseen=none)
+        decoded = sums(turn.servers, np.minimum(verdicts.accepted + 1, turn.room), self.lanes)
         return Reference(decoded, step_phases(self._costs, self.scaling, work).total)
 
     def _times(self, work: Work) -> Phases:
         phases = step_phases(self._costs, self.scaling, work)
-        if not self._noisy:
-            return phases
-        sigma = self._costs.profile.noise
-        return phases.times(np.concatenate([noise(g, sigma, 1) for g in self._generators]))
+        return phases.times(noise(self._generators, self._costs.profile.noise)) if self._noisy else phases
 
-    def _advance(self, lane: int) -> None:
-        """Take arrivals and serve prompts alone until some request decodes."""
-        server, arrivals, passed = self._lanes[lane], self._arrivals[lane], 0
-        assert arrivals is not None, "reset the lane first"
+    def _advance(self, lanes: Sequence[int]) -> None:
+        """Take arrivals and serve prompts alone in these lanes until in each some request decodes."""
         for _ in range(IDLE_STEPS):
-            for suite in arrivals.due(float(self.now[lane]), server.in_flight):
-                server.add(int(self._generators[lane].choice(self._suites[suite])))
-            if server.in_flight:
-                turn = server.turn()
-                view = server.load(turn)
-                if len(turn.decoding):
-                    self._turns[lane], self._views[lane] = turn, replace(view, arrived=view.arrived + passed)
-                    return
-                passed += view.arrived
-                server.commit(turn, np.zeros(0, dtype=np.int64), drafted=False)
-                self.now[lane] += self._prompt_seconds(turn, lane)
-                continue
-            upcoming = arrivals.next_time(float(self.now[lane]))
-            assert upcoming is not None, "a workload must go on"
-            self.now[lane] = max(self.now[lane], upcoming)
+            for lane in lanes:
+                self._take_arrivals(lane)
+            self._turn = self._servers.turn()
+            decoding = self._turn.counts.tolist()
+            lanes = [lane for lane in lanes if not decoding[lane]]
+            if not lanes:
+                return
+            reading = np.zeros(self.lanes, dtype=bool)
+            for lane in lanes:
+                reading[lane] = self._servers.in_flight(lane) > 0
+                self._pass_time(lane)
+            self._servers.read(reading)
         raise RuntimeError("no request decodes; the workload brings none")
 
-    def _prompt_seconds(self, turn: Turn, lane: int) -> float:
-        profile = self._costs.profile
-        rows = profile.prefill_weight * turn.prefill
-        return float(self.scaling.fixed[lane]) * profile.verify_seconds(1, rows) + profile.step_overhead
+    def _take_arrivals(self, lane: int) -> None:
+        arrivals = self._arrivals[lane]
+        assert arrivals is not None, "reset the lane first"
+        for suite in arrivals.due(float(self.now[lane]), self._servers.in_flight(lane)):
+            self._servers.add(int(self._generators[lane].choice(self._suites[suite])), lane)
+
+    def _pass_time(self, lane: int) -> None:
+        """A step without a decoding request, or where there is none at all the wait for one."""
+        if self._servers.in_flight(lane):
+            profile = self._costs.profile
+            rows = profile.prefill_weight * int(self._turn.loads.prefill[lane])
+            seconds = float(self.scaling.fixed[lane]) * profile.verify_seconds(1, rows) + profile.step_overhead
+            self.now[lane] += seconds
+            return
+        arrivals, now = self._arrivals[lane], float(self.now[lane])
+        assert arrivals is not None, "reset the lane first"
+        upcoming = arrivals.next_time(now)
+        assert upcoming is not None, "a workload must go on"
+        self.now[lane] = max(now, upcoming)
 
 
-@dataclass
-class _Tally:
-    """Counts of one step over lanes, written lane by lane."""
-
-    lanes: int
-
-    def __post_init__(self) -> None:
-        self.verified = np.zeros(self.lanes)
-        self.committed = np.zeros(self.lanes)
-        self.asked = np.zeros(self.lanes)
-        self.drafting, self.reached, self.hits = np.zeros((3, self.lanes, DEPTHS))
-        self.confidence = np.full((self.lanes, len(CONFIDENCE)), np.nan)
-
-    def take(self, lane: int, verdict: Verdict, asked: int) -> None:
-        depth = len(verdict.drafting)
-        self.verified[lane], self.asked[lane] = verdict.verified, asked
-        self.drafting[lane, :depth] = verdict.drafting
-        self.reached[lane, :depth] = verdict.reached
-        self.hits[lane, :depth] = verdict.hits
-        self.confidence[lane] = quantiles(verdict.confidence)
-
-    def work(self, loads: Loads, width: Floats, unseen: Floats) -> Work:
-        """What the steps did, for their times."""
-        return Work(
-            batch=loads.batch,
-            context=loads.context,
-            prefill=loads.prefill,
-            verified=self.verified,
-            width=width,
-            drafting=self.drafting,
-            unseen=unseen,
-            asked=self.asked,
-        )
+def _confidence(turn: Turn, first: NDArray[np.float32]) -> Floats:
+    """[E, 3] the quantiles of first tokens' probabilities ([R]) that are observed."""
+    rows = np.full((len(turn.counts), turn.counts.max()), np.nan, dtype=np.float32)
+    rows[np.arange(rows.shape[1]) < turn.counts[:, None]] = first
+    return quantiles(rows, turn.counts)

@@ -1,25 +1,28 @@
-"""One simulated server: which requests are in a step and how far each has come. Knows no time and no forest.
+"""Simulated servers side by side: which requests are in a step and how far each has come. Knows no time and no forest.
 
-Mirrors the live scheduler (first come first served, chunked prefill beside decoding); memory is
-taken to suffice. Shapes: n running requests in order of admission, B of them decoding.
+Mirrors the live scheduler (first come first served, chunked prefill beside decoding); memory is taken to
+suffice. Shapes: E servers, N running requests server by server in order of admission, R of them decoding.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_rl.contracts import LoadView
+from echo_rl.codec import Loads
 from echo_rl.env.trace import Trace
 from echo_rl.errors import ConfigError
 
 Ints = NDArray[np.int64]
-TICKET, RESPONSE, EMITTED, LEFT, UNSEEN = range(5)
-"""Rows of a lane's state: who, which recorded response, tokens it has got, prompt tokens still to process,
-committed tokens that the drafter hasn't seen."""
+Floats = NDArray[np.float64]
+SERVER, TICKET, RESPONSE, EMITTED, LEFT, SERVED, UNSEEN, FIRST, PROMPT, LENGTH = range(10)
+"""Rows of the state: where, who, which recorded response, tokens it has got, prompt tokens still to process and how
+many of them in the coming step, committed tokens that the drafter hasn't seen; then what is fixed for a response:
+its first position in the trace, its prompt's tokens and its own."""
 
 
 @dataclass(frozen=True)
@@ -39,121 +42,158 @@ class LaneOptions:
 
 @dataclass(frozen=True)
 class Turn:
-    """Who takes part in a step."""
+    """Who takes part in the servers' coming step."""
 
-    decoding: Ints  # [B] places among the running requests
-    tickets: Ints  # [B] as `Lane.add` gave them
-    responses: Ints  # [B]
-    emitted: Ints  # [B] tokens that each has already got
-    positions: Ints  # [B] rows of the trace's levels
-    unseen: int  # committed tokens that the drafter would have to catch up on, past two a request
-    prefill: int  # prompt tokens of this step
-    prompts: tuple[tuple[int, int], ...]  # (ticket, response) whose prompt ends here: each gets its first token
+    loads: Loads
+    counts: Ints  # [E] decoding requests
+    places: Ints  # [R] of the decoding requests among the running ones
+    servers: Ints  # [R] as all that follows
+    tickets: Ints  # as `Lanes.add` gave them
+    responses: Ints
+    emitted: Ints  # tokens that each has already got
+    room: Ints  # tokens that each may still get
+    positions: Ints  # rows of the trace's levels
+    unseen: Floats  # [E] committed tokens that the drafter would have to catch up on, past two a request
+    prompts: Ints  # [3, Q] server, ticket and response of those whose prompt ends here: each gets its first token
 
 
 @dataclass(frozen=True)
 class Gain:
     """What a step brought."""
 
-    kept: Ints  # [B] tokens of each decoding request, not counting any past its end
+    kept: Ints  # [R] tokens of each decoding request, not counting any past its end
     ended: frozenset[int]  # tickets of finished requests, those that ended with their first token included
 
 
-class Lane:
+class Lanes:
     """`add`, then `turn` and `commit` step by step."""
 
-    def __init__(self, trace: Trace, options: LaneOptions) -> None:
-        self.options = options
-        self._first = trace.first
-        self._prompt = np.array([len(r.prompt) for r in trace.responses])
-        self._length = np.array([r.length for r in trace.responses])
-        self.clear()
+    def __init__(self, trace: Trace, options: LaneOptions, count: int = 1) -> None:
+        self.options, self.count = options, count
+        sizes = [(len(r.prompt), r.length) for r in trace.responses]
+        self._facts = np.array([trace.first, *zip(*sizes, strict=True)])  # rows FIRST to LENGTH, by response
+        self._waiting: list[deque[tuple[int, int]]] = [deque() for _ in range(count)]  # (ticket, response)
+        self._state = np.zeros((10, 0), dtype=np.int64)  # [10, N] see the row names above
+        self._running = [0] * count
+        self._arrived = np.zeros(count)
+        self._tickets = 0
 
-    def clear(self) -> None:
-        """Drop every request."""
-        self.waiting: deque[tuple[int, int]] = deque()  # (ticket, response)
-        self._state = np.zeros((5, 0), dtype=np.int64)  # see the row names below
-        self._prefilling = self._arrived = self._tickets = 0
+    def clear(self, server: int = 0) -> None:
+        """Drop every request of a server."""
+        self._waiting[server].clear()
+        self._arrived[server] = 0.0
+        self._keep(self._state[SERVER] != server)
 
-    @property
-    def in_flight(self) -> int:
-        return len(self.waiting) + self._state.shape[1]
+    def in_flight(self, server: int = 0) -> int:
+        """A server's requests."""
+        return len(self._waiting[server]) + self._running[server]
 
-    def add(self, response: int) -> int:
+    def add(self, response: int, server: int = 0) -> int:
         """Queue a request for this response; its ticket."""
         self._tickets += 1
-        self.waiting.append((self._tickets, response))
-        self._arrived += 1
+        self._waiting[server].append((self._tickets, response))
+        self._arrived[server] += 1
         return self._tickets
 
     def drop(self, ticket: int) -> None:
         """Take a request out, waiting or running."""
-        self.waiting = deque(item for item in self.waiting if item[0] != ticket)
-        kept = self._state[TICKET] != ticket
-        self._prefilling -= int((self._state[LEFT, ~kept] > 0).sum())
-        self._state = self._state[:, kept]
+        self._waiting = [deque(item for item in queue if item[0] != ticket) for queue in self._waiting]
+        self._keep(self._state[TICKET] != ticket)
 
     def turn(self) -> Turn:
-        """Admit what fits and form the step."""
-        room = min(self.options.max_batch - self._state.shape[1], len(self.waiting))
-        if room > 0:
-            tickets, new = np.array([self.waiting.popleft() for _ in range(room)]).T
-            zero = np.zeros_like(new)
-            self._state = np.concatenate([self._state, [tickets, new, zero, self._prompt[new], zero]], axis=1)
-            self._prefilling += room
-        left = self._state[LEFT]
-        decoding = np.flatnonzero(left == 0) if self._prefilling else np.arange(left.shape[0])
-        prefill, prompts = self._prefill() if self._prefilling else (0, ())
-        tickets, responses, emitted, _, unseen = self._state[:, decoding]
-        behind = int(np.maximum(unseen - 2, 0).sum())
-        positions = self._first[responses] + emitted - 1
-        return Turn(decoding, tickets, responses, emitted, positions, behind, prefill, prompts)
-
-    def load(self, turn: Turn) -> LoadView:
-        """What a controller sees of it; counts the arrivals since the last call."""
-        lengths = self._prompt[turn.responses] + turn.emitted - 1
-        arrived, self._arrived = self._arrived, 0
-        held = self._prompt[self._state[RESPONSE]] - self._state[LEFT] + self._state[EMITTED]
-        blocks = -(-held // self.options.block_size)
-        return LoadView(
-            batch_size=len(lengths),
-            prefill_tokens=turn.prefill,
-            waiting=len(self.waiting),
-            mean_context=float(lengths.mean()) if len(lengths) else 0.0,
-            kv_used=min(1.0, float(blocks.sum()) * self.options.block_size / self.options.kv_tokens),
-            max_nodes=self.options.max_nodes,
-            arrived=arrived,
+        """Admit what fits and form the step. Without an `add`, a `drop` or a step since it is the same again."""
+        self._admit()
+        state = self._state
+        prefilling = state[LEFT] > 0
+        ending = state[:, prefilling & (state[SERVED] == state[LEFT])]
+        places = np.flatnonzero(~prefilling)
+        decoding = state[:, places]
+        servers = decoding[SERVER]
+        counts = np.bincount(servers, minlength=self.count)
+        return Turn(
+            self._loads(decoding, counts),
+            counts,
+            places,
+            servers,
+            decoding[TICKET],
+            decoding[RESPONSE],
+            decoding[EMITTED],
+            decoding[LENGTH] - decoding[EMITTED],
+            decoding[FIRST] + decoding[EMITTED] - 1,
+            sums(servers, np.maximum(decoding[UNSEEN] - 2, 0), self.count),
+            ending[[SERVER, TICKET, RESPONSE]],
         )
 
-    def kept(self, turn: Turn, accepted: Ints) -> Ints:
-        """[B] tokens that decoding requests get: accepted nodes and a bonus token, none past their end."""
-        return np.minimum(accepted + 1, self._length[turn.responses] - turn.emitted)
+    def commit(self, turn: Turn, accepted: Ints, drafted: NDArray[np.bool_]) -> Gain:
+        """Advance by the accepted nodes ([R]) and a bonus token each; finished requests leave. `drafted` is [E]."""
+        new = accepted + 1
+        kept = np.minimum(new, turn.room)
+        self._state[EMITTED, turn.places] += kept
+        unseen = self._state[UNSEEN, turn.places]
+        self._state[UNSEEN, turn.places] = np.where(drafted[turn.servers], new, unseen + new)
+        self._arrived[:] = 0.0
+        return Gain(kept, self.read(np.ones(self.count, dtype=bool)))
 
-    def commit(self, turn: Turn, accepted: Ints, drafted: bool) -> Gain:
-        """Advance by the accepted nodes and a bonus token each; finished requests leave."""
-        state, at = self._state, turn.decoding
-        new, kept = accepted + 1, self.kept(turn, accepted)
-        state[EMITTED, at] += kept
-        state[UNSEEN, at] = new if drafted else state[UNSEEN, at] + new
-        for ticket, response in turn.prompts:
-            place = state[TICKET] == ticket
-            state[EMITTED, place], state[UNSEEN, place] = 1, self._prompt[response]
-        over = state[EMITTED] >= self._length[state[RESPONSE]]
+    def read(self, servers: NDArray[np.bool_]) -> frozenset[int]:
+        """Process the step's prompt tokens in these servers ([E]), which may be all that they do in it.
+
+        Finished requests leave; their tickets.
+        """
+        state = self._state
+        if state[SERVED].any():
+            served = np.where(servers[state[SERVER]], state[SERVED], 0)
+            ending = (served > 0) & (served == state[LEFT])
+            state[EMITTED, ending], state[UNSEEN, ending] = 1, state[PROMPT, ending]
+            state[LEFT] -= served
+            state[SERVED] -= served
+        over = state[EMITTED] >= state[LENGTH]
         if not over.any():
-            return Gain(kept, frozenset())
-        self._state = state[:, ~over]
-        return Gain(kept, frozenset(state[TICKET, over].tolist()))
+            return frozenset()
+        self._keep(~over)
+        return frozenset(state[TICKET, over].tolist())
 
-    def _prefill(self) -> tuple[int, tuple[tuple[int, int], ...]]:
-        """Give prompts the chunk, in order; the prompt tokens of this step and whose prompt ends."""
-        left, prompts = self.options.prefill_chunk, []
-        for place in np.flatnonzero(self._state[LEFT]):
-            if left == 0:
-                break
-            count = min(int(self._state[LEFT, place]), left)
-            self._state[LEFT, place] -= count
-            left -= count
-            if self._state[LEFT, place] == 0:
-                prompts.append((int(self._state[TICKET, place]), int(self._state[RESPONSE, place])))
-        self._prefilling -= len(prompts)
-        return self.options.prefill_chunk - left, tuple(prompts)
+    def _loads(self, decoding: Ints, counts: Ints) -> Loads:
+        """What controllers see of the step."""
+        state, options = self._state, self.options
+        held = state[PROMPT] - state[LEFT] + state[SERVED] + state[EMITTED]
+        blocks = sums(state[SERVER], -(-held // options.block_size), self.count)
+        context = sums(decoding[SERVER], decoding[PROMPT] + decoding[EMITTED] - 1, self.count)
+        return Loads(
+            batch=counts.astype(np.float64),
+            prefill=sums(state[SERVER], state[SERVED], self.count),
+            waiting=np.array([float(len(queue)) for queue in self._waiting]),
+            context=context / np.maximum(counts, 1),
+            kv_used=np.minimum(1.0, blocks * options.block_size / options.kv_tokens),
+            arrived=self._arrived.copy(),
+        )
+
+    def _admit(self) -> None:
+        """Take requests in where there is room, and give each server's prompts the chunk, in order."""
+        new = []
+        for server, queue in enumerate(self._waiting):
+            room = min(len(queue), self.options.max_batch - self._running[server]) if queue else 0
+            new += [(server, *queue.popleft()) for _ in range(room)]
+            self._running[server] += room
+        if new:
+            fresh = np.zeros((len(self._state), len(new)), dtype=np.int64)
+            fresh[[SERVER, TICKET, RESPONSE]] = np.array(new).T
+            fresh[FIRST:] = self._facts[:, fresh[RESPONSE]]
+            fresh[LEFT] = fresh[PROMPT]
+            state = np.concatenate([self._state, fresh], axis=1)
+            self._state = state[:, np.argsort(state[SERVER], kind="stable")]
+        at = np.flatnonzero(self._state[LEFT])
+        if len(at):
+            servers, left = self._state[SERVER, at], self._state[LEFT, at]
+            ahead = left.cumsum() - left
+            ahead -= ahead[np.searchsorted(servers, servers)]  # prompt tokens before them, of the same server
+            self._state[SERVED, at] = np.clip(self.options.prefill_chunk - ahead, 0, left)
+
+    def _keep(self, kept: NDArray[np.bool_]) -> None:
+        self._state = self._state[:, kept]
+        self._running = np.bincount(self._state[SERVER], minlength=self.count).tolist()
+
+
+def sums(servers: Ints, values: NDArray[Any], count: int) -> Floats:
+    """[E] sums of the values that belong to each of `count` servers."""
+    totals: NDArray[Any] = np.bincount(servers, weights=values, minlength=count)
+    return totals

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from echo_rl.codec import gates_asked
+from echo_rl.codec import Loads, gates_asked
 from echo_rl.contracts import (
     AUTOREGRESSIVE,
     NO_GATE,
@@ -19,6 +19,7 @@ from echo_rl.contracts import (
     Controller,
     Forest,
     Frontier,
+    LoadView,
     PhaseTimes,
     Request,
     RequestOutput,
@@ -27,7 +28,7 @@ from echo_rl.contracts import (
     StepReport,
 )
 from echo_rl.costs import CostArrays, Scaling
-from echo_rl.env.lane import Gain, Lane, LaneOptions, Turn
+from echo_rl.env.lane import Gain, LaneOptions, Lanes, Turn
 from echo_rl.env.timing import Work, noise, step_phases
 from echo_rl.env.trace import Trace, key
 from echo_rl.errors import ConfigError, PlanViolation, RequestError, TraceError
@@ -46,7 +47,7 @@ class ReplayBackend:
     def __init__(self, trace: Trace, costs: CostArrays, options: ReplayOptions | None = None, seed: int = 0) -> None:
         self.trace = trace
         self._costs, self._options = costs, options or ReplayOptions()
-        self._lane = Lane(trace, self._options.limits)
+        self._servers = Lanes(trace, self._options.limits)
         self._scaling = Scaling.none(1)
         self._generator = np.random.default_rng(seed)
         self._tickets: dict[str, int] = {}  # request id -> ticket
@@ -55,7 +56,7 @@ class ReplayBackend:
 
     @property
     def has_work(self) -> bool:
-        return self._lane.in_flight > 0
+        return self._servers.in_flight() > 0
 
     def clock(self) -> float:
         """Simulated seconds."""
@@ -67,7 +68,7 @@ class ReplayBackend:
 
     def restart(self, seed: int) -> None:
         """Drop every request and begin at time 0 with this seed's noise."""
-        self._lane.clear()
+        self._servers.clear()
         self._tickets.clear()
         self._names.clear()
         self._generator, self._now = np.random.default_rng(seed), 0.0
@@ -79,7 +80,7 @@ class ReplayBackend:
             raise RequestError(f"request '{request.id}' is not in the trace; use `Trace.requests` or record it")
         if request.id in self._tickets:
             raise RequestError(f"request id '{request.id}' is in use; give every request its own")
-        ticket = self._tickets[request.id] = self._lane.add(response)
+        ticket = self._tickets[request.id] = self._servers.add(response)
         self._names[ticket] = request.id
 
     def cancel(self, request_id: str) -> None:
@@ -87,19 +88,19 @@ class ReplayBackend:
         ticket = self._tickets.pop(request_id, None)
         if ticket is not None:
             del self._names[ticket]
-            self._lane.drop(ticket)
+            self._servers.drop(ticket)
 
     def step(self, controller: Controller) -> StepReport:
         """Serve one step. Raises `ConfigError` where there is no work, `PlanViolation` as the live engine does."""
         if not self.has_work:
             raise ConfigError("step() was called with no request queued or running; add one first")
-        turn = self._lane.turn()
-        load = self._lane.load(turn)
+        turn = self._servers.turn()
+        load = _view(turn.loads, self._options.limits.max_nodes)
         plan = controller.plan(load) if load.batch_size else AUTOREGRESSIVE
         forest = self._grow(turn, plan, controller) if plan.speculates else None
         selection = _select(controller, forest, plan, load.batch_size, load.max_nodes)
         accepted = _accepted(selection)
-        gain = self._lane.commit(turn, accepted.numpy(), plan.speculates)
+        gain = self._servers.commit(turn, accepted.numpy(), np.array([plan.speculates]))
         drafting = forest.drafting if forest is not None else ()
         report = StepReport(
             load=load,
@@ -111,7 +112,7 @@ class ReplayBackend:
             committed=int(accepted.sum()) + load.batch_size,
             reached_by_depth=_reached(selection, accepted),
             accepted_by_depth=tuple(int((accepted > d).sum()) for d in range(_deepest(selection))),
-            times=self._times(turn, load.mean_context, plan, selection.size, drafting),
+            times=self._times(turn, plan, selection.size, drafting),
             drafting=drafting,
             confidence=forest.first_confidence if forest is not None else (),
         )
@@ -158,31 +159,29 @@ class ReplayBackend:
             tokens[row, nodes] = self.trace.responses[response].tokens[t : t + len(nodes)]
         return torch.from_numpy(tokens)
 
-    def _times(
-        self, turn: Turn, context: float, plan: SpecPlan, verified: int, drafting: tuple[int, ...]
-    ) -> PhaseTimes:
+    def _times(self, turn: Turn, plan: SpecPlan, verified: int, drafting: tuple[int, ...]) -> PhaseTimes:
         levels = np.zeros((1, self.trace.max_depth))
         levels[0, : len(drafting)] = drafting
         work = Work(
-            batch=np.array([float(len(turn.decoding))]),
-            context=np.array([context]),
-            prefill=np.array([float(turn.prefill)]),
+            batch=turn.loads.batch,
+            context=turn.loads.context,
+            prefill=turn.loads.prefill,
             verified=np.array([float(verified)]),
             width=np.array([float(plan.width)]),
             drafting=levels,
-            unseen=np.array([float(turn.unseen)]),
+            unseen=turn.unseen,
             asked=np.array([float(gates_asked(plan.gates, plan.max_depth, drafting))]),
         )
         phases = step_phases(self._costs, self._scaling, work)
         if self._options.noise:
-            phases = phases.times(noise(self._generator, self._costs.profile.noise, 1))
+            phases = phases.times(noise([self._generator], self._costs.profile.noise))
         return PhaseTimes(
             draft=float(phases.draft[0]), verify=float(phases.verify[0]), commit=float(phases.overhead[0])
         )
 
     def _outputs(self, turn: Turn, gain: Gain) -> tuple[RequestOutput, ...]:
         spans = list(zip(*(a.tolist() for a in (turn.tickets, turn.responses, turn.emitted, gain.kept)), strict=True))
-        spans += [(ticket, response, 0, 1) for ticket, response in turn.prompts]
+        spans += [(ticket, response, 0, 1) for _, ticket, response in turn.prompts.T.tolist()]
         outputs = []
         for ticket, response, begin, count in spans:
             recorded, name = self.trace.responses[response], self._names[ticket]
@@ -191,6 +190,19 @@ class ReplayBackend:
             if reason:
                 del self._tickets[name], self._names[ticket]
         return tuple(outputs)
+
+
+def _view(loads: Loads, max_nodes: int) -> LoadView:
+    """What a controller sees of one server's load."""
+    return LoadView(
+        batch_size=int(loads.batch[0]),
+        prefill_tokens=int(loads.prefill[0]),
+        waiting=int(loads.waiting[0]),
+        mean_context=float(loads.context[0]),
+        kv_used=float(loads.kv_used[0]),
+        max_nodes=max_nodes,
+        arrived=int(loads.arrived[0]),
+    )
 
 
 def _select(controller: Controller, forest: Forest | None, plan: SpecPlan, batch: int, max_nodes: int) -> Selection:

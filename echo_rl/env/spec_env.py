@@ -56,15 +56,15 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
     calls (choosing actions, learning) does not pass on the server.
 
     ## Action space
-    ``MultiDiscrete([13, 8, 6, 4, 6])``: one index into each column of the action table (`codec.ActionTable`):
+    ``MultiDiscrete([13, 8, 6, 10, 7])``: one index into each column of the action table (`codec.ActionTable`):
 
     | knob | values |
     |---|---|
     | verified nodes a request, averaged over the batch | 0, 0.25, 0.5, 1, 2, 3, 5, 7, 9, 15, 23, 31, 47 |
     | levels drafted | 1, 2, 3, 4, 5, 6, 7, 8 |
     | nodes expanded a level | 1, 2, 3, 4, 6, 8 |
-    | factor on the calibrated gates (0: no gates) | 0, 0.5, 1, 1.5 |
-    | least calibrated path probability of a verified node | 0, 0.05, 0.1, 0.2, 0.3, 0.4 |
+    | least best-path probability to draft on (-1: ECHO's gates) | -1, 0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8 |
+    | least calibrated path probability of a verified node | 0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5 |
 
     Zero nodes is plain decoding, whatever the other knobs say. Nodes times batch, rounded, is the budget of the
     whole batch: a hard cap. An action of another shape, with other than whole numbers or outside the
@@ -116,7 +116,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
     value of what would follow has to be bootstrapped from the last observation.
 
     ## Version history
-    - v0: first version (`codec.CODEC_VERSION` 1).
+    - v0: first version (`codec.CODEC_VERSION` 2; 1 had factors on ECHO's gates in place of gates at every level).
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,9 +74,10 @@ def plain_step(costs: CostArrays, scaling: Scaling, batch: Floats, context: Floa
     return Plain(scaling.fixed * passes + scaling.overhead * costs.overhead(batch, 0.0, False), prompts)
 
 
-def noise(generator: np.random.Generator, sigma: float, lanes: int) -> Floats:
-    """[E] lognormal factors of mean 1."""
-    return np.exp(sigma * generator.standard_normal(lanes) - 0.5 * sigma * sigma)
+def noise(generators: Sequence[np.random.Generator], sigma: float) -> Floats:
+    """[E] lognormal factors of mean 1, one of each generator."""
+    drawn = np.array([generator.standard_normal() for generator in generators])
+    return np.exp(sigma * drawn - 0.5 * sigma * sigma)
 
 
 def _draft(costs: CostArrays, scaling: Scaling, work: Work, speculative: NDArray[np.bool_]) -> Floats:

@@ -169,10 +169,7 @@ class ReplayVecEnv(VecEnv):
         """The reward's terms and the step's facts; the tracker learns from the step."""
         o, slo = step.outcomes, self.options.reward.slo_tpot
         self._tracker.update(o)
-        good = None
-        if self.options.reward.form == "goodput":
-            rates = zip(step.seconds, step.kept, strict=True)
-            good = np.array([float((s / np.maximum(k, 1e-9) <= slo).mean()) for s, k in rates])
+        good = step.within(slo) if self.options.reward.form == "goodput" else None
         batch, baseline = o.loads.batch, np.zeros(self.num_envs)
         if step.reference is not None:
             self._meter.begin(batch > 0, step.plain.decode, batch)

@@ -1,7 +1,10 @@
 """ECHO's step decided for coded knobs on recorded forests: gates, batch-wide top-K, acceptance. Plain numpy.
 
 The same decisions as `controllers.echo` with a given plan, without building a `Forest`: whether a
-node is accepted depends only on whether its score is among the K best of the batch.
+node is accepted depends only on whether its score is among the K best of the batch. Many servers decide at
+once; only the K best are found one server after the other.
+
+Shapes: E servers, R requests of all servers (server by server), b of one; P positions, M nodes, D = `DEPTHS` levels.
 """
 
 from __future__ import annotations
@@ -14,116 +17,160 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from echo_rl.codec import DEPTHS
 from echo_rl.env.levels import Restricted
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
-Gates = Sequence[tuple[int, float]]
+Bools = NDArray[np.bool_]
 NONE = np.float32(-np.inf)
+LOWEST = np.finfo(np.float32).min
+"""Least score of a node that exists."""
+LEVELS = np.arange(DEPTHS)
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What one step's speculation came to, for B requests and D levels."""
+class Orders:
+    """What the servers are to do, [E] each."""
 
-    accepted: Ints  # [B] nodes
-    verified: int
-    drafting: Ints  # [D] requests that drafted each depth
-    reached: Ints  # [D] requests with a selected node at a depth whose path was accepted up to it
-    hits: Ints  # [D] requests that accepted a node at a depth
-    confidence: Floats  # [B] probability of the likeliest first token
+    budget: Ints  # 0: don't speculate
+    depth: Ints  # 0 where the budget is
+    width: Ints
+    gates: Floats  # [E, D] see `SpecPlan`, `NO_GATE` where there is none
+    floor: NDArray[np.float64]  # see `SpecPlan`
 
 
-class Table:
-    """The forests of one width with everything that a decision needs, by position."""
+@dataclass(frozen=True)
+class Verdicts:
+    """What one step's speculation came to."""
+
+    accepted: Ints  # [R] nodes
+    first: Floats  # [R] probability of the likeliest first token
+    verified: NDArray[np.float64]  # [E] nodes
+    drafting: NDArray[np.float64]  # [E, D] requests that drafted each depth
+    reached: NDArray[np.float64]  # [E, D] requests with a selected node at a depth whose path was accepted up to it
+    hits: NDArray[np.float64]  # [E, D] requests that accepted a node at a depth
+
+
+class Tables:
+    """The forests of some widths with everything that a decision needs, by width and position."""
+
+    def __init__(self, recorded: Sequence[Restricted], score_power: Sequence[float]) -> None:
+        self._tables = [_Table(forests, score_power) for forests in recorded]
+        self._place = np.zeros(1 + max(forests.width for forests in recorded), dtype=np.int64)
+        self._place[[forests.width for forests in recorded]] = np.arange(len(recorded))
+        self._positions = len(recorded[0].path)
+        self._levels = np.concatenate([table.levels for table in self._tables])  # [W * P, 3, D]
+
+    def decide(self, positions: Ints, counts: Ints, orders: Orders, limit: int) -> Verdicts:
+        """`positions` [R], of which `counts` [E] (each at least 1) a server; `limit` is the most nodes of a request."""
+        owner, begins = np.repeat(np.arange(len(counts)), counts), counts.cumsum() - counts
+        places = self._place[orders.width]
+        levels = self._levels.take(places[owner] * self._positions + positions, axis=0)
+        stop = _stops(levels[:, 0], orders.gates[owner], orders.depth[owner])
+        drafted = stop[:, None] >= LEVELS
+        threshold, verified = np.full(len(owner), np.inf, dtype=np.float32), np.zeros(len(counts))
+        stops, contests = stop.tolist(), []
+        numbers = (a.tolist() for a in (orders.budget, orders.floor, places, begins, begins + counts))
+        for server, (budget, floor, place, begin, end) in enumerate(zip(*numbers, strict=True)):
+            if budget:
+                table, mine = self._tables[place], slice(begin, end)
+                scores = table.drafted(positions[mine], stops[mine])
+                threshold[mine], verified[server], competing = _threshold(scores, budget, limit, _least(floor))
+                if competing is not None:
+                    contests.append((table, mine, competing, int(verified[server])))
+        taken = (levels[:, 1:] >= threshold[:, None, None]) & drafted[:, None]  # the path's node, any node
+        for table, mine, scores, count in contests:
+            taken[mine] = table.contest(positions[mine], scores, count)
+        accepted = taken[:, 0].sum(1)
+        deep = np.stack([drafted, taken[:, 1] & (accepted[:, None] >= LEVELS), accepted[:, None] > LEVELS])
+        drafting, reached, hits = np.add.reduceat(deep, begins, axis=1, dtype=np.float64)
+        return Verdicts(accepted, levels[:, 0, 0], verified, drafting, reached, hits)
+
+
+class _Table:
+    """The forests of one width, by position."""
 
     def __init__(self, recorded: Restricted, score_power: Sequence[float]) -> None:
-        depths = recorded.path.shape[1]
+        depths = min(recorded.path.shape[1], DEPTHS)
         powers = np.asarray([*score_power, *[score_power[-1]] * depths] if score_power else [1.0] * depths, np.float32)
-        self.starts = [recorded.nodes(d) for d in range(depths + 1)]
-        self._depths, self._nodes = recorded.depths, recorded.path
-        self._scores = recorded.scores * powers[recorded.depths]  # [P, M] calibrated
-        rows = np.arange(len(recorded.path))[:, None]
-        self._path = np.where(recorded.path >= 0, self._scores[rows, recorded.path], NONE)  # [P, D]
-        levels = [recorded.scores[:, a:b].max(1) for a, b in pairwise(self.starts)]
-        self._best = np.stack(levels, axis=1)  # [P, D] the likeliest path of each level, as drafted
-        self._best_calibrated = self._best * powers[:depths]
+        self._starts = [recorded.nodes(d) for d in range(depths + 1)]
+        size, self._nodes = self._starts[-1], recorded.path[:, :depths]
+        self._scores = recorded.scores[:, :size] * powers[recorded.depths[:size]]  # [P, M] calibrated
+        rows = np.arange(len(self._nodes))[:, None]
+        best = np.stack([recorded.scores[:, a:b].max(1) for a, b in pairwise(self._starts)], axis=1)
+        self.levels = np.full((len(rows), 3, DEPTHS), NONE)
+        """[P, 3, D] the likeliest path's probability as drafted; calibrated scores of the target's node, of the best"""
+        self.levels[:, 0, :depths] = np.exp(best)
+        self.levels[:, 1, :depths] = np.where(self._nodes >= 0, self._scores[rows, self._nodes], NONE)
+        self.levels[:, 2, :depths] = best * powers[:depths]
 
-    def decide(self, positions: Ints, budget: int, depth: int, gates: Gates, limit: int, floor: float = 0.0) -> Verdict:
-        """`gates` are (depth, threshold); `limit` is the most nodes of one request, `floor` see `SpecPlan`."""
-        best = self._best[positions, :depth]  # [B, d]
-        stop = self._stops(best, depth, gates)
-        scores = self._scores[positions, : self.starts[depth]]  # a copy
-        path, tops = self._path[positions, :depth], self._best_calibrated[positions, :depth]
-        if stop is not None:
-            scores[self._depths[: self.starts[depth]] > stop[:, None]] = NONE
-            beyond = np.arange(depth) > stop[:, None]
-            path, tops = np.where(beyond, NONE, path), np.where(beyond, NONE, tops)
-        if floor:
-            least = np.float32(math.log(floor))
-            scores, path, tops = (np.where(s >= least, s, NONE) for s in (scores, path, tops))
-        threshold, verified = _threshold(scores, budget, limit)
-        if budget < scores.size and int((scores >= threshold).sum()) > verified:
-            taken, has = self._tied(scores, threshold, verified, positions, depth)
-        else:
-            taken, has = path >= threshold, tops >= threshold
-        accepted = taken.sum(1)
-        above = np.arange(depth)
-        return Verdict(
-            accepted,
-            verified,
-            np.full(depth, len(positions)) if stop is None else (stop[:, None] >= above).sum(0),
-            (has & (accepted[:, None] >= above)).sum(0),
-            (accepted[:, None] > above).sum(0),
-            np.exp(best[:, 0]),
-        )
+    def drafted(self, positions: Ints, stops: Sequence[int]) -> Floats:
+        """[b, M] the scores down to each request's last level, M nodes down to the last of all."""
+        last = max(stops)
+        scores = self._scores[positions, : self._starts[last + 1]]  # a copy
+        for row, stop in enumerate(stops):
+            if stop < last:
+                scores[row, self._starts[stop + 1] :] = NONE
+        return scores
 
-    def _tied(
-        self, scores: Floats, threshold: Floats, verified: int, positions: Ints, depth: int
-    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """[B, d] whether the path's node is verified, and whether any is, where equal scores compete.
+    def contest(self, positions: Ints, scores: Floats, verified: int) -> Bools:
+        """[b, 2, D] whether the path's node is verified, and whether any is, where equal scores ([b, M]) compete.
 
-        They go to the earlier node, then to the earlier request, as in `controllers.base`.
+        They go to the earlier node, then to the earlier request, as in `controllers.picking`.
         """
-        wanted = np.where(scores >= threshold, scores, NONE).T  # [M, B]
-        order = np.argsort(-wanted, axis=None, kind="stable")[:verified]
-        picked = np.zeros(wanted.size, dtype=bool)
-        picked[order] = True
-        mask: NDArray[np.bool_] = picked.reshape(wanted.shape).T
-        nodes = self._nodes[positions, :depth]
-        rows = np.arange(len(mask))[:, None]
-        has = np.stack([mask[:, a:b].any(1) for a, b in pairwise(self.starts[: depth + 1])], axis=1)
-        return (nodes >= 0) & mask[rows, np.minimum(nodes, mask.shape[1] - 1)], has
-
-    @staticmethod
-    def _stops(best: Floats, depth: int, gates: Gates) -> Ints | None:
-        """[B] the last level that each request drafts; None where no gate stops anyone."""
-        stop = None
-        for gate, tau in gates:
-            if gate < depth - 1:
-                failed = np.exp(best[:, gate]) < np.float32(tau)
-                if failed.any():
-                    stop = np.full(len(best), depth - 1) if stop is None else stop
-                    stop = np.where(failed, np.minimum(stop, gate), stop)
-        return stop
+        picked = np.zeros(scores.size, dtype=bool)
+        picked[np.argsort(-scores.T, axis=None, kind="stable")[:verified]] = True
+        mask: Bools = picked.reshape(scores.T.shape).T
+        taken = np.zeros((len(mask), 2, DEPTHS), dtype=bool)
+        nodes, rows = self._nodes[positions], np.arange(len(mask))[:, None]
+        inside = (nodes >= 0) & (nodes < mask.shape[1])
+        taken[:, 0, : nodes.shape[1]] = inside & mask[rows, np.where(inside, nodes, 0)]
+        for level, (begin, end) in enumerate(pairwise(self._starts)):
+            taken[:, 1, level] = mask[:, begin:end].any(1)
+        return taken
 
 
-def _threshold(scores: Floats, budget: int, limit: int) -> tuple[Floats, int]:
-    """The least score that is verified ([B, 1], or one for all), and how many nodes that makes."""
-    if limit < min(budget, scores.shape[1]):
-        return _limited(scores, budget, limit)
+def _stops(best: Floats, gates: Floats, depth: Ints) -> Ints:
+    """[R] the last level that each request drafts: of the first gate that it fails, else the plan's."""
+    failed = best < gates
+    stops: Ints = np.where(failed.any(1), failed.argmax(1), depth - 1)
+    return stops
+
+
+def _least(floor: float) -> np.float32:
+    """The score of a path probability."""
+    return np.float32(math.log(floor)) if floor else LOWEST
+
+
+def _threshold(
+    scores: Floats, budget: int, limit: int, least: np.float32
+) -> tuple[Floats | np.float32, int, Floats | None]:
+    """The least score that is verified ([b], or one for all), how many nodes that makes, and the scores that compete.
+
+    They are None where the least score tells all; else more nodes have it than there is room for.
+    """
+    if limit < min(budget, scores.shape[1]):  # one request could take more than its limit
+        place = scores.shape[1] - limit
+        own = np.maximum(np.partition(scores, place, axis=1)[:, place], least)  # [b] each request's limit-th best
+        scores, tied = _limited(scores, own, limit)
+        common, verified, competing = _threshold(scores, budget, budget, least)
+        return np.maximum(common, own), verified, scores if tied else competing
     flat = scores.reshape(-1)
-    finite = len(flat) - int((flat == NONE).sum())
-    if finite <= budget:
-        return np.full((1, 1), np.finfo(np.float32).min, np.float32), finite
-    place = len(flat) - budget
-    return np.partition(flat, place)[place].reshape(1, 1), budget
+    if budget < len(flat):
+        place = len(flat) - budget
+        least = max(least, np.partition(flat, place)[place])
+    wanted = int(np.count_nonzero(flat >= least))
+    return least, min(budget, wanted), scores if wanted > budget else None
 
 
-def _limited(scores: Floats, budget: int, limit: int) -> tuple[Floats, int]:
-    """As `_threshold`, where one request could take more than its limit."""
-    place = scores.shape[1] - limit
-    own = np.partition(scores, place, axis=1)[:, place : place + 1]  # [B, 1] each request's limit-th best
-    own = np.maximum(own, np.finfo(np.float32).min)
-    common, verified = _threshold(np.where(scores >= own, scores, NONE), budget, scores.shape[1])
-    return np.maximum(common, own), verified
+def _limited(scores: Floats, own: Floats, limit: int) -> tuple[Floats, bool]:
+    """Each request's `limit` best scores, `NONE` for the others, and whether it took the order of nodes to tell."""
+    kept = scores >= own[:, None]
+    tied = bool((kept.sum(1) > limit).any())
+    if tied:
+        first = np.argsort(-scores, axis=1, kind="stable")[:, :limit]
+        among = np.zeros_like(kept)
+        np.put_along_axis(among, first, True, axis=1)
+        kept &= among
+    return np.where(kept, scores, NONE), tied

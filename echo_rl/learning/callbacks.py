@@ -19,7 +19,7 @@ from echo_rl.controllers.network import Policy
 if TYPE_CHECKING:
     from echo_rl.learning.learner import Progressed
 
-KNOBS = ("nodes", "depth", "width", "gate_scale", "floor")
+KNOBS = ("nodes", "depth", "width", "gate", "floor")
 
 
 class Updates(BaseCallback):

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
-from echo_rl.contracts import Controller, Forest, PhaseTimes, Selection, SpecPlan, Verdict
+from echo_rl.contracts import NO_GATE, Controller, Forest, PhaseTimes, Selection, SpecPlan, Verdict
 from echo_rl.errors import PlanViolation
 from echo_rl.runtime.runner import Runner
 from echo_rl.runtime.scheduler import Batch
@@ -58,8 +59,9 @@ class Growth:
 
     @classmethod
     def of(cls, forest: Forest) -> Growth:
+        drafted = np.count_nonzero(forest.scores.cpu().numpy() > NO_GATE)
         levels = tuple(stop + 1 for stop in forest.stop_depth.tolist())
-        return cls(int(forest.exists.sum()), forest.drafting, forest.first_confidence, levels)
+        return cls(int(drafted), forest.drafting, forest.first_confidence, levels)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class EagerStep:
             empty = torch.zeros(0, dtype=torch.int64, device=self._runner.device)
             return Selection(empty.new_zeros(decodes), empty, empty, empty)
         selection = controller.select(forest, plan)
-        if selection.size > plan.budget or int(selection.counts.max()) > self._max_nodes:
+        if selection.size > plan.budget or max(selection.counts.tolist()) > self._max_nodes:
             raise PlanViolation(
                 f"controller '{controller.name}' selected {selection.size} nodes (most for one request: "
                 f"{int(selection.counts.max())}); the plan allows {plan.budget}, a request {self._max_nodes}"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import aclosing
-from typing import Any, cast
+from typing import Any
 
 from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -19,8 +19,8 @@ from echo_rl.contracts import RequestOutput, TokenLogprob
 from echo_rl.server.dialects import DONE, ChunkWriter, Dialect, error_event, usage
 from echo_rl.server.errors import ApiError, as_api_error
 from echo_rl.server.front import Front
-from echo_rl.server.generation import Indexed, merged
 from echo_rl.server.schemas import Body, ChatRequest, CompletionRequest
+from echo_rl.server.streams import OutputStream
 from echo_rl.server.trail import CLIENT_GONE, Trail, trail_of
 
 STREAM_HEADERS = [
@@ -33,7 +33,8 @@ STREAM_HEADERS = [
 class Choice:
     """What one completion has so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: int) -> None:
+        self.index = index
         self.texts: list[str] = []
         self.logprobs: list[TokenLogprob] = []
         self.offset = 0
@@ -49,7 +50,8 @@ class Exchange(Response):
     def __init__(self, front: Front, body: Body, dialect: Dialect) -> None:
         super().__init__()
         self._front, self._body, self._dialect = front, body, dialect
-        self._choices: list[Choice] = []
+        self._choices: dict[str, Choice] = {}
+        """By the engine's request, in the order of their index."""
         self._streaming = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,24 +69,32 @@ class Exchange(Response):
         with front.admission.enter(count):
             try:
                 async with asyncio.timeout(front.config.request_timeout):
-                    async with aclosing(cast(Any, self._outputs(trail, count))) as outputs:
+                    async with aclosing(await self._submit(trail)) as outputs:
                         serve = self._stream if body.stream else self._answer
                         await serve(outputs, trail, scope, receive, send)
             except Exception as error:
                 await self._fail(self._failure(error), trail, send)
 
-    async def _outputs(self, trail: Trail, count: int) -> AsyncIterator[Indexed]:
-        """The engine's outputs, noted in the trail and the metrics. Raises `ApiError` on what is no completion."""
+    async def _submit(self, trail: Trail) -> OutputStream:
         prompts = await self._prompts()
         requests = self._front.requests(trail.id, self._body, prompts, self._body.top_alternatives)
         trail.prompt_tokens = sum(map(len, prompts))
         self._front.metrics.prompt(trail.prompt_tokens)
-        self._choices = [Choice() for _ in range(count)]
-        async for index, output in merged(self._front.host.submit, requests):
-            self._note(self._choices[index], output, trail)
-            yield index, output
-        if not all(choice.finish_reason for choice in self._choices):
+        self._choices = {request.id: Choice(index) for index, request in enumerate(requests)}
+        return self._front.host.submit(*requests)
+
+    async def _next(self, outputs: OutputStream, trail: Trail) -> list[tuple[Choice, RequestOutput]]:
+        """What came since the last time, noted in the trail and the metrics; nothing once all is there.
+
+        Raises `ApiError` on what is no completion.
+        """
+        came = [(self._choices[output.id], output) for output in await outputs.take()]
+        now = time.perf_counter()
+        for choice, output in came:
+            self._note(choice, output, trail, now)
+        if not came and not all(choice.finish_reason for choice in self._choices.values()):
             raise ApiError(500, "the engine ended this request without a reason", code="engine_error")
+        return came
 
     async def _prompts(self) -> list[tuple[int, ...]]:
         body, tokenizer = self._body, self._front.tokenizer
@@ -97,9 +107,9 @@ class Exchange(Response):
         encode = lambda: [tokenizer.encode(p) if isinstance(p, str) else tuple(p) for p in given]  # noqa: E731
         return await self._front.tokenised(size, encode)
 
-    def _note(self, choice: Choice, output: RequestOutput, trail: Trail) -> None:
+    def _note(self, choice: Choice, output: RequestOutput, trail: Trail, now: float) -> None:
         if output.tokens:
-            now, metrics = time.perf_counter(), self._front.metrics
+            metrics = self._front.metrics
             if trail.first_token is None:
                 trail.first_token = now
                 metrics.first_token(now - trail.started)
@@ -116,48 +126,48 @@ class Exchange(Response):
             choice.finish_reason = output.finish_reason
             trail.finish_reasons.append(output.finish_reason)
 
-    async def _answer(
-        self, outputs: AsyncIterator[Indexed], trail: Trail, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        async for index, output in outputs:
-            self._choices[index].texts.append(output.text)
-            self._choices[index].logprobs.extend(output.logprobs)
+    async def _answer(self, outputs: OutputStream, trail: Trail, scope: Scope, receive: Receive, send: Send) -> None:
+        while came := await self._next(outputs, trail):
+            for choice, output in came:
+                choice.texts.append(output.text)
+                choice.logprobs.extend(output.logprobs)
         body = {
             "id": self._dialect.prefix + trail.id,
             "object": self._dialect.kind,
             "created": int(time.time()),
             "model": self._front.model,
-            "choices": [self._whole(index, choice) for index, choice in enumerate(self._choices)],
+            "choices": [self._whole(choice) for choice in self._choices.values()],
             "usage": usage(trail.prompt_tokens, trail.output_tokens),
         }
         await JSONResponse(body)(scope, receive, send)
 
-    def _whole(self, index: int, choice: Choice) -> dict[str, Any]:
+    def _whole(self, choice: Choice) -> dict[str, Any]:
         return {
-            "index": index,
+            "index": choice.index,
             **self._dialect.choice("".join(choice.texts)),
             "logprobs": self._logprobs(choice, choice.logprobs),
             "finish_reason": choice.finish_reason,
         }
 
-    async def _stream(
-        self, outputs: AsyncIterator[Indexed], trail: Trail, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def _stream(self, outputs: OutputStream, trail: Trail, scope: Scope, receive: Receive, send: Send) -> None:
         wanted = self._body.wants_usage
         writer = ChunkWriter(
             self._dialect, self._dialect.prefix + trail.id, int(time.time()), self._front.model, wanted
         )
-        async for index, output in outputs:
-            chunk = b"" if self._streaming else await self._open(writer, send)
-            logprobs = self._logprobs(self._choices[index], output.logprobs)
-            if output.text or logprobs:
-                chunk += writer.text(index, output.text, logprobs)
-            if output.finish_reason:
-                chunk += writer.finish(index, output.finish_reason)
-            if chunk:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        while came := await self._next(outputs, trail):
+            chunks = b"" if self._streaming else await self._open(writer, send)
+            for choice, output in came:
+                chunks += self._chunk(writer, choice, output)
+            if chunks:
+                await send({"type": "http.response.body", "body": chunks, "more_body": True})
         last = writer.usage(usage(trail.prompt_tokens, trail.output_tokens)) if wanted else b""
         await send({"type": "http.response.body", "body": last + DONE})
+
+    def _chunk(self, writer: ChunkWriter, choice: Choice, output: RequestOutput) -> bytes:
+        """Empty where the output says nothing yet."""
+        logprobs = self._logprobs(choice, output.logprobs)
+        text = writer.text(choice.index, output.text, logprobs) if output.text or logprobs else b""
+        return text + writer.finish(choice.index, output.finish_reason) if output.finish_reason else text
 
     async def _open(self, writer: ChunkWriter, send: Send) -> bytes:
         """Only now, with the first output in hand, is it sure that there is something to stream."""

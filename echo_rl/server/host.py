@@ -125,17 +125,21 @@ class EngineHost:
 
     # ------------------------------------------------------------------------- requests
 
-    def submit(self, request: Request) -> OutputStream:
-        """Sends a request; its outputs, the last with a finish reason. Raises `Unavailable`, or `RequestError` on
-        an id in use; a request that the engine refuses raises `RequestError` from the stream."""
+    def submit(self, *requests: Request) -> OutputStream:
+        """Sends requests; their outputs, of each the last with a finish reason. Raises `Unavailable`, or `RequestError`
+        on an id in use; a request that the engine refuses raises `RequestError` from the stream."""
         if not self.ready:
             raise Unavailable("the server is shutting down" if self._draining else "the engine is not ready")
-        if request.id in self._streams:
-            raise RequestError(f"request id '{request.id}' is in use; give every request its own")
+        ids = [request.id for request in requests]
+        for request_id in ids:
+            if request_id in self._streams or ids.count(request_id) > 1:
+                raise RequestError(f"request id '{request_id}' is in use; give every request its own")
         if not self._streams:
             self._life.note_progress()
-        stream = self._streams[request.id] = OutputStream(request.id, self._leave)
-        self._life.send(Submit(request))
+        stream = OutputStream(ids, self._leave)
+        for request in requests:
+            self._streams[request.id] = stream
+            self._life.send(Submit(request))
         return stream
 
     def _leave(self, request_id: str) -> None:

@@ -36,22 +36,21 @@ class Metrics:
         self._generated = meters.counter("sglang:generation_tokens_total", "Generated tokens.")
         self._requests = meters.counter("sglang:num_requests_total", "Requests that were served to their end.")
         self._aborted = meters.counter("sglang:num_aborted_requests_total", "Requests that were cancelled or failed.")
-        self._answers = meters.counters("echo_rl:http_requests_total", "HTTP requests.", "route", "status")
+        self._answers = meters.counter("echo_rl:http_requests_total", "HTTP requests.", "route", "status")
         self._restarts = meters.gauge("echo_rl:core_restarts", "Times that the engine was started again.")
 
     def prompt(self, tokens: int) -> None:
-        self._prompt.inc(tokens)
+        self._prompt.add(tokens)
 
     def generated(self, tokens: int) -> None:
-        self._generated.inc(tokens)
+        self._generated.add(tokens)
 
     def first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)
 
     def more_tokens(self, count: int, seconds: float) -> None:
         """`count` tokens came together, so long after those before; each counts with its share, as SGLang does it."""
-        for _ in range(count):
-            self._itl.observe(seconds / count)
+        self._itl.observe(seconds / count, count)
 
     def request_done(self, trail: Trail) -> None:
         """Count one HTTP request, whatever became of it."""
@@ -59,9 +58,9 @@ class Metrics:
         if not trail.finish_reasons:
             return
         if {"cancelled", "error"} & set(trail.finish_reasons):
-            self._aborted.inc()
+            self._aborted.add(1)
             return
-        self._requests.inc()
+        self._requests.add(1)
         if trail.e2e is not None:
             self._e2e.observe(trail.e2e)
         if trail.tpot is not None:
@@ -74,5 +73,5 @@ class Metrics:
     def text(self, in_flight: int, restarts: int) -> bytes:
         """The exposition, with gauges brought up to date."""
         self._steps.refresh(time.time(), idle=not in_flight)
-        self._restarts.set(restarts)
+        self._restarts.value = restarts
         return generate_latest(self.registry)

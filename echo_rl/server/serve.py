@@ -22,6 +22,7 @@ from echo_rl.server.app import create_app
 from echo_rl.server.auth import Keys
 from echo_rl.server.config import ServerConfig
 from echo_rl.server.front import Front
+from echo_rl.server.heap import settle
 from echo_rl.server.host import EngineHost, HostConfig
 from echo_rl.server.turns import give_way
 from echo_rl.server.worker import live
@@ -109,6 +110,7 @@ async def _until_signal(host: EngineHost, front: Front, drain: asyncio.Event, se
         await asyncio.wait((starting, waiting), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             await starting
+            settle()
             logs.write("ready", **front.engine().environment, controller=host.controller)
             await asyncio.wait((waiting, serving), return_when=asyncio.FIRST_COMPLETED)
     finally:

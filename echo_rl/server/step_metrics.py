@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from echo_rl.metrics import PHASES
 from echo_rl.server.messages import StepStats
-from echo_rl.server.meters import Labelled, Meters
+from echo_rl.server.meters import Counter, Meters
 
 WINDOW_SECONDS = 5.0
 PLAN = {
@@ -40,26 +40,26 @@ class StepMetrics:
         self._length = meters.gauge("sglang:spec_accept_length", "Mean tokens a request gets from a verify pass.")
         self._rate = meters.gauge("sglang:spec_accept_rate", "Accepted over verified drafted tokens.")
         self._calls = meters.counter("sglang:spec_verify_calls_total", "Verify passes, counted by request.")
-        self._tokens = meters.counters("echo_rl:spec_tokens_total", "Drafted tokens, by what became of them.", "stage")
-        self._reached = meters.counters("echo_rl:spec_reached_total", "Paths with a node to accept there.", "depth")
-        self._accepted = meters.counters("echo_rl:spec_accepted_total", "Accepted tokens at a depth.", "depth")
+        self._tokens = meters.counter("echo_rl:spec_tokens_total", "Drafted tokens, by what became of them.", "stage")
+        self._reached = meters.counter("echo_rl:spec_reached_total", "Paths with a node to accept there.", "depth")
+        self._accepted = meters.counter("echo_rl:spec_accepted_total", "Accepted tokens at a depth.", "depth")
         self._plan = {name: meters.gauge(f"echo_rl:spec_{name}", text) for name, text in PLAN.items()}
         self._knee = meters.gauge(
             "echo_rl:spec_knee", "Most nodes worth verifying at this batch, by the cost profile; 0 is unknown."
         )
         self._seconds = meters.histogram("echo_rl:step_seconds", "Wall time of a step.", STEP_BUCKETS)
-        self._phases = meters.counters("echo_rl:phase_seconds_total", "Time by phase of the steps.", "phase")
+        self._phases = meters.counter("echo_rl:phase_seconds_total", "Time by phase of the steps.", "phase")
         self._swaps = meters.counter("echo_rl:controller_swaps_total", "Times that another controller took over.")
         rollbacks = meters.counter(
             "echo_rl:controller_rollbacks_total",
             "Times that a new controller failed its trial and the one before it came back.",
         )
-        self._rollbacks = _Increments(lambda amount, _: rollbacks.inc(amount))
+        self._rollbacks = _Increments(lambda amount, _: rollbacks.add(amount))
         self._fallbacks = _Increments(
-            meters.counters("echo_rl:fallbacks_total", "Decisions that ECHO took over.", "cause").add
+            meters.counter("echo_rl:fallbacks_total", "Decisions that ECHO took over.", "cause").add
         )
         self._serving = _Increments(
-            meters.counters(
+            meters.counter(
                 "echo_rl:served_total",
                 "Steps served on the device, steps left to the host by cause (eager:...), graphs (graphs:...).",
                 "way",
@@ -74,9 +74,9 @@ class StepMetrics:
         step = stats.step
         self._keep(stats)
         self._seconds.observe(step.seconds)
-        self._knee.set(stats.knee)
+        self._knee.value = stats.knee
         for name in PLAN:
-            self._plan[name].set(getattr(step, name))
+            self._plan[name].value = getattr(step, name)
         for phase in PHASES:
             self._phases.add(getattr(step.times, phase), phase)
         for stage in STAGES:
@@ -84,7 +84,7 @@ class StepMetrics:
         _by_depth(self._reached, step.reached_by_depth)
         _by_depth(self._accepted, step.accepted_by_depth)
         if step.verified:
-            self._calls.inc(stats.batch)
+            self._calls.add(stats.batch)
         self._fallbacks.see(stats.fallbacks)
         self._rollbacks.see({"": stats.rollbacks})
         self._serving.see(stats.serving)
@@ -96,16 +96,16 @@ class StepMetrics:
         """Bring gauges up to date; `now` is in seconds since the epoch. An idle engine takes no steps that would."""
         self._drop_old(now)
         last = self._last
-        self._running.set(0 if idle or last is None else last.running)
-        self._queued.set(0 if idle or last is None else last.step.waiting)
-        self._kv.set(0.0 if idle or last is None else last.kv_used)
+        self._running.value = 0 if idle or last is None else last.running
+        self._queued.value = 0 if idle or last is None else last.step.waiting
+        self._kv.value = 0.0 if idle or last is None else last.kv_used
         tokens = sum(stats.committed for stats in self._recent)
         span = now - self._recent[0].step.end + self._recent[0].step.seconds if self._recent else 0.0
-        self._throughput.set(tokens / span if span > 0 else 0.0)
+        self._throughput.value = tokens / span if span > 0 else 0.0
         speculating = [stats for stats in self._recent if stats.step.verified]
         if speculating:
-            self._length.set(sum(s.committed for s in speculating) / max(1, sum(s.batch for s in speculating)))
-            self._rate.set(sum(s.step.accepted for s in speculating) / sum(s.step.verified for s in speculating))
+            self._length.value = sum(s.committed for s in speculating) / max(1, sum(s.batch for s in speculating))
+            self._rate.value = sum(s.step.accepted for s in speculating) / sum(s.step.verified for s in speculating)
 
     def _keep(self, stats: StepStats) -> None:
         self._recent.append(stats)
@@ -118,7 +118,7 @@ class StepMetrics:
     def _controller(self, spec: str) -> None:
         """The name alone: options may name files."""
         if self._last is not None:
-            self._swaps.inc()
+            self._swaps.add(1)
         self._info.clear()
         self._info.labels(self._model, spec.partition(":")[0]).set(1)
 
@@ -139,6 +139,6 @@ class _Increments:
         self._seen = dict(totals)
 
 
-def _by_depth(counter: Labelled, values: tuple[int, ...]) -> None:
+def _by_depth(counter: Counter, values: tuple[int, ...]) -> None:
     for depth, value in enumerate(values):
         counter.add(value, depth)

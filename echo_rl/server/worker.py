@@ -20,6 +20,7 @@ from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller
 from echo_rl.errors import EchoError
 from echo_rl.server.channel import CoreChannel
+from echo_rl.server.heap import settle
 from echo_rl.server.messages import Failed, Ready, Stop
 from echo_rl.server.options import SwitchOptions
 from echo_rl.server.turns import take_turns
@@ -206,9 +207,15 @@ def _run_process(sock: socket.socket, factory: Factory, spec: str, switch: Switc
     take_turns()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    ok = serve_core(sock, factory, spec, switch, on_orphaned=_die_later)
+    ok = serve_core(sock, partial(_settled, factory), spec, switch, on_orphaned=_die_later)
     logging.shutdown()
     os._exit(0 if ok else 1)  # threads that hang (a controller's) must not keep the process
+
+
+def _settled(factory: Factory, switch: SwitchOptions) -> Served:
+    served = factory(switch)
+    settle()
+    return served
 
 
 def _die_later() -> None:

@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_rl.codec import CODEC_VERSION, FEATURES, ActionTable
+from echo_rl.codec import CALIBRATED, CODEC_VERSION, FEATURES, ActionTable
 from echo_rl.contracts import AUTOREGRESSIVE, LoadView, PhaseTimes, SpecPlan, StepReport
 from echo_rl.controllers import make
 from echo_rl.controllers.gates import DepthGate, GateCalibration
@@ -145,7 +145,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 
 def test_another_table_is_served_where_it_is_asked_for(tmp_path):
-    other = ActionTable(nodes=(0.0, 1.0), depths=(1, 2), widths=(1,), gate_scales=(1.0,), floors=(0.0,))
+    other = ActionTable(nodes=(0.0, 1.0), depths=(1, 2), widths=(1,), gates=(CALIBRATED,), floors=(0.0,))
     weight = np.zeros((sum(other.sizes), len(FEATURES)), np.float32)
     Policy((Layer(weight, weight[:, 0]),), other).save(tmp_path, {})
     assert Policy.load(tmp_path, other).table == other
@@ -182,13 +182,22 @@ def test_drawn_actions_follow_the_probabilities():
     policy, g = constant_policy((5, 2, 1, 3, 4)), np.random.default_rng(0)
     drawn = np.array([policy.act(np.zeros(len(FEATURES), np.float32), g) for _ in range(4000)])
     share = float(np.mean(drawn[:, 3] == 3))
-    assert abs(share - np.e / (np.e + 3)) < 0.03  # logits 1, 0, 0, 0
+    others = len(ActionTable().gates) - 1
+    assert abs(share - np.e / (np.e + others)) < 0.03  # logits 1, 0, 0, ...
 
 
 def test_the_action_becomes_the_plan(serve, make_load):
-    plan = serve(constant_policy((6, 3, 2, 2, 0))).plan(make_load(4))
     table = ActionTable()
-    assert plan == SpecPlan(4 * int(table.nodes[6]), table.depths[3], table.widths[2], ((0, 0.2), (2, 0.35)))
+    shape = 4 * int(table.nodes[6]), table.depths[3], table.widths[2]
+    for gate, floor, gates in (
+        (0, 0, ((0, 0.2), (2, 0.35))),  # the calibrated ones
+        (1, 0, ()),
+        (3, 0, ((0, 0.2), (1, 0.2), (2, 0.2))),
+        (0, 4, ((0, 0.3), (1, 0.3), (2, 0.35))),
+        (3, 4, ((0, 0.3), (1, 0.3), (2, 0.3))),
+    ):
+        plan = serve(constant_policy((6, 3, 2, gate, floor))).plan(make_load(4))
+        assert plan == SpecPlan(*shape, gates, table.floors[floor])
     assert serve(constant_policy((0, 3, 2, 2, 0))).plan(make_load(4)) == AUTOREGRESSIVE
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,8 @@ from echo_rl.controllers.picking import (
 )
 
 LEVELS = (0.0, -0.25, -0.5, -1.0, -3.0, float("nan"), NO_GATE)  # few values, so that ties are common
+
+CHANCES = (float("nan"), 0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
 
 
 @st.composite
@@ -170,14 +174,20 @@ def test_the_quick_pick_is_the_specified_one(forest, k, limit, powers, floor, fe
 
 
 @given(
-    scores=st.lists(st.sampled_from(LEVELS), min_size=1, max_size=6), alive=st.booleans(), least=st.sampled_from(LEVELS)
+    chances=st.lists(st.sampled_from(CHANCES), min_size=1, max_size=6),
+    alive=st.booleans(),
+    gate=st.sampled_from((0.0, *CHANCES[2:])),
+    few=st.sampled_from((0, picking.FEW)),
 )
-def test_requests_pass_a_gate_by_their_best_path(scores, alive, least):
-    frontier = Frontier(
-        1, torch.tensor([scores, [NO_GATE if not alive else 0.0] * len(scores)]), torch.tensor([True, alive])
-    )
-    best = frontier.scores.amax(1)
-    assert (passing(frontier, least) & frontier.alive).tolist() == (frontier.alive & (best >= least)).tolist()
+def test_requests_pass_a_gate_by_their_best_path(chances, alive, gate, few):
+    scores = torch.tensor([chances, [1.0 if alive else 0.0] * len(chances)]).log()
+    frontier = Frontier(1, scores, torch.tensor([True, alive]))
+    best = scores.amax(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(picking, "FEW", few)
+        passed = passing(frontier, gate)
+    least = math.log(gate) if gate > 0.0 else NO_GATE
+    assert (passed & frontier.alive).tolist() == (frontier.alive & (best >= least)).tolist()
 
 
 @settings(deadline=None, max_examples=80)

@@ -12,19 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_rl.codec import ActionTable, Knobs, Lane, Tracker, scaled_gates
+from echo_rl.codec import CALIBRATED, DEPTHS, ActionTable, Knobs, Lane, Tracker, planned_gates
 from echo_rl.contracts import NO_GATE, Forest, Frontier, SpecPlan
 from echo_rl.controllers.echo import CalibratedSelection
 from echo_rl.controllers.gates import GateCalibration
 from echo_rl.controllers.picking import global_top_k
 from echo_rl.costs import CostArrays
 from echo_rl.env.fleet import Fleet
+from echo_rl.env.lane import LaneOptions, Lanes
 from echo_rl.env.levels import restrict
 from echo_rl.env.replay import ReplayBackend, ReplayOptions
 from echo_rl.env.trace import Trace
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
-from echo_rl.env.verdicts import Table
-from echo_rl.env.workload import closed
+from echo_rl.env.verdicts import Orders, Tables, Verdicts
+from echo_rl.env.workload import closed, parse
 from echo_rl.errors import ConfigError
 from echo_rl.profile import CostProfile, packaged
 from tests.one_lane import loads_of, outcomes_of
@@ -67,12 +68,15 @@ def plan_forest(trace: Trace, positions: np.ndarray, depth: int, width: int, gat
     st.integers(1, 30),
     st.lists(st.tuples(st.integers(0, DEPTH), st.floats(0.0, 0.6)), max_size=3, unique_by=lambda gate: gate[0]),
     st.sampled_from((0.0, 0.01, 0.1, 0.5)),
+    st.booleans(),
 )
-def test_decisions_are_those_of_the_scheduler(seed, batch, budget, depth, width, limit, gates, floor):
+def test_decisions_are_those_of_the_scheduler(seed, batch, budget, depth, width, limit, gates, floor, coarse):
     trace = random_trace(seed % 3)
+    if coarse:  # many nodes are equally likely
+        trace = replace(trace, levels=tuple(replace(v, scores=np.round(v.scores)) for v in trace.levels))
     positions = np.random.default_rng(seed).integers(0, len(trace.levels[0].path), batch)
     gates = tuple(sorted(gates))
-    verdict = Table(trace.restricted(width), POWERS).decide(positions, budget, depth, gates, limit, floor)
+    verdict = decided_beside_others(trace, positions, SpecPlan(budget, depth, width, gates, floor), limit)
     forest = plan_forest(trace, positions, depth, width, gates)
     powers = torch.tensor([*POWERS, *[POWERS[-1]] * DEPTH])[forest.depths]
     scores = forest.scores * powers
@@ -81,13 +85,64 @@ def test_decisions_are_those_of_the_scheduler(seed, batch, budget, depth, width,
     mask = global_top_k(replace(forest, scores=scores), budget, limit)
     path = trace.restricted(width).path[positions, :depth]
     taken = np.array([[p >= 0 and bool(mask[row, p]) for p in nodes] for row, nodes in enumerate(path)])
-    assert verdict.verified == int(mask.sum()) <= budget
-    assert verdict.accepted.tolist() == taken.sum(1).tolist()
-    assert verdict.hits.tolist() == taken.sum(0).tolist()
-    assert verdict.drafting.tolist() == [int((forest.stop_depth >= d).sum()) for d in range(depth)]
+    assert verdict.verified[1] == int(mask.sum()) <= budget
+    assert verdict.accepted[2 : 2 + batch].tolist() == taken.sum(1).tolist()
+    assert verdict.hits[1, :depth].tolist() == taken.sum(0).tolist()
+    assert verdict.drafting[1, :depth].tolist() == [int((forest.stop_depth >= d).sum()) for d in range(depth)]
     has = np.stack([mask.numpy()[:, forest.depths.numpy() == d].any(1) for d in range(depth)], axis=1)
     reached = has & (taken.sum(1)[:, None] >= np.arange(depth))
-    assert verdict.reached.tolist() == reached.sum(0).tolist()
+    assert verdict.reached[1, :depth].tolist() == reached.sum(0).tolist()
+    assert not any(counts[1, depth:].any() for counts in (verdict.drafting, verdict.reached, verdict.hits))
+    plain = [verdict.accepted[:2], verdict.verified[0], verdict.drafting[0], verdict.reached[0], verdict.hits[0]]
+    assert not any(np.any(counts) for counts in plain)
+    assert 0 < verdict.verified[2] <= 5
+
+
+def decided_beside_others(trace: Trace, positions: np.ndarray, plan: SpecPlan, limit: int) -> Verdicts:
+    """The plan's verdict on the second of three servers: the first decodes plainly, the last has a plan of its own."""
+    gates = np.full((3, DEPTHS), NO_GATE, np.float32)
+    for depth, tau in plan.gates:
+        gates[1, depth] = tau if depth < plan.max_depth - 1 else NO_GATE
+    orders = Orders(
+        budget=np.array([0, plan.budget, 5]),
+        depth=np.array([0, plan.max_depth, 3]),
+        width=np.array([2, plan.width, 3]),
+        gates=gates,
+        floor=np.array([0.5, plan.floor, 0.0]),
+    )
+    everywhere = np.concatenate([[3, 4], positions, [5, 6, 7]])
+    tables = Tables([trace.restricted(width) for width in range(1, WIDTH + 1)], POWERS)
+    return tables.decide(everywhere, np.array([2, len(positions), 3]), orders, limit)
+
+
+def test_lanes_serve_as_if_each_were_alone(costs):
+    """Admission, the shared prompt chunk, prompts alone and the end of requests, in lanes of unlike load."""
+    trace, limits = random_trace(1), LaneOptions(max_batch=3, prefill_chunk=5, max_nodes=4)
+    workloads = (closed(1), closed(4), parse("poisson:20"))
+
+    def fleet(lanes: int) -> Fleet:
+        return Fleet(trace, costs, (1, 2, 3), ((0, 0.3),), POWERS, lanes, limits, reference=((8, (2.0, 2, 2)),))
+
+    together, alone = fleet(3), [fleet(1) for _ in workloads]
+    for lane, workload in enumerate(workloads):
+        together.reset(lane, workload, seed=lane)
+        alone[lane].reset(0, workload, seed=lane)
+    g = np.random.default_rng(0)
+    for _ in range(120):
+        gates = g.choice([CALIBRATED, 0.0, 0.4], 3)
+        columns = (g.integers(0, 4, 3) * 1.0, g.integers(1, 5, 3), g.integers(1, 4, 3), gates, np.zeros(3))
+        step = together.step(Knobs(*columns))
+        for lane, single in enumerate(alone):
+            other = single.step(Knobs(*(column[lane : lane + 1] for column in columns)))
+            for name in ("tokens", "decoded", "seconds"):
+                assert getattr(step, name)[lane] == getattr(other, name)[0], name
+            for name, value in vars(other.outcomes.loads).items():
+                assert getattr(step.outcomes.loads, name)[lane] == value[0], name
+            assert np.array_equal(step.outcomes.reached[lane], other.outcomes.reached[0])
+            assert np.array_equal(step.outcomes.confidence[lane], other.outcomes.confidence[0], equal_nan=True)
+            assert step.reference.seconds[lane] == other.reference.seconds[0]
+            assert step.within(0.01)[lane] == other.within(0.01)[0]
+    assert step.outcomes.loads.waiting[1] == 1.0  # more than fits
 
 
 class Knobbed(CalibratedSelection):
@@ -126,7 +181,8 @@ def test_the_fleet_is_the_replay_backend_vectorised(costs):
         for _ in range(300)
     ]
     plans = [
-        SpecPlan(n, d, w, scaled_gates(gates, d, 1.0, floor), floor) if n else SpecPlan(0) for n, d, w, floor in shapes
+        SpecPlan(n, d, w, planned_gates(gates, d, CALIBRATED, floor), floor) if n else SpecPlan(0)
+        for n, d, w, floor in shapes
     ]
     controller = Knobbed(plans)
     one, many = Lane(costs.profile), Tracker(costs)
@@ -144,7 +200,7 @@ def test_the_fleet_is_the_replay_backend_vectorised(costs):
                 break
         report = replace(report, load=replace(report.load, arrived=arrived))
         loads = fleet.loads()
-        step = fleet.step(Knobs(*(np.array([x]) for x in (float(nodes), depth, width, 1.0, floor))))
+        step = fleet.step(Knobs(*(np.array([x]) for x in (float(nodes), depth, width, CALIBRATED, floor))))
         assert loads_of(report.load) == loads
         assert step.tokens[0] == sum(len(o.tokens) for o in report.outputs)
         assert step.outcomes.verified[0] == report.verified
@@ -156,6 +212,20 @@ def test_the_fleet_is_the_replay_backend_vectorised(costs):
         many.update(step.outcomes)
         np.testing.assert_allclose(one.observe(report.load), many.observe(loads)[0], rtol=1e-5, atol=2e-3)
     assert backend.clock() == pytest.approx(float(fleet.now[0]), rel=1e-9)
+
+
+def test_the_drafter_catches_up_on_the_prompt_and_on_plain_steps():
+    """Past two tokens a request, which drafting always takes."""
+    trace = random_trace(2)
+    lanes = Lanes(trace, LaneOptions())
+    lanes.add(3)
+    none, seen = np.zeros(0, dtype=np.int64), []
+    lanes.commit(lanes.turn(), none, np.array([False]))
+    for accepted, drafted in ((0, False), (3, True), (0, False), (0, False), (0, True)):
+        seen.append(lanes.turn().unseen.tolist())
+        lanes.commit(lanes.turn(), np.array([accepted]), np.array([drafted]))
+    prompt = len(trace.responses[3].prompt)
+    assert seen == [[prompt - 2.0], [prompt - 1.0], [2.0], [3.0], [4.0]]
 
 
 def test_plans_of_actions_are_their_knobs():
@@ -226,7 +296,7 @@ def test_a_fleet_is_fast_enough(costs):
 
 def test_the_reference_is_what_that_plan_would_have_brought(costs):
     """Taking the reference plan itself leaves a reward of zero, step for step; rewards differ by it alone."""
-    table = ActionTable(depths=(1, 2, 3, 4, 5), widths=(1, 2, 3, 4), gate_scales=(1.0,), floors=(0.0,))
+    table = ActionTable(depths=(1, 2, 3, 4, 5), widths=(1, 2, 3, 4), gates=(CALIBRATED,), floors=(0.0,))
     common = {"workloads": ("closed:3",), "table": table, "horizon": 50, "repeat": 1, "noise": False}
     gates, plans = ((0, 0.3), (1, 0.2)), ((1, (5.0, 4, 4)), (8, (3.0, 3, 3)))
     same = np.tile(table.nearest(3.0, 3, 3), (2, 1))

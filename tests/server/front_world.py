@@ -18,6 +18,7 @@ from echo_rl.server.app import create_app
 from echo_rl.server.auth import Keys
 from echo_rl.server.config import ServerConfig
 from echo_rl.server.messages import ExperimentReport, Ready, StepStats
+from echo_rl.server.streams import OutputStream
 from tests.conftest import FakeTokenizer
 from tests.server.hosts import running
 
@@ -35,34 +36,44 @@ class FakeHost:
         self.rollbacks, self.serving = 0, {"device": 4}
         self.experiment: ExperimentReport | None = None
         self.requests: dict = {}
+        self.tasks: dict = {}
+        """Of the requests that are in flight."""
         self.cancelled: list[str] = []
         self.callbacks: list = []
-        self.in_flight = 0
         self.pause = 0.0
         """Seconds before every token."""
         self.fail_at: int | None = None
         """Token at which a completion ends with an engine error."""
 
-    async def submit(self, request):
-        self.requests[request.id] = request
-        if ord("!") in request.prompt:
-            raise RequestError("the prompt holds '!'; take it out")
-        self.in_flight += 1
-        done = False
-        try:
-            for i in range(request.params.max_new_tokens):
-                if self.pause or i == 0:
-                    await asyncio.sleep(self.pause)
-                done = i + 1 == request.params.max_new_tokens
-                if i == self.fail_at:
-                    done = True
-                    yield RequestOutput(request.id, (), finish_reason="error", error="the weights are cursed")
-                    return
-                yield self._output(request, i, "length" if done else None)
-        finally:
-            self.in_flight -= 1
-            if not done:
-                self.cancelled.append(request.id)
+    def submit(self, *requests):
+        stream = OutputStream([request.id for request in requests], self._leave)
+        for request in requests:
+            self.requests[request.id] = request
+            self.tasks[request.id] = asyncio.create_task(self._serve(request, stream))
+        return stream
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.tasks)
+
+    def _leave(self, request_id: str) -> None:
+        if (task := self.tasks.pop(request_id, None)) is not None:
+            task.cancel()
+            self.cancelled.append(request_id)
+
+    async def _serve(self, request, stream) -> None:
+        count = request.params.max_new_tokens
+        for i in range(count):
+            await asyncio.sleep(self.pause)
+            if i in (count - 1, self.fail_at) or ord("!") in request.prompt:
+                del self.tasks[request.id]
+            if ord("!") in request.prompt:
+                stream.put(RequestError("the prompt holds '!'; take it out"))
+                return
+            if i == self.fail_at:
+                stream.put(RequestOutput(request.id, (), finish_reason="error", error="the weights are cursed"))
+                return
+            stream.put(self._output(request, i, "length" if i == count - 1 else None))
 
     def _output(self, request, i: int, reason: str | None) -> RequestOutput:
         token = ord("a") + i % 26

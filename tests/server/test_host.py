@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -56,6 +58,59 @@ def test_many_requests_at_once_get_their_own_outputs():
         assert not host.alive
 
     asyncio.run(main())
+
+
+def test_several_requests_are_one_stream_that_ends_with_the_last():
+    async def main():
+        async with running(fake_host()) as host:
+            stream = host.submit(*(request_of("x" * n, str(n), max_new_tokens=10 * n) for n in range(1, 5)))
+            taken = []
+            while outputs := await stream.take():
+                taken += outputs
+            for n in range(1, 5):
+                parts = [output for output in taken if output.id == str(n)]
+                assert text_of(parts) == "".join(chr(ord("a") + (n + i) % 26) for i in range(10 * n))
+            assert await stream.take() == [] and host.in_flight == 0
+
+            with pytest.raises(RequestError, match="twice"):
+                host.submit(request_of("abc", "twice"), request_of("abcd", "twice"))
+            async with aclosing(host.submit(request_of("a", "short", 1), request_of("b", "long", 10**6))) as stream:
+                while not any(output.finish_reason for output in await stream.take()):
+                    pass
+                assert host.in_flight == 1
+            await until(lambda: host.in_flight == 0)
+            assert (await host.inspect())["in_flight"] == 0
+
+    asyncio.run(main())
+
+
+def test_one_refusal_among_several_is_raised():
+    async def main():
+        async with running(fake_host()) as host:
+            with pytest.raises(RequestError, match="'!'"):
+                async with aclosing(host.submit(request_of("abc", "a", 10**6), request_of("abc!", "b"))) as stream:
+                    async for _ in stream:
+                        pass
+            assert host.in_flight == 0
+            assert (await host.inspect())["in_flight"] == 0
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("isolation", ["process", "thread"])
+def test_only_a_process_of_the_engine_settles_its_heap(isolation):
+    async def main():
+        host = EngineHost(HostConfig("none", isolation, **QUICK), serve_counting_frozen)
+        async with running(host):
+            await collect(host, request_of("abc"))
+            assert (host.serving["frozen"] > 10_000) is (isolation == "process")
+
+    asyncio.run(main())
+
+
+def serve_counting_frozen(switch: SwitchOptions):
+    served = serve_fake(switch)
+    return replace(served, options=replace(served.options, ways=lambda: {"frozen": gc.get_freeze_count()}))
 
 
 def test_a_refused_request_raises_and_an_id_in_use_does_so_at_once():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 import threading
@@ -13,7 +12,6 @@ import pytest
 from echo_rl.errors import ConfigError
 from echo_rl.server.config import ServerConfig
 from echo_rl.server.errors import ApiError
-from echo_rl.server.generation import merged
 from echo_rl.server.limits import Admission
 from tests.conftest import FakeClock
 from tests.server.front_world import FakeHost, client_of, listening, make_app, wait_until
@@ -139,26 +137,17 @@ def test_health_of_a_dead_engine():
         assert client.get("/health/live").status_code == client.get("/health").status_code == 503
 
 
-def test_one_failure_among_many_cancels_the_others():
-    left = []
-
-    async def submit(request):
-        try:
-            yield request
-            if request == "bad":
-                raise ValueError(request)
-            await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            left.append(request)
-            raise
-
-    async def read():
-        with pytest.raises(ValueError, match="bad"):
-            async for _ in merged(submit, ["good", "bad", "fine"]):
-                pass
-
-    asyncio.run(read())
-    assert sorted(left) == ["fine", "good"]
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_failure_among_many_cancels_the_others(stream):
+    host = FakeHost()
+    host.pause = 0.01
+    app = make_app(host)
+    with client_of(app) as client:
+        body = {"prompt": ["good", "bad!", "fine"], "max_tokens": 50, "stream": stream}
+        reply = client.post("/v1/completions", json=body)
+    assert reply.status_code == 400 and "'!'" in reply.json()["error"]["message"]
+    assert [request_id[-2:] for request_id in host.cancelled] == ["-0", "-2"]
+    assert host.in_flight == app.state.front.admission.unfinished == 0
 
 
 @pytest.mark.parametrize("settings", [{"port": -1}, {"max_queue": 0}, {"request_timeout": 0.0}, {"max_tokens": -5}])

@@ -7,10 +7,14 @@ import json
 import logging
 import time
 
+import prometheus_client
 import pytest
-from prometheus_client import CollectorRegistry
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
 
 from echo_rl.server import logs
+from echo_rl.server.meters import Meters
 from echo_rl.server.step_metrics import StepMetrics
 from tests.server.front_world import FakeHost, client_of, make_app, stats
 
@@ -95,6 +99,40 @@ def test_requests_in_the_exposition():
         'echo_rl:step_seconds_count{model_name="m"} 1.0',
     ):
         assert line in text.splitlines(), line
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.01, 0.05, 0.1, 0.3, 1.0, 2.0]), st.integers(1, 4)), max_size=20))
+def test_meters_read_as_prometheus_own(seen):
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    meters, of_model = Meters(ours, "m"), {"registry": theirs, "labelnames": ["model_name"]}
+    mine = meters.histogram("t_seconds", "T.", (0.05, 0.1, 1))
+    its = prometheus_client.Histogram("t_seconds", "T.", buckets=(0.05, 0.1, 1), **of_model).labels("m")
+    counter, labelled, gauge = (
+        meters.counter("a_total", "A."),
+        meters.counter("b_total", "B.", "x"),
+        meters.gauge("c", "C."),
+    )
+    theirs_a = prometheus_client.Counter("a_total", "A.", **of_model).labels("m")
+    theirs_b = prometheus_client.Counter("b_total", "B.", ["model_name", "x"], registry=theirs)
+    theirs_c = prometheus_client.Gauge("c", "C.", **of_model).labels("m")
+    for value, count in seen:
+        mine.observe(value, count)
+        for _ in range(count):
+            its.observe(value)
+        counter.add(count)
+        theirs_a.inc(count)
+        labelled.add(count, value)
+        theirs_b.labels("m", str(value)).inc(count)
+        gauge.value = value
+        theirs_c.set(value)
+    assert samples(ours) == samples(theirs)
+
+
+def samples(registry) -> dict[str, float]:
+    lines = [line for line in generate_latest(registry).decode().splitlines() if "_created" not in line]
+    values = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    kept = {name: round(float(value), 6) for name, _, value in values}
+    return kept | {line: 0.0 for line in lines if line.startswith("# TYPE")}
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@
 namespace {
 
 constexpr int MAX_ROWS = 14;       // of a tile: 28 sums and 2 columns fill the registers
-constexpr int PAIRED_ROWS = 6;     // up to here two panels are read together: more sums in flight
 constexpr int64_t AHEAD = 16384;   // bytes fetched ahead where a panel is read once
 constexpr int64_t STEP = PANEL * 4;  // bytes of a panel that a unit of x meets
 
@@ -69,10 +68,10 @@ INLINE void tile(const Factors& a, const Sums& sums, int64_t row, int64_t panel,
     for (int r = 0; r < R; r++) sums.end(row + r, panel * PANEL + v * LANES, sum[r][v]);
 }
 
-template <int P, int R, class Sums>
+template <int R, class Sums>
 void tile_of(int64_t rows, const Factors& a, const Sums& sums, int64_t row, int64_t panel, Fetch fetch) {
-  if (rows == R) return tile<R, P>(a, sums, row, panel, fetch);
-  if constexpr (R > 1) tile_of<P, R - 1>(rows, a, sums, row, panel, fetch);
+  if (rows == R) return tile<R, 1>(a, sums, row, panel, fetch);
+  if constexpr (R > 1) tile_of<R - 1>(rows, a, sums, row, panel, fetch);
 }
 
 // All rows against one panel: tiles of equal height, each of which fetches its share of the next panel.
@@ -83,16 +82,16 @@ void whole_panel(const Factors& a, const Sums& sums, int64_t panel) {
   for (int64_t t = 0; t < tiles; t++) {
     const int64_t begin = a.n * t / tiles, end = a.n * (t + 1) / tiles;
     const Fetch fetch = tiles == 1 ? Fetch{next - bytes + AHEAD, STEP} : Fetch{next + bytes * t / tiles, STEP / tiles};
-    tile_of<1, MAX_ROWS>(end - begin, a, sums, begin, panel, fetch);
+    tile_of<MAX_ROWS>(end - begin, a, sums, begin, panel, fetch);
   }
 }
 
 template <class Sums>
 void product(const Factors& a, const Sums& sums) {
   parallel_for(a.width / PANEL, 1, [&](int64_t panel, int64_t end) {
-    if (a.n <= PAIRED_ROWS)
+    if (a.n == 1)  // two panels together: a single row has too few sums in flight
       for (; panel + 2 <= end; panel += 2)
-        tile_of<2, PAIRED_ROWS>(a.n, a, sums, 0, panel, {a.panels + panel * STEP * a.depth + AHEAD, STEP});
+        tile<1, 2>(a, sums, 0, panel, {a.panels + panel * STEP * a.depth + AHEAD, STEP});
     for (; panel < end; panel++) whole_panel(a, sums, panel);
   });
 }
