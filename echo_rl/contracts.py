@@ -8,7 +8,9 @@ Shapes: B requests in the batch, M forest nodes a request (padded), N verified r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 NO_GATE = float("-inf")
 """A gate threshold that every path passes."""
+
+LOWEST_SCORE = float(np.finfo(np.float32).min)
+"""Least score of a node that exists."""
 
 OFF_PATH = -1
 """In a replayed forest the token of every node that the target didn't choose: which one it was changes nothing."""
@@ -151,6 +156,12 @@ class SpecPlan:
 
 
 AUTOREGRESSIVE = SpecPlan(budget=0)
+
+
+@lru_cache(maxsize=64)
+def least_score(floor: float) -> float:
+    """The score of a path probability, rounded as scores are; for 0 the least of a node that exists."""
+    return float(np.float32(math.log(floor))) if floor else LOWEST_SCORE
 
 
 @dataclass(frozen=True)

@@ -12,22 +12,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from echo_rl.contracts import NO_GATE, Forest, Frontier, Selection
+from echo_rl.contracts import NO_GATE, Forest, Frontier, Selection, least_score
 
 MISSING = -1e30
 """Below every log-probability, above float32's lowest."""
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-LOWEST = float(np.finfo(np.float32).min)
-"""Least score of a node that exists."""
 FEW = 256
 """Scores that are read one by one, and partitioned as they are. Of more, those that do not exist are left out first:
 partitioning crawls over equal values."""
@@ -36,7 +33,7 @@ partitioning crawls over equal values."""
 def passing(frontier: Frontier, gate: float) -> Tensor:
     """[B] bool: the requests that drafted this level and whose best path is at least as likely as the gate."""
     scores, alive = frontier.scores, frontier.alive
-    least = _least(gate) if gate > 0.0 else NO_GATE
+    least = least_score(gate) if gate > 0.0 else NO_GATE
     if scores.is_cpu and scores.numel() <= FEW:
         passed = [max(row) >= least and not math.isnan(sum(row)) for row in scores.tolist()]
         if all(passed):
@@ -198,7 +195,7 @@ def _on_host(forest: Forest, k: int, limit: int | None, powers: Floats | None, f
         scores = scores * powers.take(depths, mode="clip")
     if batch == 1 and limit is not None:
         k = min(k, limit)
-    nodes = _top(scores.reshape(-1), k, width, _least(floor))
+    nodes = _top(scores.reshape(-1), k, width, least_score(floor))
     if nodes is None:
         return None
     parents = forest.parents.numpy().reshape(-1).take(nodes)
@@ -250,9 +247,3 @@ def _among_equals(scores: Floats, k: int, width: int, last: float) -> Ints:
         equal = equal[np.lexsort((equal, equal % width))]
     nodes: Ints = np.sort(np.concatenate([above, equal[: k - len(above)]]))
     return nodes
-
-
-@lru_cache(maxsize=64)
-def _least(floor: float) -> float:
-    """The score of a path probability, rounded as the scores are."""
-    return float(np.float32(math.log(floor))) if floor else LOWEST

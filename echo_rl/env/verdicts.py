@@ -9,7 +9,6 @@ Shapes: E servers, R requests of all servers (server by server), b of one; P pos
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,14 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echo_rl.codec import DEPTHS
+from echo_rl.contracts import least_score
 from echo_rl.env.levels import Restricted
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 NONE = np.float32(-np.inf)
-LOWEST = np.finfo(np.float32).min
-"""Least score of a node that exists."""
 LEVELS = np.arange(DEPTHS)
 
 
@@ -76,7 +74,7 @@ class Tables:
             if budget:
                 table, mine = self._tables[place], slice(begin, end)
                 scores = table.drafted(positions[mine], stops[mine])
-                threshold[mine], verified[server], competing = _threshold(scores, budget, limit, _least(floor))
+                threshold[mine], verified[server], competing = _threshold(scores, budget, limit, least_score(floor))
                 if competing is not None:
                     contests.append((table, mine, competing, int(verified[server])))
         taken = (levels[:, 1:] >= threshold[:, None, None]) & drafted[:, None]  # the path's node, any node
@@ -138,14 +136,7 @@ def _stops(best: Floats, gates: Floats, depth: Ints) -> Ints:
     return stops
 
 
-def _least(floor: float) -> np.float32:
-    """The score of a path probability."""
-    return np.float32(math.log(floor)) if floor else LOWEST
-
-
-def _threshold(
-    scores: Floats, budget: int, limit: int, least: np.float32
-) -> tuple[Floats | np.float32, int, Floats | None]:
+def _threshold(scores: Floats, budget: int, limit: int, least: float) -> tuple[Floats | float, int, Floats | None]:
     """The least score that is verified ([b], or one for all), how many nodes that makes, and the scores that compete.
 
     They are None where the least score tells all; else more nodes have it than there is room for.
@@ -159,7 +150,7 @@ def _threshold(
     flat = scores.reshape(-1)
     if budget < len(flat):
         place = len(flat) - budget
-        least = max(least, np.partition(flat, place)[place])
+        least = max(least, float(np.partition(flat, place)[place]))
     wanted = int(np.count_nonzero(flat >= least))
     return least, min(budget, wanted), scores if wanted > budget else None
 

@@ -17,7 +17,8 @@ from echo_kernels import ops_for
 PACK_ROWS = 16
 """Rows of activations that oneDNN is asked to lay the weights out for."""
 
-Operands = tuple[torch.Tensor | None, ...]
+Operands = tuple[torch.Tensor, torch.Tensor | None]
+"""The weight as its product wants it, and what goes with it: scales of eight bits, else the bias."""
 Product = Callable[..., torch.Tensor]
 """Of x [N, in] and the operands it was laid out with."""
 
@@ -31,23 +32,23 @@ class Linear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, int8: bool = False) -> None:
         self.out_features, self.in_features = weight.shape
-        narrow = ops_for(weight.device).pack_int8(weight) if int8 and bias is None else None
-        self.bits = 8 if narrow else 8 * weight.element_size()
+        self._product, self._operands = _lay_out(weight, bias, int8)
+
+    @property
+    def bits(self) -> int:
         """Bits of a weight."""
-        self._product: Product
-        self._operands: Operands
-        self._product, self._operands = (
-            (ops_for(weight.device).linear_int8, narrow) if narrow else _lay_out(weight, bias)
-        )
+        return 8 * self._operands[0].element_size()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[N, in] -> [N, out] in the weight's dtype."""
         return self._product(x, *self._operands)
 
 
-def _lay_out(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[Product, Operands]:
-    """The product, and the weight as it wants it."""
+def _lay_out(weight: torch.Tensor, bias: torch.Tensor | None, int8: bool) -> tuple[Product, Operands]:
     ops = ops_for(weight.device)
+    narrow = ops.pack_int8(weight) if int8 and bias is None else None
+    if narrow is not None:
+        return ops.linear_int8, narrow
     panels = ops.pack_weight(weight)
     if panels is not None:
         return ops.linear, (panels, bias)

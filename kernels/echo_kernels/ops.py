@@ -214,10 +214,7 @@ class Ops:
         need_float("x", x, self._dtypes)
         need_matrix("x", x)
         need_dtype("panels", panels, x.dtype)
-        if panels.dim() != 4 or panels.shape[2:] != (32, 2) or not panels.is_contiguous():
-            need(False, f"panels has shape {tuple(panels.shape)}; give what `pack_weight` returned")
-        if x.shape[1] != 2 * panels.shape[1]:
-            need(False, f"x has width {x.shape[1]}; the packed matrix takes {2 * panels.shape[1]}")
+        _need_panels(panels, x, 2, "pack_weight")
         if bias is not None:
             _need_weight("bias", bias, 32 * panels.shape[0], x)
         return self._impl.linear(x, panels, bias)
@@ -244,10 +241,7 @@ class Ops:
         need_matrix("x", x)
         need_dtype("panels", panels, torch.uint8)
         need_dtype("scales", scales, torch.float32)
-        if panels.dim() != 4 or panels.shape[2:] != (32, 4) or not panels.is_contiguous():
-            need(False, f"panels has shape {tuple(panels.shape)}; give what `pack_int8` returned")
-        if x.shape[1] != 4 * panels.shape[1]:
-            need(False, f"x has width {x.shape[1]}; the packed matrix takes {4 * panels.shape[1]}")
+        _need_panels(panels, x, 4, "pack_int8")
         if scales.shape != (32 * panels.shape[0],):
             need(False, f"scales has shape {tuple(scales.shape)}; expected [{32 * panels.shape[0]}]")
         return self._impl.linear_int8(x, panels, scales)
@@ -278,6 +272,13 @@ class Ops:
         if not 1 <= k <= logits.shape[1]:
             need(False, f"k is {k}; give 1 to {logits.shape[1]}, the columns of logits")
         return self._impl.top_tokens(logits, k)
+
+
+def _need_panels(panels: Tensor, x: Tensor, unit: int, packer: str) -> None:
+    if panels.dim() != 4 or panels.shape[2:] != (32, unit) or not panels.is_contiguous():
+        need(False, f"panels has shape {tuple(panels.shape)}; give what `{packer}` returned")
+    if x.shape[1] != unit * panels.shape[1]:
+        need(False, f"x has width {x.shape[1]}; the packed matrix takes {unit * panels.shape[1]}")
 
 
 def _need_weight(name: str, weight: Tensor, width: int, like: Tensor) -> None:

@@ -108,8 +108,7 @@ def pack_weight(weight: Tensor) -> None:
 
 
 def linear(x: Tensor, panels: Tensor, bias: Tensor | None) -> Tensor:
-    weight = panels.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)  # [N, K]
-    product = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    product = F.linear(x.float(), _unpacked(panels).float(), None if bias is None else bias.float())
     return product.to(x.dtype)
 
 
@@ -118,7 +117,7 @@ def pack_int8(weight: Tensor) -> None:
 
 
 def linear_int8(x: Tensor, panels: Tensor, scales: Tensor) -> Tensor:
-    weight = panels.permute(0, 2, 1, 3).flatten(2).flatten(0, 1).double() - 128.0  # [N, K]
+    weight = _unpacked(panels).double() - 128.0
     h = x.float()
     peak = h.abs().amax(1, keepdim=True)
     steps = torch.full_like(peak, 127.0).div(peak).where(peak > 0, 0.0)  # a true quotient: scalar / tensor is not
@@ -138,6 +137,11 @@ def top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     total = x.logsumexp(dim=1, keepdim=True)
     log_probs = (values - total).clamp(max=0.0).where(total.isfinite(), float("-inf"))
     return log_probs, tokens.where(log_probs > float("-inf"), 0)
+
+
+def _unpacked(panels: Tensor) -> Tensor:
+    """[N, K]: the elements of a packed matrix where they were."""
+    return panels.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
 
 
 def _normalise(x: Tensor, eps: float) -> Tensor:

@@ -225,19 +225,13 @@ void pack_panels(const bf16* weight, bf16* panels, int64_t width, int64_t depth)
 }
 
 void pack_int8_panels(const bf16* weight, uint8_t* panels, float* scales, int64_t width, int64_t depth) {
-  const auto value = [](bf16 bits) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float x;
-    std::memcpy(&x, &wide, sizeof x);
-    return x;
-  };
   for (int64_t row = 0; row < width; row++) {
     float peak = 0;
-    for (int64_t k = 0; k < depth; k++) peak = std::max(peak, std::fabs(value(weight[row * depth + k])));
+    for (int64_t k = 0; k < depth; k++) peak = std::max(peak, std::fabs(as_float(weight[row * depth + k])));
     scales[row] = peak / 127;
   }
   pack(weight, panels, width, depth, 4, [=](int64_t row, bf16 w) {
-    const float code = scales[row] > 0 ? std::nearbyint(value(w) / scales[row]) : 0.0f;
+    const float code = scales[row] > 0 ? std::nearbyint(as_float(w) / scales[row]) : 0.0f;
     return static_cast<uint8_t>(static_cast<int32_t>(code) + INT8_SHIFT);
   });
 }

@@ -112,8 +112,5 @@ INLINE void transpose_keys(const bf16* const* keys, int64_t dim, float* out, int
     }
   }
   for (; d < dim; d++)
-    for (int i = 0; i < LANES; i++) {
-      const uint32_t bits = static_cast<uint32_t>(keys[i][d]) << 16;
-      std::memcpy(&out[d * ld + i], &bits, 4);
-    }
+    for (int i = 0; i < LANES; i++) out[d * ld + i] = as_float(keys[i][d]);
 }

@@ -57,6 +57,12 @@ INLINE vh narrow(vu u) {
 }
 
 INLINE vf load(const bf16* p) { return (vf)(widen(load_raw<vh>(p)) << 16); }
+INLINE float as_float(bf16 h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
 INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
 // Round to nearest even, as torch does; NaN stays NaN.
