@@ -44,11 +44,14 @@ bench: setup ## every number of the README (hours; resumable)
 	$(BIN)/python benchmarks/fidelity.py
 	$(BIN)/python benchmarks/rivals.py
 	$(BIN)/python benchmarks/policies.py
+	$(BIN)/echo-rl ab --a echo --b ppo --on live --workloads closed:1 closed:4 closed:16 bursty:0.5,6,5,5 shift:6,6 \
+		--blocks 4 --seconds 12 --out benchmarks/results/work/ab
+	cp benchmarks/results/work/ab/ab.json benchmarks/results/ab_live.json
 	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/server.py
 	$(BIN)/python benchmarks/soak.py
-	$(BIN)/python benchmarks/table.py
+	$(BIN)/python benchmarks/render.py
 
 clean: ## remove build products and caches (not the virtual environment)
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -255,15 +255,16 @@ def tiny_trace(root: Path):
     return record(engine, requests, frozenset(), options, root / "parts", "tiny")
 
 
-def test_the_scripts_fill_every_table_of_the_readme(scripts, tmp_path):
+def test_the_scripts_fill_every_table_of_the_pages(scripts, tmp_path):
     import acceptance
     import fidelity
     import losslessness
     import plain_decoding
     import policies
+    import render
     import rivals
-    import table
     import throughput
+    from tables import TABLES
 
     scripts(throughput)
     scripts(acceptance)
@@ -277,14 +278,20 @@ def test_the_scripts_fill_every_table_of_the_readme(scripts, tmp_path):
     for name in ("ab_live", "roofline", "server", "server_identity", "server_overhead", "soak"):
         # of `echo-rl ab`, and of scripts that have tests of their own
         (tmp_path / "quick" / f"{name}.json").write_text((committed / f"{name}.json").read_text())
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    names = {match[1] for match in table.MARKED.findall(readme)}
-    assert names == set(table.TABLES)
-    filled = table.render(readme, tmp_path / "quick")
-    assert table.PENDING not in filled
-    assert table.render(filled, tmp_path / "quick") == filled
+    text = "".join(page.read_text() for page in render.PAGES)
+    assert {match[1] for match in render.MARKED.findall(text)} == set(TABLES)
+    filled = render.render(text, tmp_path / "quick")
+    assert render.PENDING not in filled
+    assert render.render(filled, tmp_path / "quick") == filled
     assert "| 8 | `echo` |" in filled and "| float32 |" in filled and "| transformers |" in filled
-    assert table.render(filled, tmp_path / "nowhere").count(table.PENDING) == len(table.TABLES)
+    assert render.render(filled, tmp_path / "nowhere").count(render.PENDING) == text.count("<!-- results:")
+
+
+def test_the_committed_pages_show_the_committed_results():
+    import render
+
+    for page in render.PAGES:
+        assert render.render(page.read_text(), render.HERE / "results") == page.read_text()
 
 
 def test_a_ledger_goes_on_and_refuses_other_settings(monkeypatch, tmp_path):

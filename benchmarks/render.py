@@ -1,0 +1,64 @@
+"""Writes the tables of the documentation from the JSON results, so that no number is typed by hand.
+
+Each table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``, in the README or in
+``benchmarks/README.md``. ``--check`` changes nothing and exits with 1 where a page is out of date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from common import RESULTS, main
+from echo_rl.errors import ConfigError
+from tables import TABLES
+
+HERE = Path(__file__).resolve().parent
+PAGES = (HERE.parent / "README.md", HERE / "README.md")
+MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+PENDING = "*Not measured yet: run `make bench`.*\n"
+
+
+@dataclass(frozen=True)
+class Args:
+    """Render the tables of the documentation."""
+
+    pages: tuple[Path, ...] = PAGES
+    results: Path = RESULTS
+    check: bool = False
+    """Only say whether the pages are up to date."""
+
+
+def render(text: str, results: Path) -> str:
+    """The text with every marked table written anew. Raises `ConfigError` for an unknown name."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in TABLES:
+            raise ConfigError(f"there is no table called {name}; known: {', '.join(TABLES)}")
+        file, make = TABLES[name]
+        path = results / f"{file}.json"
+        body = make(json.loads(path.read_text())) if path.is_file() else PENDING
+        return f"{match[1]}\n{body}\n{match[3]}"
+
+    return MARKED.sub(fill, text)
+
+
+def script() -> None:
+    args = tyro.cli(Args)
+    for page in args.pages:
+        before = page.read_text()
+        after = render(before, args.results)
+        if args.check and before != after:
+            sys.exit(f"{page} is out of date; run benchmarks/render.py")
+        if not args.check:
+            page.write_text(after)
+
+
+if __name__ == "__main__":
+    main(script)

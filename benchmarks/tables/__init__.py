@@ -1,0 +1,29 @@
+"""The tables of the documentation: from a script's JSON result to Markdown. Knows no file but the results' names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from tables import engine, learning, modelled, serving
+from tables.markdown import Result
+
+TABLES: Mapping[str, tuple[str, Callable[[Result], str]]] = {
+    "speedup": ("throughput", engine.speedup),
+    "throughput": ("throughput", engine.throughput),
+    "budget": ("throughput", engine.budget),
+    "acceptance": ("acceptance", engine.acceptance),
+    "plain_decoding": ("plain_decoding", engine.plain_decoding),
+    "losslessness": ("losslessness", engine.losslessness),
+    "fidelity": ("fidelity", learning.fidelity),
+    "policies": ("policies", learning.policies),
+    "training": ("policies", learning.training),
+    "ab_live": ("ab_live", learning.ab_live),
+    "rivals": ("rivals", learning.rivals),
+    "server": ("server", serving.server),
+    "server_identity": ("server_identity", serving.server_identity),
+    "server_overhead": ("server_overhead", serving.server_overhead),
+    "soak": ("soak", serving.soak),
+    "modelled": ("roofline", modelled.modelled),
+    "modelled_break_even": ("roofline", modelled.modelled_break_even),
+}
+"""Name -> the result it is made of, and how."""

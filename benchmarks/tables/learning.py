@@ -1,0 +1,77 @@
+"""Tables of replays, of all controllers on them, and of learned ones."""
+
+from __future__ import annotations
+
+from echo_rl.intervals import Interval
+from tables.markdown import Result, number, table
+
+
+def fidelity(result: Result) -> str:
+    """How a replay's throughput compares with the live loop's."""
+    cells: dict[tuple[int, str], list[float]] = {}
+    for cell in result["cells"]:
+        cells.setdefault((cell["concurrency"], cell["arm"]), []).append(cell["replay"] / cell["live"])
+    loads = sorted({load for load, _ in cells})
+    arms = dict.fromkeys(arm for _, arm in cells)
+    rows = [[f"`{arm}`", *(number(sum(cells[c, arm]) / len(cells[c, arm])) for c in loads)] for arm in arms]
+    taus = ["Kendall's tau", *(number(result["kendall_tau"][str(load)]) for load in loads)]
+    exact, speeds = result["exact"], result["speed"]
+    words = (
+        f"\nMedian error {result['median_error']:.1%}. In float32 {exact['differed']} of {exact['steps']} steps differ "
+        f"from the live loop. Serving steps a second on one core: "
+        + ", ".join(f"{speed:,.0f} at batch {batch}" for batch, speed in speeds.items())
+        + ".\n"
+    )
+    return table(["replayed over live tokens/s", *map(str, loads)], [*rows, taus]) + words
+
+
+def policies(result: Result) -> str:
+    """The learned controller against ECHO and plain serving, workload by workload."""
+    names = ("over_echo_by_workload", "hindsight_over_echo", "over_none_by_workload", "echo_over_none")
+    rows = [
+        [f"`{workload}`", *(Interval(**result[name][i]).text(3, "×") for name in names)]
+        for i, workload in enumerate(result["workloads"])
+    ]
+    rows.append(["all", Interval(**result["over_echo"]).text(3, "×"), "", "", ""])
+    heads = ["workload", "`ppo` over `echo`", "best fixed plan over `echo`", "`ppo` over `none`", "`echo` over `none`"]
+    return table(heads, rows)
+
+
+def training(result: Result) -> str:
+    """What each change to the training does to the result."""
+    rows = [
+        [name, Interval(**interval).text(3, "×")]
+        for name, interval in {**result["seeds"], **result["ablations"]}.items()
+    ]
+    return table(["training", "over `echo`"], rows)
+
+
+def ab_live(result: Result) -> str:
+    """The live A/B of the learned controller against ECHO."""
+    (venue,) = result["venues"]
+    rows = [
+        [
+            f"`{cell['workload']}`",
+            Interval(**cell["ratios"][cell["headline"]]).text(2, "×"),
+            *(number(arm["mat"]) for arm in cell["arms"]),
+        ]
+        for cell in venue["cells"]
+    ]
+    heads = ["workload, live", f"`{result['b']}` over `{result['a']}`", f"MAT `{result['a']}`", f"MAT `{result['b']}`"]
+    return table(heads, rows)
+
+
+def rivals(result: Result) -> str:
+    """Geometric means over loads and the speed-up at each load, fastest first."""
+    loads = sorted({cell["concurrency"] for cell in result["cells"]})
+    found = {(cell["arm"], cell["concurrency"]): cell["speedup"]["estimate"] for cell in result["cells"]}
+    rows = [
+        [
+            str(row["rank"] or "-"),
+            f"`{row['arm']}`",
+            Interval(**row["speedup"]).text(2, "×"),
+            *(number(found[row["arm"], load]) for load in loads),
+        ]
+        for row in result["ranking"]
+    ]
+    return table(["rank", "controller, tuned", "all loads", *map(str, loads)], rows)

@@ -1,0 +1,94 @@
+"""Tables of the server: identity, overhead, a sweep of controllers, a soak."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from echo_rl.intervals import Interval
+from tables.markdown import Result, machine, table
+
+
+def server(result: Result) -> str:
+    """Controllers through HTTP: throughput, and what a client waits for."""
+    rows = [
+        [
+            str(cell["concurrency"]),
+            f"`{cell['arm']}`",
+            Interval(**cell["throughput"]).text(1),
+            Interval(**cell["speedup"]).text(2, "×") if cell["speedup"] else "1",
+            *(_milliseconds(cell["latency"][name], key) for name, key in (("ttft", "p50"), ("ttft", "p95"))),
+            _milliseconds(cell["latency"]["tpot"], "p50"),
+        ]
+        for cell in sorted(result["cells"], key=lambda cell: cell["concurrency"])
+    ]
+    heads = ["in flight", "controller", "tokens/s", "speed-up", "first token, ms", "p95", "per token, ms"]
+    return table(heads, rows) + machine(result["environment"])
+
+
+def server_identity(result: Result) -> str:
+    """Answers through HTTP against the engine's own."""
+    rows = [
+        [
+            f"{cell['temperature']:g}",
+            str(cell["requests"]),
+            str(cell["tokens"]),
+            str(len(cell["in_flight_at_swaps"])),
+            f"{min(cell['in_flight_at_swaps'])} to {max(cell['in_flight_at_swaps'])}",
+            str(cell["lost"]),
+            str(cell["differing"]),
+        ]
+        for cell in result["cells"]
+    ]
+    heads = ["temperature", "requests", "tokens", "swaps", "in flight then", "lost", "not the engine's own"]
+    return table(heads, rows)
+
+
+def server_overhead(result: Result) -> str:
+    """Throughput through HTTP over that of the engine alone."""
+    rows = [
+        [
+            f"`{entry['controller']}`",
+            Interval(**entry["engine"]).text(1),
+            Interval(**entry["http"]).text(1),
+            Interval(**entry["http_over_engine"]).text(3, "×"),
+            f"{entry['engine_busy']:.1%}",
+            f"{entry['client_cpu_share']:.1%}",
+        ]
+        for entry in result["entries"]
+    ]
+    heads = ["controller", "tokens/s, engine alone", "through HTTP", "ratio", "engine at work", "client, of a core"]
+    return table(heads, rows) + machine(result["environment"])
+
+
+def soak(result: Result) -> str:
+    """What the guests of a soak did and how it ended, then what happened meanwhile."""
+    rows = [
+        [kind, str(sum(ends.values())), ", ".join(f"{count} {end}" for end, count in _most_first(ends))]
+        for kind, ends in result["visits"].items()
+    ]
+    memory = ", ".join(
+        f"{name} {found['trend_mb']:+.1f} MB in {found['seconds'] / 60:.0f} min"
+        for name, found in result["memory"].items()
+        if found["trend_mb"] is not None
+    )
+    happened = Counter(event["what"] for event in result["events"])
+    words = (
+        f"\n{result['seconds'] / 60:.0f} minutes; {', '.join(f'{n} × {what}' for what, n in happened.items())}. "
+        f"{result['texts']['compared']} answers compared with the first to the same request, "
+        f"{result['texts']['changed']} changed. Trend of memory: {memory}. "
+        + "".join(
+            f"A controller that {name} made way after {fault['seconds']:.1f} s. "
+            for name, fault in result["guard"]["faults"].items()
+        )
+        + f"Violations: {len(result['violations'])}.\n"
+    )
+    return table(["what guests did", "times", "how it ended"], rows) + words
+
+
+def _most_first(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: -item[1])
+
+
+def _milliseconds(latency: Mapping[str, float] | None, key: str) -> str:
+    return "-" if latency is None else f"{1000 * latency[key]:.0f}"
