@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 
 from common import CONSOLE, EngineOptions, Place, load_engine, main
-from echo_rl import metrics
+from echo_rl import intervals
 from echo_rl.bench import BenchEngine, run_bench
 from echo_rl.config import EngineConfig
 from echo_rl.controllers import registry
@@ -68,10 +68,10 @@ def measure(
     ]
 
 
-def mat(blocks: list[RunRecord]) -> metrics.Interval:
+def mat(blocks: list[RunRecord]) -> intervals.Interval:
     """Committed tokens per decoding request-step, resampling blocks."""
     totals = [(sum(s.committed for s in block.steps), sum(s.batch_size for s in block.steps)) for block in blocks]
-    return metrics.rate([metrics.Rate(committed, rows) for committed, rows in totals])
+    return intervals.rate([intervals.Rate(committed, rows) for committed, rows in totals])
 
 
 def script() -> None:
@@ -82,7 +82,7 @@ def script() -> None:
     write_json(place.result, {"settings": asdict(args), "environment": environment, "entries": entries})
     for entry in entries:
         CONSOLE.print(
-            f"{entry['suite']}: {entry['arm']}, MAT {metrics.Interval(**entry['mat']).text()}", highlight=False
+            f"{entry['suite']}: {entry['arm']}, MAT {intervals.Interval(**entry['mat']).text()}", highlight=False
         )
 
 

@@ -24,8 +24,8 @@ from echo_rl.costs import CostArrays
 from echo_rl.env.replay import ReplayBackend
 from echo_rl.env.trace import Trace
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
+from echo_rl.intervals import kendall
 from echo_rl.loop import serve
-from echo_rl.metrics import kendall
 from echo_rl.profile import CostProfile
 from echo_rl.record import RecordOptions, record
 from echo_rl.records import RunRecord

@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from common import CONSOLE, EngineOptions, Ledger, Place, load_engine, main
-from echo_rl import metrics
+from echo_rl import intervals
 from echo_rl.bench import chat_requests
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Request, SamplingParams
@@ -151,15 +151,15 @@ class Measurement:
 
 def report(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry per batch and arm: its rate, and this engine's rate over it, paired by block."""
-    rates: dict[tuple[int, str], list[metrics.Rate]] = {}
+    rates: dict[tuple[int, str], list[intervals.Rate]] = {}
     for row in sorted(rows, key=lambda row: row["block"]):
-        rates.setdefault((row["batch"], row["arm"]), []).append(metrics.Rate(row["tokens"], row["seconds"]))
+        rates.setdefault((row["batch"], row["arm"]), []).append(intervals.Rate(row["tokens"], row["seconds"]))
     return [
         {
             "batch": batch,
             "arm": arm,
-            "tokens_per_second": asdict(metrics.rate(blocks)),
-            "ours_over_it": asdict(metrics.rate_ratio(rates[batch, "echo-rl"], blocks)),
+            "tokens_per_second": asdict(intervals.rate(blocks)),
+            "ours_over_it": asdict(intervals.rate_ratio(rates[batch, "echo-rl"], blocks)),
         }
         for (batch, arm), blocks in rates.items()
     ]
@@ -173,7 +173,7 @@ def script() -> None:
     entries = report(list(Measurement(args, ledger, engine).rows()))
     write_json(place.result, {"settings": asdict(args), "environment": environment, "entries": entries})
     for entry in entries:
-        ratio = metrics.Interval(**entry["ours_over_it"]).text(2, "x")
+        ratio = intervals.Interval(**entry["ours_over_it"]).text(2, "x")
         CONSOLE.print(f"batch {entry['batch']}: {entry['arm']}, ours over it {ratio}", highlight=False)
 
 

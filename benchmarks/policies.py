@@ -24,10 +24,10 @@ from echo_rl.costs import CostArrays
 from echo_rl.env.replay import ReplayBackend
 from echo_rl.env.reward import RewardOptions
 from echo_rl.env.trace import Trace
+from echo_rl.intervals import geometric_mean
 from echo_rl.learning.learner import LearnerOptions
 from echo_rl.learning.play import World, measure
 from echo_rl.loop import serve
-from echo_rl.metrics import geometric_mean
 from echo_rl.profile import CostProfile
 from echo_rl.results import write_json
 from echo_rl.sweep import Arm

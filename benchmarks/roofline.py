@@ -25,7 +25,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common import CONSOLE, Ledger, Place, main
-from echo_rl import metrics, plots
+from echo_rl import intervals, plots
+from echo_rl.calibration_files import packaged
 from echo_rl.contracts import Controller, LoadView, Request, SpecPlan
 from echo_rl.controllers import registry
 from echo_rl.controllers.policy import Steered
@@ -36,7 +37,7 @@ from echo_rl.env.trace import Trace
 from echo_rl.env.workload import Arrivals, closed
 from echo_rl.evaluate import fingerprint
 from echo_rl.loop import drive
-from echo_rl.profile import CostProfile, packaged
+from echo_rl.profile import CostProfile
 from echo_rl.records import RunRecord
 from echo_rl.results import write_json
 from echo_rl.roofline.surface import modelled_profile, roofline
@@ -225,14 +226,14 @@ def _counted(run: RunRecord, warmup: int) -> dict[str, float]:
 
 def _cell(blocks: Mapping[tuple[str, int], Sequence[Mapping[str, float]]], arm: str, batch: int) -> dict[str, Any]:
     ours = blocks[arm, batch]
-    rates = {n: [metrics.Rate(b["tokens"], b["seconds"]) for b in blocks[n, batch]] for n in (arm, BASELINE, EAGLE)}
+    rates = {n: [intervals.Rate(b["tokens"], b["seconds"]) for b in blocks[n, batch]] for n in (arm, BASELINE, EAGLE)}
     means = {key: sum(block[key] for block in ours) / len(ours) for key in ("mat", "verified", "speculating")}
     ratios = {"speedup": BASELINE, "over_eagle3": EAGLE}
     return {
         "arm": arm,
         "concurrency": batch,
-        "throughput": vars(metrics.rate(rates[arm])),
-        **{key: vars(metrics.rate_ratio(rates[arm], rates[other])) for key, other in ratios.items()},
+        "throughput": vars(intervals.rate(rates[arm])),
+        **{key: vars(intervals.rate_ratio(rates[arm], rates[other])) for key, other in ratios.items()},
         **means,
     }
 

@@ -18,7 +18,7 @@ import tyro
 from matplotlib import rc_context
 
 from common import CONSOLE, EngineOptions, Place, main
-from echo_rl import metrics, plots
+from echo_rl import intervals, plots
 from echo_rl.bench import run_missing
 from echo_rl.config import EngineConfig
 from echo_rl.load.config import LoadConfig
@@ -125,7 +125,7 @@ def script() -> None:
         result = overhead(args.overhead, args.engine, place)
         write_json(place.result, result)
         for entry in result["entries"]:
-            ratio = metrics.Interval(**entry["http_over_engine"]).text(3, "x")
+            ratio = intervals.Interval(**entry["http_over_engine"]).text(3, "x")
             CONSOLE.print(f"{entry['controller']}: HTTP over engine {ratio}", highlight=False)
     if "sweep" in args.parts:
         place = Place("server", args.quick)

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from common import Ledger, Place, load_engine
-from echo_rl import metrics
+from echo_rl import intervals
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller
 from echo_rl.controllers import registry
@@ -143,14 +143,14 @@ def overhead_of(controller: str, engine: Sequence[dict[str, Any]], http: Sequenc
 
     Shares are of one core's time. The client's is no part of the server, though it takes it from the same cores.
     """
-    alone, through = ([metrics.Rate(cell["tokens"], cell["seconds"]) for cell in side] for side in (engine, http))
+    alone, through = ([intervals.Rate(cell["tokens"], cell["seconds"]) for cell in side] for side in (engine, http))
     seconds = sum(cell["seconds"] for cell in http)
     step = [sum(cell["busy"] for cell in side) / sum(cell["steps"] for cell in side) for side in (engine, http)]
     return {
         "controller": controller,
-        "engine": asdict(metrics.rate(alone)),
-        "http": asdict(metrics.rate(through)),
-        "http_over_engine": asdict(metrics.rate_ratio(through, alone)),
+        "engine": asdict(intervals.rate(alone)),
+        "http": asdict(intervals.rate(through)),
+        "http_over_engine": asdict(intervals.rate_ratio(through, alone)),
         "step_seconds": {"engine": step[0], "http": step[1]},
         "engine_busy": sum(cell["busy"] for cell in http) / seconds,
         "steps": {"engine": sum(cell["steps"] for cell in engine), "http": sum(cell["steps"] for cell in http)},

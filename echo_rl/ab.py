@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from echo_rl import metrics, report_html
+from echo_rl import intervals, metrics, report_html
 from echo_rl.bench import MakeController
 from echo_rl.errors import ConfigError
 from echo_rl.metrics import SLO
@@ -66,7 +66,7 @@ def venue_result(venue: Venue, config: TrialConfig, runs: Mapping[Trial, RunReco
     return {
         "venue": venue.name,
         "environment": dict(venue.environment),
-        "overall": asdict(metrics.mean_ratio([ours for ours, _ in paired], [theirs for _, theirs in paired])),
+        "overall": asdict(intervals.mean_ratio([ours for ours, _ in paired], [theirs for _, theirs in paired])),
         "cells": cells,
         "by_batch": by_batch(steps[0], steps[1]),
     }
@@ -76,7 +76,7 @@ def compare(a: Sequence[RunRecord], b: Sequence[RunRecord], slo: SLO | None = No
     """Block i of both sides was the same workload. Ratios are B over A, paired by block."""
     both = (pool(a), pool(b))
     return {
-        "ratios": {kind: asdict(metrics.rate_ratio(rates(b, kind), rates(a, kind))) for kind in RATES},
+        "ratios": {kind: asdict(intervals.rate_ratio(rates(b, kind), rates(a, kind))) for kind in RATES},
         "arms": [_side(blocks, pooled, slo) for blocks, pooled in zip((a, b), both, strict=True)],
         "outputs": compare_outputs(both[1], both[0]),
         "over_time": over_time(both[0].steps, both[1].steps),
@@ -114,7 +114,7 @@ def _side(blocks: Sequence[RunRecord], pooled: RunRecord, slo: SLO | None) -> di
     speeds = metrics.request_speeds(pooled)
     return {
         **metrics.summary(pooled, slo),
-        "rates": {kind: asdict(metrics.rate(rates(blocks, kind))) for kind in RATES},
+        "rates": {kind: asdict(intervals.rate(rates(blocks, kind))) for kind in RATES},
         "cut": sum(request.cut for request in pooled.requests),
         "fairness": {"jain": metrics.jain(speeds), "worst_tenth": metrics.worst_tenth(speeds)},
     }

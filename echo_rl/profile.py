@@ -6,27 +6,21 @@ Pure data and arithmetic: it knows nothing of tensors, models or how the numbers
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from echo_rl.calibration_files import own_or_packaged, read_record, write_record
 from echo_rl.errors import ConfigError
-from echo_rl.packages import cache_root
+from echo_rl.grid import Axis, Surface, check_surface, interpolate, locate, lower_hull
 
 PROFILE_VERSION = 2
 BREAK_EVEN_ACCEPTANCE = 0.6
 """Default theta of `CostProfile.knee`: how often a typical first choice is accepted, so that past the knee not even
 such nodes pay."""
-
-Axis = tuple[int, ...]
-Surface = tuple[tuple[tuple[float, ...], ...], ...]
 
 
 @dataclass(frozen=True)
@@ -85,8 +79,8 @@ class CostProfile:
     in the repr: ledgers digest that, and what was begun before there was a label goes on."""
 
     def __post_init__(self) -> None:
-        _check_surface("verify", self.verify, (self.batches, self.rows, self.contexts))
-        _check_surface("draft", self.draft, (self.draft_batches, self.widths, self.depths))
+        check_surface("verify", self.verify, (self.batches, self.rows, self.contexts))
+        check_surface("draft", self.draft, (self.draft_batches, self.widths, self.depths))
         scalars = ("step_overhead", "spec_overhead", "request_overhead", "node_overhead", "catch_up", "gate_overhead")
         for name in (*scalars, "prefill_weight", "noise"):
             if not 0.0 <= getattr(self, name) < math.inf:
@@ -104,16 +98,16 @@ class CostProfile:
     def verify_seconds(self, batch: int, rows: float, context: float = 0.0) -> float:
         """One verify pass. Linear between knots and past the last row; batch and context are clamped to the grid."""
         at = (batch, max(rows, batch), context)
-        return _interpolate(self.verify, (self.batches, self.rows, self.contexts), at, (False, True, False))
+        return interpolate(self.verify, (self.batches, self.rows, self.contexts), at, (False, True, False))
 
     def verify_each(self, batch: int, rows: Sequence[float], context: float = 0.0) -> list[float]:
         """`verify_seconds` of passes that differ in their rows alone, for little more than the time of one."""
-        (a0, a1, ta), (c0, c1, tc) = _locate(self.batches, batch, False), _locate(self.contexts, context, False)
+        (a0, a1, ta), (c0, c1, tc) = locate(self.batches, batch, False), locate(self.contexts, context, False)
         curve = [line[c0] + tc * (line[c1] - line[c0]) for line in self.verify[a0]]
         if ta:
             other = [line[c0] + tc * (line[c1] - line[c0]) for line in self.verify[a1]]
             curve = [low + ta * (high - low) for low, high in zip(curve, other, strict=True)]
-        places = (_locate(self.rows, max(n, batch), True) for n in rows)
+        places = (locate(self.rows, max(n, batch), True) for n in rows)
         return [curve[b0] + tb * (curve[b1] - curve[b0]) for b0, b1, tb in places]
 
     def draft_seconds(self, batch: int, width: int, depth: int) -> float:
@@ -121,7 +115,7 @@ class CostProfile:
         if depth <= 0:
             return 0.0
         axes = (self.draft_batches, self.widths, self.depths)
-        return _interpolate(self.draft, axes, (batch, width, depth), (False, False, True))
+        return interpolate(self.draft, axes, (batch, width, depth), (False, False, True))
 
     def ar_seconds(self, batch: int, context: float = 0.0) -> float:
         """The pass of one plain decoding step: every request verifies its root alone."""
@@ -153,7 +147,7 @@ class CostProfile:
         price = theta * self.ar_seconds(batch, context) / max(1, batch) * (1.0 + 1e-9)
         rows = [r for r in self.rows if r > batch]
         knots = list(zip(rows, self.verify_each(batch, rows, context), strict=True))
-        edges = [(high, (dear - cheap) / (high - low)) for (low, cheap), (high, dear) in pairwise(_lower_hull(knots))]
+        edges = [(high, (dear - cheap) / (high - low)) for (low, cheap), (high, dear) in pairwise(lower_hull(knots))]
         reached = 0
         for corner, slope in edges:
             if slope > price:
@@ -206,62 +200,8 @@ class CostProfile:
         return cls.load(own_or_packaged("profile.json"))
 
 
-def calibrated(name: str) -> Path:
-    """Path of this machine's own calibration file, whether or not it has been made: in the package's cache folder."""
-    return cache_root() / "calibration" / name
-
-
-def own_or_packaged(name: str) -> Path:
-    """This machine's own calibration file if there is one, else the packaged one."""
-    own = calibrated(name)
-    return own if own.is_file() else packaged(name)
-
-
-def packaged(name: str) -> Path:
-    """Path of a calibration file that ships with the package."""
-    return Path(str(files("echo_rl").joinpath("calibrate", "data", name)))
-
-
-def read_record(path: str | Path, kind: str, version: int) -> dict[str, Any]:
-    """The body of a versioned JSON record. Raises `ConfigError` naming the file and what is wrong with it."""
-    try:
-        record = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read the {kind} {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); calibrate again") from error
-    body = record.get("body") if isinstance(record, dict) and record.get("kind") == kind else None
-    if not isinstance(body, dict):
-        raise ConfigError(f"{path} is not a {kind}")
-    if record.get("version") != version:
-        raise ConfigError(f"{path} has version {record.get('version')}, this release reads {version}; calibrate again")
-    return body
-
-
-def write_record(path: str | Path, kind: str, version: int, body: Mapping[str, Any]) -> None:
-    """Write a versioned JSON record; the file is replaced whole or not at all."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(json.dumps({"kind": kind, "version": version, "body": body}) + "\n")
-    os.replace(partial, target)
-
-
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
-
-
-def _lower_hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The corners of the convex curve under the points, from the first to the last; x must increase."""
-    hull: list[tuple[int, float]] = []
-    for x, y in points:
-        while len(hull) > 1:
-            (x0, y0), (x1, y1) = hull[-2:]
-            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
-                break
-            hull.pop()
-        hull.append((x, y))
-    return hull
 
 
 def _fit_gamma(k_max: int, nodes: Sequence[int], ratios: Sequence[float]) -> Hinge:
@@ -272,54 +212,3 @@ def _fit_gamma(k_max: int, nodes: Sequence[int], ratios: Sequence[float]) -> Hin
     gamma = max(0.0, sum(x * y for x, y in zip(xs, ys, strict=True)) / square) if square else 0.0
     residual = sum((y - gamma * x) ** 2 for x, y in zip(xs, ys, strict=True)) / len(xs)
     return Hinge(k_max, gamma, round(math.sqrt(residual), 12))
-
-
-def _check_surface(name: str, surface: Surface, axes: tuple[Axis, Axis, Axis]) -> None:
-    for axis in axes:
-        if not axis or any(b <= a for a, b in pairwise(axis)):
-            raise ConfigError(f"profile axis {axis} of {name} must be increasing and not empty")
-    shape = tuple(len(axis) for axis in axes)
-    if len(surface) != shape[0] or any(
-        len(plane) != shape[1] or any(len(line) != shape[2] for line in plane) for plane in surface
-    ):
-        raise ConfigError(f"profile surface {name} does not have the shape {shape} of its axes")
-    for plane in surface:
-        if not all(0.0 < t < math.inf for line in plane for t in line):
-            raise ConfigError(f"profile surface {name} holds a time that is not positive and finite")
-        columns = list(zip(*plane, strict=True))
-        if any(b < a for line in (*plane, *columns) for a, b in pairwise(line)):
-            raise ConfigError(f"profile surface {name} decreases where work grows; smooth it (calibrate does)")
-
-
-def _locate(axis: Axis, x: float, extrapolate: bool) -> tuple[int, int, float]:
-    """Knots below and above `x` and the position between them; past 1 where extrapolation is asked for."""
-    if len(axis) == 1 or x <= axis[0]:
-        return 0, 0, 0.0
-    if x >= axis[-1] and not extrapolate:
-        return len(axis) - 1, len(axis) - 1, 0.0
-    low = min(bisect_right(axis, x), len(axis) - 1) - 1
-    return low, low + 1, (x - axis[low]) / (axis[low + 1] - axis[low])
-
-
-def _interpolate(
-    surface: Surface,
-    axes: tuple[Axis, Axis, Axis],
-    at: tuple[float, float, float],
-    extrapolate: tuple[bool, bool, bool],
-) -> float:
-    """Trilinear interpolation. At most one axis may extrapolate, which keeps the result monotone along it."""
-    a0, a1, ta = _locate(axes[0], at[0], extrapolate[0])
-    b0, b1, tb = _locate(axes[1], at[1], extrapolate[1])
-    c0, c1, tc = _locate(axes[2], at[2], extrapolate[2])
-    low = _face(surface[a0], b0, b1, tb, c0, c1, tc)
-    return low + ta * (_face(surface[a1], b0, b1, tb, c0, c1, tc) - low) if ta else low
-
-
-def _face(plane: tuple[tuple[float, ...], ...], b0: int, b1: int, tb: float, c0: int, c1: int, tc: float) -> float:
-    """Bilinear interpolation within one plane."""
-    row = plane[b0]
-    low = row[c0] + tc * (row[c1] - row[c0])
-    if not tb:
-        return low
-    row = plane[b1]
-    return low + tb * (row[c0] + tc * (row[c1] - row[c0]) - low)

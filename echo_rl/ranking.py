@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from echo_rl import metrics, plots
+from echo_rl import intervals, plots
 from echo_rl.sweep import Arm
 
 Result = Mapping[str, Any]
@@ -38,8 +38,8 @@ class Block:
     """Decoding requests, summed over steps."""
 
     @property
-    def rate(self) -> metrics.Rate:
-        return metrics.Rate(self.tokens, self.seconds)
+    def rate(self) -> intervals.Rate:
+        return intervals.Rate(self.tokens, self.seconds)
 
 
 Served = dict[int, list[Block]]
@@ -75,7 +75,7 @@ def _cell(measured: Measured, arm: str, load: int) -> dict[str, Any]:
     return {
         "arm": arm,
         "concurrency": load,
-        "throughput": asdict(metrics.rate([block.rate for block in ours])),
+        "throughput": asdict(intervals.rate([block.rate for block in ours])),
         "speedup": asdict(_ratio(measured, arm, BASELINE, load)),
         "over_reference": asdict(_ratio(measured, arm, REFERENCE, load)),
         "mat": sum(block.committed for block in ours) / rows if rows else None,
@@ -85,9 +85,9 @@ def _cell(measured: Measured, arm: str, load: int) -> dict[str, Any]:
     }
 
 
-def _ratio(measured: Measured, arm: str, against: str, load: int) -> metrics.Interval:
+def _ratio(measured: Measured, arm: str, against: str, load: int) -> intervals.Interval:
     ours, theirs = ([block.rate for block in measured[name][load]] for name in (arm, against))
-    return metrics.rate_ratio(ours, theirs)
+    return intervals.rate_ratio(ours, theirs)
 
 
 def _winner(measured: Measured, load: int) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def mean_speedup(ours: Mapping[int, Sequence[Block]], theirs: Mapping[int, Seque
 
 def geometric_mean(
     ours: Mapping[int, Sequence[Block]], theirs: Mapping[int, Sequence[Block]], level: float = 0.95, seed: int = 0
-) -> metrics.Interval:
+) -> intervals.Interval:
     """`mean_speedup` with its interval, which resamples pairs of blocks, each load on its own."""
     generator = np.random.default_rng(seed)
     estimate, logs = mean_speedup(ours, theirs), np.zeros(RESAMPLES)
@@ -135,9 +135,9 @@ def geometric_mean(
         logs += np.log(a[:, 0] / a[:, 1] * b[:, 1] / b[:, 0]) / len(ours)
     fewest = min(len(blocks) for blocks in ours.values())
     if fewest < 2:
-        return metrics.Interval(estimate, None, None, fewest)
+        return intervals.Interval(estimate, None, None, fewest)
     low, high = np.exp(np.quantile(logs, [(1 - level) / 2, (1 + level) / 2]))
-    return metrics.Interval(estimate, float(low), float(high), fewest)
+    return intervals.Interval(estimate, float(low), float(high), fewest)
 
 
 def draw(result: Result, out: Path) -> Path:

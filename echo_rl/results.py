@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from echo_rl import metrics
+from echo_rl import intervals, metrics
 from echo_rl.errors import ConfigError
 from echo_rl.ledger import read_lines
 from echo_rl.records import RequestRecord, RunRecord, pool
@@ -89,13 +89,13 @@ def report(
         baseline = _blocks(units, config.arms[0], load)
         for arm in config.arms:
             ours = _blocks(units, arm, load)
-            speedup = None if arm == config.arms[0] else metrics.rate_ratio(_rates(ours), _rates(baseline))
+            speedup = None if arm == config.arms[0] else intervals.rate_ratio(_rates(ours), _rates(baseline))
             pooled = pool(ours)
             cells.append(
                 {
                     **metrics.summary(pooled, config.slo),
                     "arm": arm,
-                    "throughput": asdict(metrics.rate(_rates(ours))),
+                    "throughput": asdict(intervals.rate(_rates(ours))),
                     "speedup": asdict(speedup) if speedup else None,
                     "outputs": compare_outputs(pooled, pool(baseline)),
                 }
@@ -162,8 +162,8 @@ def _blocks(units: Mapping[Unit, RunRecord], arm: str, load: Load) -> list[RunRe
     return [units[Unit(block, load.concurrency, arm)] for block in range(load.blocks)]
 
 
-def _rates(records: Iterable[RunRecord]) -> list[metrics.Rate]:
-    return [metrics.Rate(record.output_tokens, record.seconds) for record in records]
+def _rates(records: Iterable[RunRecord]) -> list[intervals.Rate]:
+    return [intervals.Rate(record.output_tokens, record.seconds) for record in records]
 
 
 def _cpu_name() -> str:

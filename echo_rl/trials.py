@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from echo_rl import metrics
+from echo_rl import intervals
 from echo_rl.bench import MakeController, run_missing
 from echo_rl.contracts import Backend, Controller, Forest, Frontier, LoadView, Request, Selection, SpecPlan, StepReport
 from echo_rl.env.server import Restartable
@@ -62,9 +62,10 @@ class Venue:
 
 def replay_venue(trace: Trace, noise: bool = True) -> Venue:
     """Simulated time over recorded responses, at this machine's measured costs."""
+    from echo_rl.calibration_files import own_or_packaged
     from echo_rl.costs import CostArrays
     from echo_rl.env.replay import ReplayBackend, ReplayOptions
-    from echo_rl.profile import CostProfile, own_or_packaged
+    from echo_rl.profile import CostProfile
     from echo_rl.results import digest
 
     profile = CostProfile.default()
@@ -264,9 +265,9 @@ meets smaller batches there). A request-second is the speed that a user sees, qu
 fixed concurrency it ranks as the first does."""
 
 
-def rates(runs: Sequence[RunRecord], kind: str) -> list[metrics.Rate]:
+def rates(runs: Sequence[RunRecord], kind: str) -> list[intervals.Rate]:
     """One rate a run; `kind` is one of `RATES`."""
-    return [metrics.Rate(run.output_tokens, RATES[kind](run)) for run in runs]
+    return [intervals.Rate(run.output_tokens, RATES[kind](run)) for run in runs]
 
 
 def headline(workload: Workload) -> str:

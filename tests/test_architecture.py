@@ -18,12 +18,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
     {"contracts", "errors"},
-    {"config", "codec", "costs", "profile", "packages"},
+    {"config", "codec", "costs", "profile", "packages", "grid", "calibration_files"},
     {"runtime", "env", "controllers"},
     {
         *("loop", "metrics", "prompts", "sweep", "results", "bench", "plots", "record", "drafting", "calibrate"),
         *("environments", "train", "learning", "ab", "evaluate", "ranking", "tune", "records", "trials", "ledger"),
-        *("report_html", "plots_ab", "roofline", "load"),
+        *("report_html", "plots_ab", "roofline", "load", "intervals"),
     },
     {"server", "integrations"},
     {"cli"},
@@ -32,7 +32,18 @@ RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 SEPARATE = {"runtime", "env", "controllers"}
 TORCH_FREE = (
     *("contracts", "errors", "config", "costs", "codec", "profile", "packages"),
-    *("loop", "metrics", "sweep", "records", "results", "prompts", "load.run"),
+    *(
+        "grid",
+        "calibration_files",
+        "loop",
+        "metrics",
+        "intervals",
+        "sweep",
+        "records",
+        "results",
+        "prompts",
+        "load.run",
+    ),
 )
 
 

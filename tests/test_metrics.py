@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from echo_rl import metrics
+from echo_rl import intervals, metrics
 from echo_rl.contracts import PhaseTimes
 from echo_rl.errors import ConfigError
 from echo_rl.loop import RequestRecord, RunRecord, StepRecord
@@ -102,7 +102,7 @@ def test_goodput_counts_requests_within_both_limits():
 
 
 def test_a_rate_pools_blocks_rather_than_averaging_their_rates():
-    interval = metrics.rate([metrics.Rate(10, 1.0), metrics.Rate(10, 3.0)])
+    interval = intervals.rate([intervals.Rate(10, 1.0), intervals.Rate(10, 3.0)])
     assert interval.estimate == 5.0 and interval.blocks == 2
     assert interval.low is not None and interval.high is not None
     assert interval.low < 10 / 3 and interval.high > 10.0  # two blocks tell little
@@ -110,9 +110,9 @@ def test_a_rate_pools_blocks_rather_than_averaging_their_rates():
 
 def test_pairing_cancels_noise_that_both_arms_share():
     slow = [1.0, 5.0, 2.0, 9.0, 1.5, 7.0]
-    theirs = [metrics.Rate(100, seconds) for seconds in slow]
-    ours = [metrics.Rate(100, seconds / 2) for seconds in slow]
-    ratio = metrics.rate_ratio(ours, theirs)
+    theirs = [intervals.Rate(100, seconds) for seconds in slow]
+    ours = [intervals.Rate(100, seconds / 2) for seconds in slow]
+    ratio = intervals.rate_ratio(ours, theirs)
     assert (ratio.estimate, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
@@ -122,23 +122,23 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(blocks):
 
     generator, hits, trials = np.random.default_rng(1), 0, 200
     for _ in range(trials):
-        base = [metrics.Rate(1.0, s) for s in generator.lognormal(0, 0.2, blocks)]
+        base = [intervals.Rate(1.0, s) for s in generator.lognormal(0, 0.2, blocks)]
         noise = generator.lognormal(0, 0.1, blocks)
-        ours = [metrics.Rate(1.0, r.seconds / 1.5 * n) for r, n in zip(base, noise, strict=True)]
-        ratio = metrics.rate_ratio(ours, base, resamples=400)
+        ours = [intervals.Rate(1.0, r.seconds / 1.5 * n) for r, n in zip(base, noise, strict=True)]
+        ratio = intervals.rate_ratio(ours, base, resamples=400)
         hits += ratio.low <= 1.5 <= ratio.high
     assert 0.89 <= hits / trials <= 0.99
 
 
 def test_one_block_has_no_interval_and_unequal_arms_are_refused():
-    one = metrics.rate([metrics.Rate(4, 2.0)])
+    one = intervals.rate([intervals.Rate(4, 2.0)])
     assert (one.estimate, one.low, one.high) == (2.0, None, None)
     assert one.text(1, "x") == "2.0x"
-    assert metrics.Interval(1.234, 1.1, 1.3, 4).text(2, "x") == "1.23x [1.10, 1.30]"
+    assert intervals.Interval(1.234, 1.1, 1.3, 4).text(2, "x") == "1.23x [1.10, 1.30]"
     with pytest.raises(ConfigError, match="2 and 1"):
-        metrics.rate_ratio([metrics.Rate(1, 1)] * 2, [metrics.Rate(1, 1)])
+        intervals.rate_ratio([intervals.Rate(1, 1)] * 2, [intervals.Rate(1, 1)])
     with pytest.raises(ConfigError, match="at least one"):
-        metrics.rate([])
+        intervals.rate([])
 
 
 def test_the_summary_is_json(fake_engine, make_controller):
@@ -150,8 +150,8 @@ def test_the_summary_is_json(fake_engine, make_controller):
 
 
 def test_geometric_mean_of_ratios():
-    found = metrics.geometric_mean([0.5, 2.0, 1.0, 1.0])
+    found = intervals.geometric_mean([0.5, 2.0, 1.0, 1.0])
     assert found.estimate == pytest.approx(1.0) and found.low < 1.0 < found.high and found.blocks == 4
-    assert metrics.geometric_mean([1.5] * 3).text() == "1.50 [1.50, 1.50]"
+    assert intervals.geometric_mean([1.5] * 3).text() == "1.50 [1.50, 1.50]"
     with pytest.raises(ConfigError):
-        metrics.geometric_mean([])
+        intervals.geometric_mean([])

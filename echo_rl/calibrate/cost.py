@@ -18,8 +18,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from echo_rl.calibration_files import read_record, write_record
 from echo_rl.errors import ConfigError
-from echo_rl.profile import Axis, CostProfile, Surface, read_record, write_record
+from echo_rl.grid import Axis, Surface
+from echo_rl.profile import CostProfile
 
 SAMPLES_VERSION = 1
 SAVE_EVERY = 2.0  # seconds between writes of the samples file

@@ -20,8 +20,9 @@ from echo_rl.contracts import Backend, LoadView, Request, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
 from echo_rl.costs import CostArrays, Scaling
 from echo_rl.env.timing import Floats, Phases, Work, step_phases
+from echo_rl.grid import Surface
 from echo_rl.loop import serve
-from echo_rl.profile import CostProfile, Surface
+from echo_rl.profile import CostProfile
 
 SHAPES = (
     (0.0, 1, 1), (0.0, 1, 1), (0.5, 2, 2), (1.0, 2, 2), (1.0, 3, 3), (2.0, 2, 2), (2.0, 3, 3), (3.0, 3, 1), (3.0, 3, 3),

@@ -113,7 +113,7 @@ def table(venue: Mapping[str, Any], a: str, b: str, width: int = WIDE) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from echo_rl.metrics import Interval
+    from echo_rl.intervals import Interval
     from echo_rl.plots_ab import NAMES
     from echo_rl.report_html import verdict
 

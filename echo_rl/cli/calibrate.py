@@ -10,10 +10,10 @@ import tyro
 
 from echo_rl.calibrate.cost import Grid
 from echo_rl.calibrate.gates import GateOptions
+from echo_rl.calibration_files import calibrated
 from echo_rl.cli.options import EngineOptions
 from echo_rl.config import EngineConfig
 from echo_rl.errors import ConfigError
-from echo_rl.profile import calibrated
 from echo_rl.roofline.hardware import Assumptions
 from echo_rl.roofline.timing import Dtype
 

@@ -91,7 +91,7 @@ def ranking(result: Mapping[str, Any]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from echo_rl.metrics import Interval
+    from echo_rl.intervals import Interval
 
     best = {winner["concurrency"]: {winner["arm"], *winner["tied"]} for winner in result["winners"]}
     cells = {(cell["arm"], cell["concurrency"]): cell["speedup"]["estimate"] for cell in result["cells"]}
@@ -117,7 +117,7 @@ def loads(result: Mapping[str, Any]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from echo_rl.metrics import Interval
+    from echo_rl.intervals import Interval
 
     title = f"By load, 95 % intervals over blocks\nCosts: {result['machine']['title']}"
     view = Table(title=title, title_justify="left")

@@ -147,7 +147,7 @@ def table(result: Mapping[str, Any], width: int = WIDE) -> Table:
 
 
 def _values(cell: Mapping[str, Any], compared: bool, full: bool) -> dict[str, str]:
-    from echo_rl.metrics import Interval
+    from echo_rl.intervals import Interval
 
     values = {"tokens/s": Interval(**cell["rates"]["tokens_per_second"]).text(1)}
     if compared:
@@ -168,7 +168,7 @@ def _milliseconds(latency: Mapping[str, float] | None) -> str:
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
     """What the table leaves out: overall ratios, unequal outputs, errors by kind, what the client itself cost."""
-    from echo_rl.metrics import Interval
+    from echo_rl.intervals import Interval
 
     cells = result["cells"]
     lines = [

@@ -37,7 +37,7 @@ def load_engine(config: EngineConfig) -> tuple[Engine, dict[str, str]]:
     import torch
 
     from echo_rl import __version__
-    from echo_rl.profile import own_or_packaged
+    from echo_rl.calibration_files import own_or_packaged
     from echo_rl.results import digest, machine
     from echo_rl.runtime.device import resolve
     from echo_rl.runtime.engine import Engine

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from echo_rl.contracts import AUTOREGRESSIVE, Forest, LoadView, Selection, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.clock import Pace, ProbeLedger
+from echo_rl.controllers.clock import ProbeLedger
 from echo_rl.controllers.dynamic import Gates, probabilities
+from echo_rl.controllers.pace import Pace
 from echo_rl.controllers.picking import likeliest
 from echo_rl.controllers.shapes import REFERENCE_HIT
 from echo_rl.costs import CostArrays, Floats
@@ -63,13 +64,14 @@ class StepClock:
         self._pace = Pace(self.profile)
         rows = self.profile.rows
         self._knots = (*rows, rows[-1] + FAR)  # of the verify pass's seconds by its rows
+        self._weights = self._pace.verify.weights(self._knots)
         self._at: tuple[int, float] | None = None  # the batch and context of `_curve`
         self._curve: Floats = np.empty(0)  # seconds at the knots
 
     def plain(self, load: LoadView) -> float:
         """A step that does not speculate."""
         batch, pace = load.batch_size, self._pace
-        verify = self.profile.ar_seconds(batch, load.mean_context) * pace.verify(batch, speculative=False)
+        verify = self.profile.ar_seconds(batch, load.mean_context) * pace.verify.factor(batch)
         return verify + self.profile.overhead_seconds(batch) * pace.rest[False]
 
     def speculative(self, load: LoadView, nodes: Floats, width: int, depth: Floats | float) -> Floats:
@@ -78,7 +80,7 @@ class StepClock:
         at = (batch, load.mean_context)
         if self._at != at:
             self._at, self._curve = at, np.array(profile.verify_each(batch, self._knots, load.mean_context))
-        verify = np.interp(batch + nodes, self._knots, self._curve) * pace.verify(batch, speculative=True)
+        verify = np.interp(batch + nodes, self._knots, self._curve * pace.verify.factors(self._weights))
         rest = (profile.overhead_seconds(batch, 0, True) + profile.node_overhead * nodes) * pace.rest[True]
         seconds: Floats = verify + rest + self._drafting(batch, width, depth) * pace.draft
         return seconds

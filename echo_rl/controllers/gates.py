@@ -12,8 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from echo_rl.calibration_files import own_or_packaged, read_record, write_record
 from echo_rl.errors import ConfigError
-from echo_rl.profile import own_or_packaged, read_record, write_record
 
 GATES_VERSION = 1
 

@@ -21,6 +21,7 @@ from echo_rl.controllers.aside import Aside
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.policy import Ppo
 from echo_rl.controllers.soundness import Limits, Unsound, check_mask, check_plan, check_selection, cut
+from echo_rl.controllers.standby import MOST_REPORTS, show
 
 CAUSES = ("exception", "nan", "deadline", "invalid")
 MOST_FAULTS = 20
@@ -28,8 +29,6 @@ MOST_FAULTS = 20
 PATIENCE = 8.0
 """Deadlines after which a call that is still out counts as hung."""
 
-MOST_REPORTS = 128
-"""Steps that are kept for a controller that observes later."""
 EVERYTHING = frozenset({"plan", "extend", "select"})
 log = logging.getLogger(__name__)
 
@@ -44,39 +43,6 @@ def kept_aside(controller: Controller) -> frozenset[str]:
         return frozenset({"plan"})
     own = isinstance(controller, BaseController) and type(controller).__module__.startswith("echo_rl.controllers.")
     return frozenset() if own else EVERYTHING
-
-
-class Standby:
-    """A controller that is rarely needed: it is shown the last `MOST_REPORTS` steps when it is, not one by one.
-
-    Following every step costs it more than all checks of a guard together, and what lies further
-    back has no weight in a running estimate.
-    """
-
-    def __init__(self, controller: Controller) -> None:
-        self.name = controller.name
-        self._controller = controller
-        self._reports: deque[StepReport] = deque(maxlen=MOST_REPORTS)
-
-    def plan(self, load: LoadView) -> SpecPlan:
-        show(self._reports, self._controller)
-        return self._controller.plan(load)
-
-    def extend(self, frontier: Frontier, plan: SpecPlan) -> Tensor:
-        return self._controller.extend(frontier, plan)
-
-    def select(self, forest: Forest, plan: SpecPlan) -> Selection:
-        return self._controller.select(forest, plan)
-
-    def observe(self, report: StepReport) -> None:
-        self._reports.append(report)
-
-
-def show(reports: deque[StepReport], controller: Controller) -> Controller:
-    """Lets it observe them, oldest first, and empties the queue; one that can't be observed is gone all the same."""
-    while reports:
-        controller.observe(reports.popleft())
-    return controller
 
 
 class Guarded:

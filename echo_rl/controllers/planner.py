@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from echo_rl.contracts import LoadView, StepReport
 from echo_rl.controllers.acceptance import AcceptanceModel
-from echo_rl.controllers.clock import Pace, ProbeLedger, PromptShare
+from echo_rl.controllers.clock import ProbeLedger, PromptShare
+from echo_rl.controllers.pace import Pace
 from echo_rl.controllers.shapes import affordable
 from echo_rl.errors import ConfigError
 from echo_rl.profile import BREAK_EVEN_ACCEPTANCE, CostProfile
@@ -39,6 +40,8 @@ class Shape:
 
 
 PLAIN = Shape(0)
+FIRST_CHECK = 8
+"""Speculative steps before plain decoding is looked at for the first time; each further look waits twice as long."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Menu:
     choices: Choices
     plain: float  # seconds of a plain verify pass
     verify: Floats  # [O] seconds
+    curve: Floats  # [O, OCTAVES] see `Curve.weights`
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,8 @@ class BudgetPlanner:
     With B requests and E[L] accepted nodes a request, a shape yields ``B * (E[L] + 1)`` tokens in
     T_draft + T_verify + overheads (ECHO's objective). While off, a rare probe keeps the estimate of
     acceptance alive; while on, a rare plain step keeps the price of plain decoding honest. Either costs
-    at most `probe_share` of the time (plus one probe). A step that also prefills uses the decision
-    of one that does not.
+    at most `probe_share` of the time (plus one probe, and the first few checks). A step that also prefills
+    uses the decision of one that does not.
     """
 
     def __init__(self, profile: CostProfile, options: PlannerOptions, pooled: bool = True) -> None:
@@ -119,6 +123,7 @@ class BudgetPlanner:
         self._looking = False  # the step in progress is a probe or a check
         self._unread: list[StepReport] = []  # not yet learned from
         self._unchecked: dict[int, int] = {}  # batch octave -> speculative steps since a plain one
+        self._checks: dict[int, int] = {}  # batch octave -> plain steps so far that were checks
         self._step = 0
         every = [(nodes, depth) for nodes in LADDER for depth in range(1, affordable(nodes)[0] + 1)]
         self._acceptance.yields(every, batch=2)  # fills the caches, so that no step has to
@@ -142,6 +147,8 @@ class BudgetPlanner:
         self._unchecked[octave] = self._unchecked.get(octave, 0) + 1 if speculated else 0
         if self._looking:
             self._decisions.clear()
+            if not speculated:
+                self._checks[octave] = self._checks.get(octave, 0) + 1
         if self._looking or (speculated and ledger.steps) or len(self._unread) >= 2 * self._options.period:
             self._catch_up()
         if speculated and ledger.steps:
@@ -175,7 +182,7 @@ class BudgetPlanner:
             return Decision(PLAIN, PLAIN, math.inf, 0.0, expires)
         batch, plain = load.batch_size, self._plain_seconds(load)
         tokens = (self._acceptance.expected(menu.choices.yields) + 1.0) * batch
-        seconds = self._seconds(menu, batch, tokens)
+        seconds = self._seconds(menu, tokens)
         rates = (tokens / seconds).tolist()
         best = rates.index(max(rates))
         top, off = rates[best], batch / plain
@@ -189,23 +196,27 @@ class BudgetPlanner:
             return Decision(stay, shapes[best], excess, top / off, expires)
         return Decision(shapes[best], shapes[best], excess, top / off, expires)
 
-    def _seconds(self, menu: Menu, batch: int, tokens: Floats) -> Floats:
+    def _seconds(self, menu: Menu, tokens: Floats) -> Floats:
         """[O] a step of each shape, with its share of letting the drafter read the prompts."""
         pace = self._pace
         reading = tokens * self._prompts.ratio * self._profile.catch_up * pace.draft
-        passes = menu.verify * pace.verify(batch, speculative=True) + menu.choices.draft * pace.draft
+        passes = menu.verify * pace.verify.factors(menu.curve) + menu.choices.draft * pace.draft
         return passes + menu.choices.rest * pace.rest[True] + reading
 
     def _plain_seconds(self, load: LoadView) -> float:
         rest = self._profile.overhead_seconds(load.batch_size) * self._pace.rest[False]
-        return self._menu(load).plain * self._pace.verify(load.batch_size, speculative=False) + rest
+        return self._menu(load).plain * self._pace.verify.factor(load.batch_size) + rest
 
     def _worth_checking(self, load: LoadView, decision: Decision) -> bool:
-        """Whether a plain step is due: a loss of ``1 - 1 / speedup`` of a step, spread to stay within the share."""
+        """Whether a plain step is due: a loss of ``1 - 1 / speedup`` of a step, spread to stay within the share.
+
+        The first few come sooner, since they show most of what the profile misjudges.
+        """
+        octave, options = load.batch_size.bit_length(), self._options
         loss = max(0.0, 1.0 - 1.0 / decision.speedup)
-        since = self._unchecked.get(load.batch_size.bit_length(), 0)
-        due = max(self._options.probe_period, loss / max(1e-9, self._options.probe_share))
-        return not load.prefill_tokens and since >= due
+        due = max(options.probe_period, loss / max(1e-9, options.probe_share))
+        due = min(due, FIRST_CHECK << min(self._checks.get(octave, 0), 16))
+        return not load.prefill_tokens and options.probe_share > 0 and self._unchecked.get(octave, 0) >= due
 
     def _worth_probing(self, load: LoadView, decision: Decision) -> bool:
         """Whether a probe is affordable and could change the decision.
@@ -219,7 +230,7 @@ class BudgetPlanner:
         menu = self._menu(load)
         hoped = self._acceptance.expected(menu.choices.yields, miss=0.5 ** (1.0 + self._ledger.steps / 512))
         tokens = (hoped + 1.0) * load.batch_size
-        fastest = (tokens / self._seconds(menu, load.batch_size, tokens)).max()
+        fastest = (tokens / self._seconds(menu, tokens)).max()
         return bool(fastest > load.batch_size / self._plain_seconds(load))
 
     def _menu(self, load: LoadView) -> Menu:
@@ -238,7 +249,7 @@ class BudgetPlanner:
         choices = self._choices[key]
         rows = [batch, *(batch + shape.budget for shape in choices.shapes)]
         plain, *verify = self._profile.verify_each(batch, rows, context)
-        return Menu(choices, plain, np.array(verify))
+        return Menu(choices, plain, np.array(verify), self._pace.verify.weights(rows[1:]))
 
     def _build_choices(self, batch: int, most: int) -> Choices:
         profile, budgets = self._profile, dict[int, float]()

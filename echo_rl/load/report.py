@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from echo_rl import metrics
+from echo_rl import intervals, metrics
 from echo_rl.env.workload import Workload
 from echo_rl.load.config import LoadConfig
 from echo_rl.load.record import LoadRecord, together
@@ -51,7 +51,7 @@ def report(
             | cell(ours, blocks[text, arms[0]] if arm != arms[0] else None, config.slo)
             for (text, arm), ours in blocks.items()
         ],
-        "overall": {arm: asdict(metrics.mean_ratio(paired[arm], paired[arms[0]])) for arm in arms[1:]},
+        "overall": {arm: asdict(intervals.mean_ratio(paired[arm], paired[arms[0]])) for arm in arms[1:]},
     }
 
 
@@ -67,7 +67,7 @@ def cell(
     return {
         **{key: summary[key] for key in SEEN},
         "requests_per_second": _finished(whole.served) / whole.run.seconds,
-        "rates": {kind: asdict(metrics.rate(_rates(blocks, kind))) for kind in KINDS},
+        "rates": {kind: asdict(intervals.rate(_rates(blocks, kind))) for kind in KINDS},
         "ratios": ratios(blocks, baseline) if baseline else {},
         "outputs": compare_outputs(whole.texts_as_tokens, together(baseline).texts_as_tokens) if baseline else None,
         "cut": sum(request.cut for request in whole.run.requests),
@@ -84,12 +84,12 @@ def ratios(ours: Sequence[LoadRecord], theirs: Sequence[LoadRecord]) -> dict[str
 
     A latency that a block of either side lacks is None.
     """
-    pairs = ((kind, metrics.rate_ratio(_rates(ours, kind), _rates(theirs, kind))) for kind in KINDS)
+    pairs = ((kind, intervals.rate_ratio(_rates(ours, kind), _rates(theirs, kind))) for kind in KINDS)
     found: dict[str, Any] = {kind: asdict(ratio) for kind, ratio in pairs}
     for name, value in LATENCIES.items():
         sides = [[_mean(record.served, value) for record in side] for side in (ours, theirs)]
         known = all(rate is not None and rate.amount > 0 for side in sides for rate in side)
-        found[name] = asdict(metrics.rate_ratio(*sides)) if known else None  # type: ignore[arg-type]
+        found[name] = asdict(intervals.rate_ratio(*sides)) if known else None  # type: ignore[arg-type]
     return found
 
 
@@ -98,14 +98,14 @@ def errors(run: RunRecord) -> dict[str, int]:
     return dict(Counter(r.error.partition(":")[0] for r in run.requests if r.error is not None).most_common())
 
 
-def _rates(blocks: Sequence[LoadRecord], kind: str) -> list[metrics.Rate]:
+def _rates(blocks: Sequence[LoadRecord], kind: str) -> list[intervals.Rate]:
     return rates([record.served for record in blocks], kind)
 
 
-def _mean(run: RunRecord, value: Callable[[RequestRecord], float | None]) -> metrics.Rate | None:
+def _mean(run: RunRecord, value: Callable[[RequestRecord], float | None]) -> intervals.Rate | None:
     """A mean as an amount per request, so that it pools and pairs as rates do."""
     known = [found for request in run.requests if not request.cut and (found := value(request)) is not None]
-    return metrics.Rate(sum(known), len(known)) if known else None
+    return intervals.Rate(sum(known), len(known)) if known else None
 
 
 def _finished(run: RunRecord) -> int:

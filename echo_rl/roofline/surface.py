@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from echo_rl.errors import ConfigError
-from echo_rl.profile import Axis, CostProfile
+from echo_rl.grid import Axis
+from echo_rl.profile import CostProfile
 from echo_rl.roofline.hardware import HARDWARE, Assumptions
 from echo_rl.roofline.models import MODELS
 from echo_rl.roofline.timing import Dtype, Roofline

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from echo_rl.errors import ConfigError
-from echo_rl.metrics import Interval, Rate, rate_ratio
+from echo_rl.intervals import Interval, Rate, rate_ratio
 
 CONTROL, TREATMENT = "control", "treatment"
 CARRY_OVER = 2

@@ -15,6 +15,7 @@ from typing import Any
 
 from echo_rl.contracts import Request, RequestOutput
 from echo_rl.errors import ConfigError, RequestError
+from echo_rl.server.last_good import LastGood
 from echo_rl.server.lifeline import HostConfig, Lifeline, Unavailable
 from echo_rl.server.messages import (
     Cancel,
@@ -52,7 +53,7 @@ class EngineHost:
         self._subscriptions: list[Subscription] = []
         self._callbacks: list[Callable[[StepStats], None]] = []
         self._trees = False
-        self._good = _LastGood(config.controller, config.switch.trial_steps)
+        self._good = LastGood(config.controller, config.switch.trial_steps)
         self._draining = False
         self._fallbacks, self._rollbacks, self._serving = Tally(), Tally(), Tally()
         self.ready_info: Ready | None = None
@@ -297,32 +298,3 @@ class EngineHost:
             self._report(ExperimentReport("stopped", value))
         for tally in (self._fallbacks, self._rollbacks, self._serving):
             tally.begin_anew()
-
-
-class _LastGood:
-    """Which controller to start again with: one that has served its trial, not one that may have killed the core."""
-
-    def __init__(self, spec: str, trial_steps: int) -> None:
-        self.current = spec
-        self._first = spec
-        self._proven = spec
-        self._trial_steps = trial_steps
-        self._steps = 0
-
-    def swapped(self, spec: str) -> None:
-        self.current, self._steps = spec, 0
-
-    def proven(self, spec: str) -> None:
-        self.current = self._proven = spec
-
-    def stepped(self, spec: str) -> None:
-        """A step under this controller: another one than thought means that the core went back to it."""
-        if spec != self.current:
-            self.swapped(spec)
-        self._steps += 1
-        if self._steps >= self._trial_steps:
-            self._proven = spec
-
-    def for_attempt(self, deaths: int) -> str:
-        """The proven one; from the third death in a row on, the one that the server began with."""
-        return self._proven if deaths < 3 else self._first

@@ -15,8 +15,9 @@ from functools import partial
 
 from echo_rl.contracts import Controller
 from echo_rl.controllers.aside import Answer, Aside
-from echo_rl.controllers.guarded import CAUSES, Guarded, Standby
+from echo_rl.controllers.guarded import CAUSES, Guarded
 from echo_rl.controllers.soundness import Limits
+from echo_rl.controllers.standby import Standby
 from echo_rl.errors import ConfigError, EchoError
 from echo_rl.server.experiment import CONTROL, HARM, TREATMENT, ExperimentOptions, Switchback
 from echo_rl.server.messages import Event, ExperimentReport, Reply, SetController, StartExperiment, StopExperiment

@@ -9,10 +9,10 @@ from types import MappingProxyType
 from typing import Any
 from xml.etree import ElementTree
 
+from echo_rl.intervals import Interval
 from echo_rl.ledger import read_lines
 from echo_rl.load.record import LoadRecord
 from echo_rl.load.report import cell
-from echo_rl.metrics import Interval
 from echo_rl.profile import CostProfile
 
 Rows = list[dict[str, Any]]

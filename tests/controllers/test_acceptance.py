@@ -8,7 +8,7 @@ import pytest
 
 from echo_rl.contracts import LoadView, PhaseTimes, SpecPlan, StepReport
 from echo_rl.controllers.acceptance import AcceptanceModel
-from echo_rl.controllers.clock import Pace, ProbeLedger
+from echo_rl.controllers.clock import ProbeLedger
 from echo_rl.controllers.shapes import affordable, likeliest_tree, pooled_yield, separate_yield
 
 
@@ -94,49 +94,6 @@ def test_fewer_misses_would_yield_more():
     yields = model.yields([(4.0, 3), (1.0, 1)], 8)
     assert (model.expected(yields, miss=0.5) > model.expected(yields)).all()
     assert (model.expected(yields, miss=1e-6) <= 8.0).all()
-
-
-def test_pace_tells_drafting_from_the_whole_machine(make_profile):
-    profile = make_profile()
-    pace = Pace(profile)
-    verified = report_of((1, 1, 1)).verified
-    slow = PhaseTimes(
-        draft=3 * profile.draft_seconds(8, 3, 3),
-        verify=2 * profile.verify_seconds(8, 8 + verified, 128.0),
-        commit=1.5 * profile.overhead_seconds(8, verified, True),
-    )
-    for _ in range(400):
-        pace.observe(report_of((1, 1, 1), times=slow))
-    assert pace.draft == pytest.approx(3.0, rel=0.01)
-    assert pace.verify(8, True) == pytest.approx(2.0, rel=0.01)
-    assert pace.verify(8, False) == pace.verify(8, True)  # a slow machine is slow for everyone
-    assert pace.rest[False] == 1.0  # no plain step was seen
-    assert pace.rest[True] == pytest.approx(1.5, rel=0.01)
-
-
-def test_pace_learns_a_misjudged_plain_pass_at_the_switch(make_profile):
-    """Speculative passes take twice the prediction, plain ones 1.4 times: only the contrast tells them apart."""
-    profile = make_profile()
-    pace = Pace(profile)
-    draft = profile.draft_seconds(8, 3, 3)
-    speculative = PhaseTimes(draft=draft, verify=2.0 * profile.verify_seconds(8, 40, 128.0))
-    plain = PhaseTimes(verify=1.4 * profile.ar_seconds(8, 128.0))
-    for _ in range(12):
-        for _ in range(60):
-            pace.observe(report_of((1, 1, 1), times=speculative))
-        pace.observe(report_of((), nodes=0, times=plain))
-    assert pace.verify(8, True) == pytest.approx(2.0, rel=0.03)
-    assert pace.verify(8, False) == pytest.approx(1.4, rel=0.05)
-    for _ in range(200):  # off for good: the contrast stays, although plain steps alone cannot show it
-        pace.observe(report_of((), nodes=0, times=plain))
-    assert pace.verify(8, True) / pace.verify(8, False) == pytest.approx(2.0 / 1.4, rel=0.05)
-
-
-def test_pace_ignores_the_backlog_of_a_drafter_that_was_off(make_profile):
-    pace = Pace(make_profile())
-    pace.observe(report_of((), nodes=0, times=PhaseTimes(verify=0.01)))
-    pace.observe(report_of((1, 1, 1), times=PhaseTimes(draft=9.0, verify=0.01)))
-    assert pace.draft == 1.0
 
 
 def test_a_probe_waits_for_its_credit_and_works_off_its_debt():

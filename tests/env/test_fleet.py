@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from echo_rl.calibration_files import packaged
 from echo_rl.codec import CALIBRATED, DEPTHS, ActionTable, Knobs, Lane, Tracker, planned_gates
 from echo_rl.contracts import NO_GATE, Forest, Frontier, SpecPlan
 from echo_rl.controllers.echo import CalibratedSelection
@@ -27,7 +28,7 @@ from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
 from echo_rl.env.verdicts import Orders, Tables, Verdicts
 from echo_rl.env.workload import closed, parse
 from echo_rl.errors import ConfigError
-from echo_rl.profile import CostProfile, packaged
+from echo_rl.profile import CostProfile
 from tests.one_lane import loads_of, outcomes_of
 from tests.recorded import DEPTH, WIDTH, random_levels, random_trace
 

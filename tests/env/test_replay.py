@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from echo_rl.calibration_files import packaged
 from echo_rl.contracts import Request, SamplingParams, SpecPlan
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.echo import EchoOptions, EchoUnscheduled
@@ -18,7 +19,7 @@ from echo_rl.env.replay import ReplayBackend, ReplayOptions
 from echo_rl.env.trace import Trace
 from echo_rl.errors import RequestError, TraceError
 from echo_rl.loop import serve
-from echo_rl.profile import CostProfile, packaged
+from echo_rl.profile import CostProfile
 from echo_rl.record import RecordOptions, record
 from tests import tiny
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tyro
 
+from echo_rl.calibration_files import packaged
 from echo_rl.cli.train import Train
 from echo_rl.codec import FEATURES, ActionTable
 from echo_rl.contracts import SpecPlan
@@ -23,7 +24,7 @@ from echo_rl.errors import ConfigError
 from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, agreement, clone, demonstrate
 from echo_rl.learning.learner import LearnerOptions, build
 from echo_rl.learning.play import HeldOut, World, measure, play
-from echo_rl.profile import CostProfile, packaged
+from echo_rl.profile import CostProfile
 from echo_rl.train import Setting, TrainConfig, make_score, train
 
 TABLE = ActionTable()

@@ -1,0 +1,54 @@
+"""Where calibrations lie, this machine's own and those that ship; reading and writing their versioned records."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from echo_rl.errors import ConfigError
+from echo_rl.packages import cache_root
+
+
+def calibrated(name: str) -> Path:
+    """Path of this machine's own calibration file, whether or not it has been made: in the package's cache folder."""
+    return cache_root() / "calibration" / name
+
+
+def own_or_packaged(name: str) -> Path:
+    """This machine's own calibration file if there is one, else the packaged one."""
+    own = calibrated(name)
+    return own if own.is_file() else packaged(name)
+
+
+def packaged(name: str) -> Path:
+    """Path of a calibration file that ships with the package."""
+    return Path(str(files("echo_rl").joinpath("calibrate", "data", name)))
+
+
+def read_record(path: str | Path, kind: str, version: int) -> dict[str, Any]:
+    """The body of a versioned JSON record. Raises `ConfigError` naming the file and what is wrong with it."""
+    try:
+        record = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the {kind} {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}); calibrate again") from error
+    body = record.get("body") if isinstance(record, dict) and record.get("kind") == kind else None
+    if not isinstance(body, dict):
+        raise ConfigError(f"{path} is not a {kind}")
+    if record.get("version") != version:
+        raise ConfigError(f"{path} has version {record.get('version')}, this release reads {version}; calibrate again")
+    return body
+
+
+def write_record(path: str | Path, kind: str, version: int, body: Mapping[str, Any]) -> None:
+    """Write a versioned JSON record; the file is replaced whole or not at all."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(json.dumps({"kind": kind, "version": version, "body": body}) + "\n")
+    os.replace(partial, target)

@@ -1,0 +1,131 @@
+"""How fast the machine really is: corrections of a cost profile by what steps took.
+
+A profile that was measured in another hour or on another machine is wrong in level and in shape: where
+arithmetic is slower than it says but memory isn't, large passes cost twice what it predicts and small ones
+almost what it predicts. So the verify pass is corrected by a curve over its rows, not by one number.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from echo_rl.contracts import StepReport
+from echo_rl.profile import CostProfile
+
+Floats = NDArray[np.float64]
+
+RATE = 0.05
+"""Share of a new measurement in the running averages."""
+OCTAVES = 14
+"""Knots of the curve: passes of 1, 2, 4, ..., 8192 rows."""
+LEVEL, SHAPE, REACH = 2.0, 0.35, 4.0
+"""Standard deviations before anything was measured, in log seconds: of the whole curve, and of each knot about it; and
+the octaves over which knots go together."""
+NOISE = 0.15
+"""Standard deviation of a pass's log seconds about the curve."""
+FORGOTTEN = 1e-4
+"""Share of what is known that a step forgets."""
+OUTLIER = 3.0
+"""Standard deviations that a measurement counts for at most."""
+
+
+def _prior() -> Floats:
+    apart = np.abs(np.subtract.outer(np.arange(OCTAVES), np.arange(OCTAVES)))
+    covariance: Floats = LEVEL**2 + SHAPE**2 * np.exp(-apart / REACH)
+    return covariance
+
+
+PRIOR = _prior()
+_RELAPSE = FORGOTTEN * PRIOR
+
+
+class Curve:
+    """Log of measured over predicted seconds of a verify pass, over log2 of its rows.
+
+    A Kalman filter whose state is the curve at its knots. All knots may move together, each a little by itself:
+    a machine that slows down for everyone moves the whole curve, and steps of different sizes close in time
+    bend it. Between knots it is linear; what was never measured follows its neighbours.
+    """
+
+    def __init__(self) -> None:
+        self._logs = np.zeros(OCTAVES)
+        self._covariance = PRIOR.copy()
+
+    def weights(self, rows: ArrayLike) -> Floats:
+        """[..., OCTAVES] what each knot says about passes of so many rows; made once, used with `factors`."""
+        place = np.log2(np.clip(np.asarray(rows, dtype=float), 1.0, 2.0 ** (OCTAVES - 1)))
+        hats: Floats = np.maximum(0.0, 1.0 - np.abs(place[..., None] - np.arange(OCTAVES)))
+        return hats
+
+    def factors(self, weights: Floats) -> Floats:
+        """[...] measured over predicted seconds."""
+        factors: Floats = np.exp(weights @ self._logs)
+        return factors
+
+    def factor(self, rows: float) -> float:
+        """`factors` of one pass, for little."""
+        low, share = _place(rows)
+        return math.exp((1.0 - share) * float(self._logs[low]) + share * float(self._logs[low + 1]))
+
+    def follow(self, rows: float, ratio: float) -> None:
+        """Learn from a pass of `rows` rows that took `ratio` of its predicted seconds."""
+        if not 0.0 < ratio < math.inf:
+            return
+        known, (low, share) = self._covariance, _place(rows)
+        known *= 1.0 - FORGOTTEN
+        known += _RELAPSE
+        gain = (1.0 - share) * known[low] + share * known[low + 1]
+        spread = (1.0 - share) * float(gain[low]) + share * float(gain[low + 1]) + NOISE**2
+        expected = (1.0 - share) * float(self._logs[low]) + share * float(self._logs[low + 1])
+        most = OUTLIER * math.sqrt(spread)
+        surprise = max(-most, min(most, math.log(ratio) - expected))
+        self._logs += gain * (surprise / spread)
+        known -= gain[:, None] * (gain / spread)
+
+
+def _place(rows: float) -> tuple[int, float]:
+    """The knot below and the position towards the next."""
+    place = min(max(math.log2(max(rows, 1.0)), 0.0), OCTAVES - 1.0)
+    low = min(int(place), OCTAVES - 2)
+    return low, place - low
+
+
+class Pace:
+    """Running ratios of measured to predicted seconds, one a phase. Steps that also prefill are left out.
+
+    Verify passes are timed in speculative and plain steps alike. Drafting right after plain steps may
+    have a backlog to work off and is not counted.
+    """
+
+    def __init__(self, profile: CostProfile) -> None:
+        self._profile = profile
+        self._after_plain = False
+        self.verify = Curve()
+        self.draft = 1.0
+        self.rest = {False: 1.0, True: 1.0}
+        """Measured over predicted seconds outside the passes, of plain and of speculative steps."""
+
+    def observe(self, report: StepReport) -> None:
+        load, plan, times, profile = report.load, report.plan, report.times, self._profile
+        if load.prefill_tokens or not load.batch_size:
+            return
+        after_plain, self._after_plain = self._after_plain, not plan.speculates
+        rows = load.batch_size + report.verified
+        self.verify.follow(rows, times.verify / profile.verify_seconds(load.batch_size, rows, load.mean_context))
+        usual = profile.overhead_seconds(load.batch_size, report.verified, plan.speculates)
+        if usual > 0.0:
+            rest = times.total - times.verify - times.draft
+            self.rest[plan.speculates] = _follow(self.rest[plan.speculates], rest / usual)
+        if plan.speculates and not after_plain:
+            drafted = profile.draft_seconds(load.batch_size, plan.width, plan.max_depth)
+            self.draft = _follow(self.draft, times.draft / drafted)
+
+
+def _follow(average: float, ratio: float) -> float:
+    """Geometric running average; one measurement counts as at most a factor of 4 either way."""
+    if not ratio > 0.0:
+        return average
+    return average * math.exp(RATE * max(-1.4, min(1.4, math.log(ratio / average))))

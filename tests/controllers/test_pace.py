@@ -1,0 +1,112 @@
+"""Corrections of a cost profile by what steps took."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from echo_rl.contracts import LoadView, PhaseTimes, SpecPlan, StepReport
+from echo_rl.controllers.pace import PRIOR, Curve, Pace
+
+
+def report_of(verified, batch=8, times=PhaseTimes()):  # noqa: B008 - frozen
+    plan = SpecPlan(verified, 3, 3) if verified else SpecPlan(0)
+    load = LoadView(batch, 0, 0, 128.0, 0.1, 64)
+    return StepReport(load, plan, (), 0, verified, 0, batch, (), (), times)
+
+
+def test_drafting_the_rest_and_the_whole_machine_are_told_apart(make_profile):
+    profile = make_profile()
+    pace = Pace(profile)
+    slow = PhaseTimes(
+        draft=3 * profile.draft_seconds(8, 3, 3),
+        verify=2 * profile.verify_seconds(8, 8 + 24, 128.0),
+        commit=1.5 * profile.overhead_seconds(8, 24, True),
+    )
+    for _ in range(400):
+        pace.observe(report_of(24, times=slow))
+    assert pace.draft == pytest.approx(3.0, rel=0.01)
+    assert pace.verify.factor(32) == pytest.approx(2.0, rel=0.01)
+    assert pace.verify.factor(8) == pytest.approx(2.0, rel=0.1)  # a slow machine is slow for everyone
+    assert pace.rest[False] == 1.0  # no plain step was seen
+    assert pace.rest[True] == pytest.approx(1.5, rel=0.01)
+
+
+def test_a_misjudged_plain_pass_is_learned_at_the_switch(make_profile):
+    """Speculative passes take twice the prediction, plain ones 1.4 times."""
+    profile = make_profile()
+    pace = Pace(profile)
+    speculative = PhaseTimes(verify=2.0 * profile.verify_seconds(8, 40, 128.0))
+    plain = PhaseTimes(verify=1.4 * profile.ar_seconds(8, 128.0))
+    for _ in range(4):
+        for _ in range(60):
+            pace.observe(report_of(32, times=speculative))
+        pace.observe(report_of(0, times=plain))
+    assert pace.verify.factor(40) == pytest.approx(2.0, rel=0.03)
+    assert pace.verify.factor(8) == pytest.approx(1.4, rel=0.05)
+    for _ in range(200):  # off for good: the contrast stays, although plain steps alone cannot show it
+        pace.observe(report_of(0, times=plain))
+    assert pace.verify.factor(40) / pace.verify.factor(8) == pytest.approx(2.0 / 1.4, rel=0.05)
+
+
+def test_what_lies_between_two_measured_sizes_lies_between_their_factors():
+    curve = Curve()
+    for _ in range(30):
+        curve.follow(1, 1.2)
+        curve.follow(16, 2.0)
+    between = [curve.factor(rows) for rows in (1, 2, 3, 4, 6, 8, 12, 16)]
+    assert between == sorted(between)
+    assert 1.35 < curve.factor(4) < 1.75
+
+
+def test_a_slow_spell_moves_the_whole_curve_and_keeps_its_shape():
+    curve = Curve()
+    for _ in range(50):
+        curve.follow(1, 1.0)
+        curve.follow(16, 1.5)
+    for _ in range(100):  # everything takes twice as long; only large passes are seen
+        curve.follow(16, 3.0)
+    assert curve.factor(16) == pytest.approx(3.0, rel=0.02)
+    assert curve.factor(1) == pytest.approx(2.0, rel=0.1)
+
+
+def test_one_preempted_pass_changes_little():
+    curve = Curve()
+    for _ in range(200):
+        curve.follow(8, 1.0)
+    curve.follow(8, 50.0)
+    assert curve.factor(8) < 1.1
+
+
+def test_the_backlog_of_a_drafter_that_was_off_is_not_its_pace(make_profile):
+    pace = Pace(make_profile())
+    pace.observe(report_of(0, times=PhaseTimes(verify=0.01)))
+    pace.observe(report_of(8, times=PhaseTimes(draft=9.0, verify=0.01)))
+    assert pace.draft == 1.0
+
+
+def test_steps_that_prefill_or_measure_nothing_teach_nothing(make_profile):
+    pace = Pace(make_profile())
+    report = report_of(8, times=PhaseTimes(verify=5.0))
+    pace.observe(replace(report, load=replace(report.load, prefill_tokens=64)))
+    for ratio in (0.0, -1.0, math.nan, math.inf):
+        pace.verify.follow(8, ratio)
+    assert pace.verify.factor(8) == 1.0
+
+
+@given(st.lists(st.tuples(st.integers(1, 20_000), st.floats(1e-4, 1e4)), max_size=60))
+def test_any_measurements_leave_a_finite_curve(measured):
+    curve = Curve()
+    for rows, ratio in measured:
+        curve.follow(rows, ratio)
+    rows = [1, 1.5, 7, 64, 1000, 10**6]
+    factors = curve.factors(curve.weights(rows))
+    assert np.isfinite(factors).all() and (factors > 0).all()
+    assert factors == pytest.approx([curve.factor(n) for n in rows])
+    assert np.linalg.eigvalsh(curve._covariance).min() > -1e-9
+    assert (np.diag(curve._covariance) <= np.diag(PRIOR) + 1e-9).all()
