@@ -65,6 +65,12 @@ class Curve:
         factors: Floats = np.exp(weights @ self._logs)
         return factors
 
+    def doubts(self, weights: Floats, rows: float) -> Floats:
+        """[...] standard deviation of log `factors` against that of a pass of `rows` rows."""
+        apart = weights - self.weights(rows)
+        doubts: Floats = np.sqrt(np.maximum(0.0, np.einsum("...i,...i", apart @ self._covariance, apart)))
+        return doubts
+
     def factor(self, rows: float) -> float:
         """`factors` of one pass, for little."""
         low, share = _place(rows)

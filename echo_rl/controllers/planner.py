@@ -40,6 +40,8 @@ class Shape:
 
 
 PLAIN = Shape(0)
+HOPE = 1.0
+"""Standard deviations by which an untried pass may be cheaper than its prediction."""
 FIRST_CHECK = 8
 """Speculative steps before plain decoding is looked at for the first time; each further look waits twice as long."""
 
@@ -47,7 +49,7 @@ FIRST_CHECK = 8
 @dataclass(frozen=True)
 class PlannerOptions:
     period: int = 8
-    """Steps for which a decision for a batch size stands."""
+    """Most steps for which a decision for a batch size stands."""
     margin: float = 0.03
     """Predicted gain that it takes to leave the shape in use; switching off takes none."""
     theta: float = BREAK_EVEN_ACCEPTANCE
@@ -98,6 +100,8 @@ class Decision:
     speedup: float
     """Predicted tokens a second of `best` over those of plain decoding."""
     expires: int
+    stands: int
+    """Steps that it is for: few at first, when little is known."""
 
 
 class BudgetPlanner:
@@ -177,24 +181,34 @@ class BudgetPlanner:
     def _decide(self, load: LoadView) -> Decision:
         self._catch_up()
         menu = self._menu(load)
-        shapes, expires = menu.choices.shapes, self._step + self._options.period
+        shapes, previous = menu.choices.shapes, self._decisions.get(load.batch_size)
+        stands = min(self._options.period, 2 * previous.stands) if previous is not None else 1
+        expires = self._step + stands
         if not shapes:
-            return Decision(PLAIN, PLAIN, math.inf, 0.0, expires)
+            return Decision(PLAIN, PLAIN, math.inf, 0.0, expires, stands)
         batch, plain = load.batch_size, self._plain_seconds(load)
         tokens = (self._acceptance.expected(menu.choices.yields) + 1.0) * batch
         seconds = self._seconds(menu, tokens)
-        rates = (tokens / seconds).tolist()
-        best = rates.index(max(rates))
-        top, off = rates[best], batch / plain
-        excess = float(seconds[best]) - plain
-        previous = self._decisions.get(batch)
+        rates, off = tokens / seconds, batch / plain
         in_use = previous.shape if previous is not None else self._in_use
         incumbent = menu.choices.places.get((in_use.nodes, in_use.depth))
-        current = rates[incumbent] if incumbent is not None else off
-        if top <= max(off, current * (1.0 + self._options.margin)):  # not worth a move
-            stay = shapes[incumbent] if incumbent is not None and current > off else PLAIN
-            return Decision(stay, shapes[best], excess, top / off, expires)
-        return Decision(shapes[best], shapes[best], excess, top / off, expires)
+        hopes = rates if incumbent is None else rates * self._hope(menu, batch + in_use.budget, seconds)
+        current = float(rates[incumbent]) if incumbent is not None else off
+        best = int(hopes.argmax())
+        shape = shapes[best]
+        if hopes[best] <= max(off, current * (1.0 + self._options.margin)):  # not worth a move
+            shape = shapes[incumbent] if incumbent is not None and current > off else PLAIN
+        return Decision(shape, shapes[best], float(seconds[best]) - plain, float(rates[best]) / off, expires, stands)
+
+    def _hope(self, menu: Menu, rows: int, seconds: Floats) -> Floats:
+        """[O] how much faster each shape may be than predicted, for all that is known beside a pass of `rows` rows.
+
+        Without hope a shape that the profile makes too dear would never be tried.
+        """
+        passes = menu.verify * self._pace.verify.factors(menu.curve)
+        saved = passes * (1.0 - np.exp(-HOPE * self._pace.verify.doubts(menu.curve, rows)))
+        hope: Floats = seconds / (seconds - saved)
+        return hope
 
     def _seconds(self, menu: Menu, tokens: Floats) -> Floats:
         """[O] a step of each shape, with its share of letting the drafter read the prompts."""

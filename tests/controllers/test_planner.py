@@ -39,6 +39,22 @@ def test_the_budget_stays_under_the_knee(make_profile, make_world, run):
         assert max(budgets) <= profile.knee(batch) == 16 - batch
 
 
+@pytest.mark.parametrize(("free_rows", "per_row", "share"), [(16, 0.5e-3, 0.97), (48, 0.2e-3, 0.84)])
+def test_a_profile_of_another_machine_is_corrected_while_serving(
+    make_profile, make_world, run, free_rows, per_row, share
+):
+    """Rows are believed to be cheaper than they are: what passes take tells, trials of the rest included."""
+    truth, believed = make_profile(free_rows=8, per_row=1e-3), make_profile(free_rows=free_rows, per_row=per_row)
+
+    def speed(profile, batch):
+        world = make_world(truth, hit=0.6, noise=0.05)
+        run(world, make("echo", profile=profile), batch, 400)
+        return world.tokens / world.seconds
+
+    for batch in (1, 4, 16):
+        assert speed(believed, batch) > share * speed(truth, batch)
+
+
 def test_free_verification_buys_more_nodes_and_dear_drafting_fewer_levels(make_profile, make_world, run):
     def settled(profile):
         return run(make_world(profile, hit=0.7), make("echo", profile=profile), 1, 200)[-1].plan
