@@ -1,6 +1,7 @@
 """How well a replay stands for the live loop: accepted tokens (must be equal), throughput, ranking, and speed.
 
-Needs a trace of the benchmark's prompts: ``echo-rl record --width 10 --out benchmarks/results/work/trace``.
+Predicted times are as good as their profile, so the machine's costs are measured first. Needs a trace of the
+benchmark's prompts: ``echo-rl record --width 10 --out benchmarks/results/work/trace``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import numpy as np
 import tyro
 
 from common import CONSOLE, RESULTS, EngineOptions, Ledger, Place, load_engine, main
+from echo_rl.calibrate.cost import Grid
+from echo_rl.cli.session import measured_profile
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Request
 from echo_rl.controllers import registry
@@ -39,6 +42,7 @@ ARMS = (
     "fixed:nodes=1,depth=2,width=2", "fixed:nodes=2,depth=3,width=3",
     "fixed:nodes=5,depth=4,width=3", "fixed:nodes=15,depth=5,width=4", "echo",
 )  # fmt: skip
+QUICK_GRID = Grid((1, 8), (1, 8, 32), (64,), (1, 3), (1, 3), repeats=1)
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,13 @@ def script() -> None:
     trace = Trace.load(args.trace)
     engine, environment = load_engine(args.engine)
     ledger = Ledger(place.work, {"environment": environment, "quick": args.quick})
-    costs = CostArrays(CostProfile.default())
+    grid = QUICK_GRID if args.quick else Grid(batches=(1, 2, 4, 8, 16, 32))
+    measured = place.work / "profile.json"
+    costs = CostArrays(
+        CostProfile.load(measured)
+        if measured.is_file()
+        else measured_profile(engine, environment, grid, place.work, CONSOLE)
+    )
     cells = []
     for block in range(args.blocks):
         for concurrency in args.concurrency:
@@ -91,11 +101,11 @@ def throughput(
     requests = [
         r for i, r in enumerate(trace.requests()) if i // count == block % max(1, len(trace.responses) // count)
     ]
-    parsed = Arm.parse(arm)
+    parsed, make = Arm.parse(arm), registry.planning_by(costs.profile)
     rates = {}
     backend = ReplayBackend(trace, costs, seed=block)
     for name, server, clock in (("live", engine, time.perf_counter), ("replay", backend, backend.clock)):
-        controller = registry.make(parsed.controller, **parsed.options)
+        controller = make(parsed.controller, **parsed.options)
         serve(server, controller, requests[: min(4, concurrency)], concurrency, clock=clock)
         run = serve(server, controller, requests, concurrency, clock=clock)
         rates[name] = run.output_tokens / run.seconds

@@ -43,17 +43,10 @@ class Cost:
         from rich.console import Console
 
         from echo_rl.calibrate import figures
-        from echo_rl.calibrate.cost import Machine
-        from echo_rl.calibrate.live import calibrate_cost
-        from echo_rl.cli.session import load_engine
+        from echo_rl.cli.session import load_engine, measured_profile
 
         console = Console()
-        engine, environment = load_engine(self.engine)
-        machine = Machine(environment["device"], environment["dtype"], self.engine.model, int(environment["threads"]))
-        self.out.mkdir(parents=True, exist_ok=True)
-        provenance = f"{environment['cpu']}, torch {environment['torch']}"
-        profile = calibrate_cost(engine, machine, self.grid, self.out / "samples.json", console, provenance)
-        profile.save(self.out / "profile.json")
+        profile = measured_profile(*load_engine(self.engine), self.grid, self.out, console)
         figures.save(figures.cost(profile), self.out / "cost.png")
         console.print(knee_table(profile))
         console.print(f"Written: {self.out / 'profile.json'}, {self.out / 'cost.png'}", soft_wrap=True)

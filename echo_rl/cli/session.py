@@ -1,7 +1,8 @@
-"""Runs a benchmark on a live engine and shows it: what `bench` and `demo` share."""
+"""Loads an engine, measures its costs, runs a benchmark on it and shows that: what commands and scripts share."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from echo_rl.config import EngineConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from echo_rl.calibrate.cost import Grid
+    from echo_rl.profile import CostProfile
     from echo_rl.runtime.engine import Engine
     from echo_rl.sweep import BenchConfig
 
@@ -57,3 +60,18 @@ def load_engine(config: EngineConfig) -> tuple[Engine, dict[str, str]]:
         calibration=digest(own_or_packaged("profile.json"), own_or_packaged("gates.json")),
     )
     return engine, environment
+
+
+def measured_profile(
+    engine: Engine, environment: Mapping[str, str], grid: Grid, folder: Path, console: Console
+) -> CostProfile:
+    """This machine's costs, kept in `folder` with the samples so far. Raises `ConfigError` for samples of another."""
+    from echo_rl.calibrate.cost import Machine
+    from echo_rl.calibrate.live import calibrate_cost
+
+    machine = Machine(environment["device"], environment["dtype"], environment["model"], int(environment["threads"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    provenance = f"{environment['cpu']}, torch {environment['torch']}"
+    profile = calibrate_cost(engine, machine, grid, folder / "samples.json", console, provenance)
+    profile.save(folder / "profile.json")
+    return profile
