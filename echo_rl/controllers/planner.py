@@ -192,7 +192,7 @@ class BudgetPlanner:
         rates, off = tokens / seconds, batch / plain
         in_use = previous.shape if previous is not None else self._in_use
         incumbent = menu.choices.places.get((in_use.nodes, in_use.depth))
-        hopes = rates if incumbent is None else rates * self._hope(menu, batch + in_use.budget, seconds)
+        hopes = rates if incumbent is None else rates * self._hope(menu, batch + shapes[incumbent].budget, seconds)
         current = float(rates[incumbent]) if incumbent is not None else off
         best = int(hopes.argmax())
         shape = shapes[best]
