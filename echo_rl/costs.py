@@ -82,7 +82,7 @@ def _interpolate(surface: Floats, axes: tuple[Floats, ...], at: tuple[ArrayLike,
 
 
 def _locate(axis: Floats, x: ArrayLike, extrapolate: bool) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
-    """Knots below and above and the position between them; see `profile._locate`."""
+    """Knots below and above and the position between them; see `grid.locate`."""
     x = np.asarray(x, dtype=np.float64)
     if len(axis) == 1:
         zero = np.zeros(x.shape, dtype=np.int64)

@@ -14,6 +14,7 @@ Surface = tuple[tuple[tuple[float, ...], ...], ...]
 
 
 def check_surface(name: str, surface: Surface, axes: tuple[Axis, Axis, Axis]) -> None:
+    """Raise `ConfigError` unless `surface` fits its axes and holds positive seconds that never fall as work grows."""
     for axis in axes:
         if not axis or any(b <= a for a, b in pairwise(axis)):
             raise ConfigError(f"profile axis {axis} of {name} must be increasing and not empty")

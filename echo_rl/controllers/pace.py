@@ -8,6 +8,7 @@ almost what it predicts. So the verify pass is corrected by a curve over its row
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -73,21 +74,19 @@ class Curve:
 
     def factor(self, rows: float) -> float:
         """`factors` of one pass, for little."""
-        low, share = _place(rows)
-        return math.exp((1.0 - share) * float(self._logs[low]) + share * float(self._logs[low + 1]))
+        return math.exp(_between(self._logs, *_place(rows)))
 
     def follow(self, rows: float, ratio: float) -> None:
         """Learn from a pass of `rows` rows that took `ratio` of its predicted seconds."""
         if not 0.0 < ratio < math.inf:
             return
-        known, (low, share) = self._covariance, _place(rows)
+        known, place = self._covariance, _place(rows)
         known *= 1.0 - FORGOTTEN
         known += _RELAPSE
-        gain = (1.0 - share) * known[low] + share * known[low + 1]
-        spread = (1.0 - share) * float(gain[low]) + share * float(gain[low + 1]) + NOISE**2
-        expected = (1.0 - share) * float(self._logs[low]) + share * float(self._logs[low + 1])
+        gain = _between(known, *place)
+        spread = float(_between(gain, *place)) + NOISE**2
         most = OUTLIER * math.sqrt(spread)
-        surprise = max(-most, min(most, math.log(ratio) - expected))
+        surprise = max(-most, min(most, math.log(ratio) - float(_between(self._logs, *place))))
         self._logs += gain * (surprise / spread)
         known -= gain[:, None] * (gain / spread)
 
@@ -97,6 +96,11 @@ def _place(rows: float) -> tuple[int, float]:
     place = min(max(math.log2(max(rows, 1.0)), 0.0), OCTAVES - 1.0)
     low = min(int(place), OCTAVES - 2)
     return low, place - low
+
+
+def _between(values: Floats, low: int, share: float) -> Any:
+    """`values` (a knot's number, or its row) at a place."""
+    return (1.0 - share) * values[low] + share * values[low + 1]
 
 
 class Pace:

@@ -188,11 +188,15 @@ class BudgetPlanner:
             return Decision(PLAIN, PLAIN, math.inf, 0.0, expires, stands)
         batch, plain = load.batch_size, self._plain_seconds(load)
         tokens = (self._acceptance.expected(menu.choices.yields) + 1.0) * batch
-        seconds = self._seconds(menu, tokens)
+        factors = self._pace.verify.factors(menu.curve)
+        seconds = self._seconds(menu, tokens, factors)
         rates, off = tokens / seconds, batch / plain
         in_use = previous.shape if previous is not None else self._in_use
         incumbent = menu.choices.places.get((in_use.nodes, in_use.depth))
-        hopes = rates if incumbent is None else rates * self._hope(menu, batch + shapes[incumbent].budget, seconds)
+        hopes = rates
+        if incumbent is not None:  # without hope a shape that the profile makes too dear would never be tried
+            doubts = self._pace.verify.doubts(menu.curve, batch + shapes[incumbent].budget)
+            hopes = tokens / self._seconds(menu, tokens, factors * np.exp(-HOPE * doubts))
         current = float(rates[incumbent]) if incumbent is not None else off
         best = int(hopes.argmax())
         shape = shapes[best]
@@ -200,21 +204,14 @@ class BudgetPlanner:
             shape = shapes[incumbent] if incumbent is not None and current > off else PLAIN
         return Decision(shape, shapes[best], float(seconds[best]) - plain, float(rates[best]) / off, expires, stands)
 
-    def _hope(self, menu: Menu, rows: int, seconds: Floats) -> Floats:
-        """[O] how much faster each shape may be than predicted, for all that is known beside a pass of `rows` rows.
+    def _seconds(self, menu: Menu, tokens: Floats, factors: Floats) -> Floats:
+        """[O] a step of each shape, with its share of letting the drafter read the prompts.
 
-        Without hope a shape that the profile makes too dear would never be tried.
+        `factors` [O]: what verifying takes over what the profile says.
         """
-        passes = menu.verify * self._pace.verify.factors(menu.curve)
-        saved = passes * (1.0 - np.exp(-HOPE * self._pace.verify.doubts(menu.curve, rows)))
-        hope: Floats = seconds / (seconds - saved)
-        return hope
-
-    def _seconds(self, menu: Menu, tokens: Floats) -> Floats:
-        """[O] a step of each shape, with its share of letting the drafter read the prompts."""
         pace = self._pace
         reading = tokens * self._prompts.ratio * self._profile.catch_up * pace.draft
-        passes = menu.verify * pace.verify.factors(menu.curve) + menu.choices.draft * pace.draft
+        passes = menu.verify * factors + menu.choices.draft * pace.draft
         return passes + menu.choices.rest * pace.rest[True] + reading
 
     def _plain_seconds(self, load: LoadView) -> float:
@@ -244,7 +241,7 @@ class BudgetPlanner:
         menu = self._menu(load)
         hoped = self._acceptance.expected(menu.choices.yields, miss=0.5 ** (1.0 + self._ledger.steps / 512))
         tokens = (hoped + 1.0) * load.batch_size
-        fastest = (tokens / self._seconds(menu, tokens)).max()
+        fastest = (tokens / self._seconds(menu, tokens, self._pace.verify.factors(menu.curve))).max()
         return bool(fastest > load.batch_size / self._plain_seconds(load))
 
     def _menu(self, load: LoadView) -> Menu:
