@@ -32,6 +32,7 @@ class Linear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, int8: bool = False) -> None:
         self.out_features, self.in_features = weight.shape
+        self._dtype = weight.dtype
         self._product, self._operands = _lay_out(weight, bias, int8)
 
     @property
@@ -40,7 +41,11 @@ class Linear:
         return 8 * self._operands[0].element_size()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, in] -> [N, out] in the weight's dtype."""
+        """[N, in] -> [N, out] in the weight's dtype. Raises ValueError on another width, dtype or layout."""
+        if x.shape[1:] != (self.in_features,) or x.dtype is not self._dtype or not x.is_contiguous():
+            raise ValueError(
+                f"x is {tuple(x.shape)} {x.dtype}; give contiguous rows of {self.in_features} numbers, {self._dtype}"
+            )
         return self._product(x, *self._operands)
 
 
@@ -48,10 +53,10 @@ def _lay_out(weight: torch.Tensor, bias: torch.Tensor | None, int8: bool) -> tup
     ops = ops_for(weight.device)
     narrow = ops.pack_int8(weight) if int8 and bias is None else None
     if narrow is not None:
-        return ops.linear_int8, narrow
+        return ops.trusted.linear_int8, narrow  # what is laid out here is sound, and `Linear` sees to the rows
     panels = ops.pack_weight(weight)
     if panels is not None:
-        return ops.linear, (panels, bias)
+        return ops.trusted.linear, (panels, bias)
     if _blocks(weight):
         return _blocked, (torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS), bias)
     return F.linear, (weight, bias)

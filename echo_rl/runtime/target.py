@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from echo_kernels import ops_for
+from echo_kernels.interface import Implementation
+from echo_kernels.ops import Ops
 from echo_rl.errors import WeightsError
 from echo_rl.runtime.architecture import Architecture, read_architecture, rope_table
 from echo_rl.runtime.checkpoint import TensorReader, read_tensors
@@ -68,7 +70,8 @@ class Target:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One pass. Writes keys and values of all rows; returns hidden states before the final norm
         [N, hidden] and, with taps, their concatenation [N, len(taps) * hidden]."""
-        ops, eps, scale = self.ops, self.arch.eps, self.arch.head_dim**-0.5
+        ops: Ops | Implementation = self.ops
+        eps, scale = self.arch.eps, self.arch.head_dim**-0.5
         residual = F.embedding(tokens, self.embed)
         x = ops.rms_norm(residual, self.layers[0].input_norm, eps)
         kept: dict[int, torch.Tensor] = {}
@@ -90,6 +93,7 @@ class Target:
                 residual = residual + x
             if i in taps:
                 kept[i] = residual.clone()  # the next layer adds to `residual` in place
+            ops = self.ops.trusted  # the other layers' calls are shaped like the first one's
         return residual, torch.cat([kept[i] for i in taps], dim=1) if taps else None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,15 @@ class Ops:
         self._dtypes = dtypes
         self._impl = implementation
 
+    @property
+    def trusted(self) -> Implementation:
+        """The same operations without their checks, which take as long as a small kernel does.
+
+        For calls whose arguments are known to be sound: shaped and laid out like those of a call that was
+        checked. Others may read or write memory that isn't theirs. Arguments go by place, none is left out.
+        """
+        return self._impl
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [N, H], weight [H] -> [N, H].
 

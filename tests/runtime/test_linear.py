@@ -33,3 +33,14 @@ def test_eight_bits_are_near_the_plain_product_and_only_where_they_may_be() -> N
     assert linear.bits in (8, 16)
     assert Linear(weight).bits == Linear(weight, bias, int8=True).bits == 16
     assert Linear(weight.float(), int8=True).bits == 32
+
+
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_rows_that_do_not_fit_are_refused(dtype: torch.dtype, int8: bool) -> None:
+    """Whatever the layout: a product that trusted them would read memory that isn't theirs."""
+    linear = Linear(torch.randn(96, 64, dtype=dtype), int8=int8)
+    other = torch.float16
+    for x in (torch.randn(5, 63, dtype=dtype), torch.randn(5, 64, dtype=other), torch.randn(64, 5, dtype=dtype).T):
+        with pytest.raises(ValueError, match="contiguous rows of 64"):
+            linear(x)
+    assert linear(torch.randn(5, 64, dtype=dtype)).shape == (5, 96)
