@@ -1,6 +1,6 @@
 """How well a replay stands for the live loop: accepted tokens (must be equal), throughput, ranking, and speed.
 
-Predicted times are as good as their profile, so the machine's costs are measured first. Needs a trace of the
+Predicted times are as good as their profile, so each block measures the machine's costs first. Needs a trace of the
 benchmark's prompts: ``echo-rl record --width 10 --out benchmarks/results/work/trace``.
 """
 
@@ -53,7 +53,7 @@ class Args:
     """Fewer arms, loads and steps."""
     trace: Path = RESULTS / "work" / "trace" / "trace.safetensors"
     concurrency: tuple[int, ...] = (1, 8, 32)
-    blocks: int = 1
+    blocks: int = 2
     exact_steps: int = 2_000
     """Steps that must be equal, over the controllers together."""
     engine: EngineOptions = field(default_factory=EngineConfig)
@@ -68,14 +68,15 @@ def script() -> None:
     engine, environment = load_engine(args.engine)
     ledger = Ledger(place.work, {"environment": environment, "quick": args.quick})
     grid = QUICK_GRID if args.quick else Grid(batches=(1, 2, 4, 8, 16, 32))
-    measured = place.work / "profile.json"
-    costs = CostArrays(
-        CostProfile.load(measured)
-        if measured.is_file()
-        else measured_profile(engine, environment, grid, place.work, CONSOLE)
-    )
     cells = []
     for block in range(args.blocks):
+        folder = place.work / f"block{block}"
+        known = (folder / "profile.json").is_file()
+        costs = CostArrays(
+            CostProfile.load(folder / "profile.json")
+            if known
+            else measured_profile(engine, environment, grid, folder, CONSOLE)
+        )
         for concurrency in args.concurrency:
             arms = ARMS if block % 2 == 0 else ARMS[::-1]
             for arm in arms:
