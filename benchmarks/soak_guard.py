@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 
 from echo_rl.cli.session import load_engine
 from echo_rl.config import EngineConfig
-from echo_rl.contracts import Controller, Forest, Frontier, LoadView, Request, SamplingParams, SpecPlan, StepReport
+from echo_rl.contracts import Controller, LoadView, Request, SamplingParams, SpecPlan
 from echo_rl.server.host import EngineHost, HostConfig
 from echo_rl.server.options import SwitchOptions
 from echo_rl.server.worker import Served, build_controller, live
+from echo_rl.wrapping import Wrapping
 
 SOUND_PLANS = 12
 """Plans before the fault: more than a rehearsal asks for."""
@@ -49,25 +50,16 @@ FAULTS: Mapping[str, tuple[Callable[[LoadView], SpecPlan], str]] = {
 """What it does, and the cause under which a guard must count it."""
 
 
-class Faulty:
+class Faulty(Wrapping):
     """Sound in rehearsals, and at fault ever after."""
 
     def __init__(self, name: str, inner: Controller) -> None:
-        self.name = name
-        self._inner, self._fault, self._plans = inner, FAULTS[name][0], 0
+        super().__init__(inner)
+        self.name, self._fault, self._plans = name, FAULTS[name][0], 0
 
     def plan(self, load: LoadView) -> SpecPlan:
         self._plans += 1
-        return self._inner.plan(load) if self._plans <= SOUND_PLANS else self._fault(load)
-
-    def extend(self, frontier: Frontier, plan: SpecPlan) -> Any:
-        return self._inner.extend(frontier, plan)
-
-    def select(self, forest: Forest, plan: SpecPlan) -> Any:
-        return self._inner.select(forest, plan)
-
-    def observe(self, report: StepReport) -> None:
-        self._inner.observe(report)
+        return super().plan(load) if self._plans <= SOUND_PLANS else self._fault(load)
 
 
 def make(spec: str) -> Controller:

@@ -1,87 +1,109 @@
-"""A cost profile over arrays: the same numbers as `CostProfile`'s methods, for many loads at once.
+"""Cost profiles over arrays: the same numbers as `CostProfile`'s methods, for many loads at once.
 
 Knows nothing of controllers, observations or replay. All times are seconds; arrays broadcast.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from echo_rl.errors import ConfigError
 from echo_rl.profile import CostProfile
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """How another machine differs from the profile's, one number a lane: multipliers, 1 = the same.
-
-    A pass of n rows over its plain size costs ``fixed * T(plain) + row * (T(n) - T(plain))``.
-    """
-
-    fixed: Floats
-    row: Floats
-    draft: Floats
-    overhead: Floats
-
-    @classmethod
-    def none(cls, lanes: int) -> Scaling:
-        one = np.ones(lanes)
-        return cls(one, one, one, one)
+Ints = NDArray[np.int64]
+Lanes = Ints | int
+"""Machines of the entries of an array: one each along its first axis, or the only one."""
+SCALARS = (
+    *("step_overhead", "spec_overhead", "request_overhead", "node_overhead"),
+    *("catch_up", "gate_overhead", "prefill_weight", "noise"),
+)
+"""Fields of a profile that `CostArrays.scalar` gives."""
 
 
 class CostArrays:
-    """Trilinear interpolation of a profile's surfaces, vectorised."""
+    """Trilinear interpolation of profiles' surfaces, vectorised.
 
-    def __init__(self, profile: CostProfile) -> None:
+    Either one machine, for arrays of any shape; or one a lane, for arrays whose first axis is the lanes.
+    """
+
+    def __init__(self, profile: CostProfile, lanes: int = 0) -> None:
+        """`lanes`: have so many machines, all of them this one until `put` says otherwise; 0 for a single one."""
         self.profile = profile
-        self._verify = np.asarray(profile.verify)
-        self._draft = np.asarray(profile.draft)
-        self._verify_axes = tuple(
-            np.asarray(a, dtype=np.float64) for a in (profile.batches, profile.rows, profile.contexts)
+        self._lanes, self._machines = lanes, [profile] * max(1, lanes)
+        self._verify, self._draft = (
+            np.stack([np.asarray(surface)] * len(self._machines)) for surface in (profile.verify, profile.draft)
         )
-        self._draft_axes = tuple(
-            np.asarray(a, dtype=np.float64) for a in (profile.draft_batches, profile.widths, profile.depths)
-        )
+        self._scalars = np.array([[getattr(profile, name)] * len(self._machines) for name in SCALARS])  # [S, lanes]
+        self._verify_axes = _axes(profile.batches, profile.rows, profile.contexts)
+        self._draft_axes = _axes(profile.draft_batches, profile.widths, profile.depths)
+
+    def machine(self, lane: int) -> CostProfile:
+        """A lane's profile."""
+        return self._machines[lane if self._lanes else 0]
+
+    def put(self, lane: int, machine: CostProfile) -> None:
+        """Give a lane another machine. Raises `ConfigError` where it isn't measured on the same grid."""
+        axes = ("batches", "rows", "contexts", "draft_batches", "widths", "depths")
+        if not self._lanes or any(getattr(machine, name) != getattr(self.profile, name) for name in axes):
+            raise ConfigError("machines of lanes must be measured on the same grid; derive them from one profile")
+        self._machines[lane] = machine
+        self._verify[lane], self._draft[lane] = np.asarray(machine.verify), np.asarray(machine.draft)
+        self._scalars[:, lane] = [getattr(machine, name) for name in SCALARS]
 
     def verify(self, batch: ArrayLike, rows: ArrayLike, context: ArrayLike) -> Floats:
         """`CostProfile.verify_seconds` over arrays."""
-        return _interpolate(self._verify, self._verify_axes, (batch, np.maximum(rows, batch), context), 1)
+        return self._interpolate(self._verify, self._verify_axes, (batch, np.maximum(rows, batch), context), 1)
 
     def draft(self, batch: ArrayLike, width: ArrayLike, depth: ArrayLike) -> Floats:
         """`CostProfile.draft_seconds` over arrays."""
-        seconds = _interpolate(self._draft, self._draft_axes, (batch, width, depth), 2)
+        seconds = self._interpolate(self._draft, self._draft_axes, (batch, width, depth), 2)
         return np.where(np.asarray(depth) > 0, seconds, 0.0)
 
     def overhead(self, batch: ArrayLike, nodes: ArrayLike, speculative: ArrayLike) -> Floats:
         """`CostProfile.overhead_seconds` over arrays."""
-        p = self.profile
-        extra = np.where(speculative, p.spec_overhead + p.node_overhead * np.asarray(nodes, dtype=np.float64), 0.0)
-        total: Floats = p.step_overhead + p.request_overhead * np.asarray(batch, dtype=np.float64) + extra
+        batch, nodes = np.asarray(batch, dtype=np.float64), np.asarray(nodes, dtype=np.float64)
+        fixed, more, request, node = self._scalars[:4, self._lane(max(batch.ndim, nodes.ndim))]
+        total: Floats = fixed + request * batch + np.where(speculative, more + node * nodes, 0.0)
         return total
 
+    def scalar(self, name: str) -> Floats:
+        """One of `SCALARS`: of the lanes ([E]), or of the only machine ([])."""
+        values: Floats = self._scalars[SCALARS.index(name), self._lane(1)]
+        return values
 
-def _interpolate(surface: Floats, axes: tuple[Floats, ...], at: tuple[ArrayLike, ...], open_axis: int) -> Floats:
-    places = [_locate(axis, x, extrapolate=i == open_axis) for i, (axis, x) in enumerate(zip(axes, at, strict=True))]
-    (a0, a1, ta), (b0, b1, tb), (c0, c1, tc) = places
+    def _lane(self, axes: int) -> Lanes:
+        """The lanes along the first of so many axes."""
+        return np.arange(self._lanes).reshape(-1, *(1,) * (axes - 1)) if self._lanes else 0
 
-    def line(a: NDArray[np.int64], b: NDArray[np.int64]) -> Floats:
-        low = surface[a, b, c0]
-        result: Floats = low + tc * (surface[a, b, c1] - low)
-        return result
+    def _interpolate(
+        self, surfaces: Floats, axes: tuple[Floats, ...], at: tuple[ArrayLike, ...], open_axis: int
+    ) -> Floats:
+        places = [
+            _locate(axis, x, extrapolate=i == open_axis) for i, (axis, x) in enumerate(zip(axes, at, strict=True))
+        ]
+        (a0, a1, ta), (b0, b1, tb), (c0, c1, tc) = places
+        lane = self._lane(max(a0.ndim, b0.ndim, c0.ndim))
 
-    def face(a: NDArray[np.int64]) -> Floats:
-        low = line(a, b0)
-        return low + tb * (line(a, b1) - low)
+        def line(a: Ints, b: Ints) -> Floats:
+            low = surfaces[lane, a, b, c0]
+            result: Floats = low + tc * (surfaces[lane, a, b, c1] - low)
+            return result
 
-    low = face(a0)
-    return low + ta * (face(a1) - low)
+        def face(a: Ints) -> Floats:
+            low = line(a, b0)
+            return low + tb * (line(a, b1) - low)
+
+        low = face(a0)
+        return low + ta * (face(a1) - low)
 
 
-def _locate(axis: Floats, x: ArrayLike, extrapolate: bool) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
+def _axes(*axes: tuple[int, ...]) -> tuple[Floats, ...]:
+    return tuple(np.asarray(axis, dtype=np.float64) for axis in axes)
+
+
+def _locate(axis: Floats, x: ArrayLike, extrapolate: bool) -> tuple[Ints, Ints, Floats]:
     """Knots below and above and the position between them; see `grid.locate`."""
     x = np.asarray(x, dtype=np.float64)
     if len(axis) == 1:

@@ -29,6 +29,8 @@ NOISE = 0.15
 """Standard deviation of a pass's log seconds about the curve."""
 FORGOTTEN = 1e-4
 """Share of what is known that a step forgets."""
+STEP = 1.4
+"""Log ratio to the running average that a measurement counts for at most."""
 OUTLIER = 3.0
 """Standard deviations that a measurement counts for at most."""
 
@@ -43,6 +45,13 @@ PRIOR = _prior()
 _RELAPSE = FORGOTTEN * PRIOR
 
 
+def hats(rows: ArrayLike) -> Floats:
+    """[..., OCTAVES] what each knot of a curve says about passes of so many rows."""
+    place = np.log2(np.clip(np.asarray(rows, dtype=float), 1.0, 2.0 ** (OCTAVES - 1)))
+    weights: Floats = np.maximum(0.0, 1.0 - np.abs(place[..., None] - np.arange(OCTAVES)))
+    return weights
+
+
 class Curve:
     """Log of measured over predicted seconds of a verify pass, over log2 of its rows.
 
@@ -55,20 +64,14 @@ class Curve:
         self._logs = np.zeros(OCTAVES)
         self._covariance = PRIOR.copy()
 
-    def weights(self, rows: ArrayLike) -> Floats:
-        """[..., OCTAVES] what each knot says about passes of so many rows; made once, used with `factors`."""
-        place = np.log2(np.clip(np.asarray(rows, dtype=float), 1.0, 2.0 ** (OCTAVES - 1)))
-        hats: Floats = np.maximum(0.0, 1.0 - np.abs(place[..., None] - np.arange(OCTAVES)))
-        return hats
-
     def factors(self, weights: Floats) -> Floats:
-        """[...] measured over predicted seconds."""
+        """[...] measured over predicted seconds of passes with these `hats`."""
         factors: Floats = np.exp(weights @ self._logs)
         return factors
 
     def doubts(self, weights: Floats, rows: float) -> Floats:
         """[...] standard deviation of log `factors` against that of a pass of `rows` rows."""
-        apart = weights - self.weights(rows)
+        apart = weights - hats(rows)
         doubts: Floats = np.sqrt(np.maximum(0.0, np.einsum("...i,...i", apart @ self._covariance, apart)))
         return doubts
 
@@ -135,7 +138,7 @@ class Pace:
 
 
 def _follow(average: float, ratio: float) -> float:
-    """Geometric running average; one measurement counts as at most a factor of 4 either way."""
+    """Geometric running average."""
     if not ratio > 0.0:
         return average
-    return average * math.exp(RATE * max(-1.4, min(1.4, math.log(ratio / average))))
+    return average * math.exp(RATE * max(-STEP, min(STEP, math.log(ratio / average))))

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
@@ -22,6 +23,7 @@ from echo_rl.controllers.gates import GateCalibration
 from echo_rl.controllers.network import Policy
 from echo_rl.controllers.policy import Ppo, PpoOptions
 from echo_rl.costs import CostArrays
+from echo_rl.env.machines import another
 from echo_rl.env.reward import RewardOptions
 from echo_rl.env.trace import Trace
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
@@ -33,6 +35,8 @@ from echo_rl.learning.play import HeldOut, MakeController, World
 from echo_rl.profile import CostProfile
 
 CLOSED = tuple(f"closed:{c}" for c in (1, 2, 4, 8, 16, 32))
+OTHERS_SHOWN, OTHERS_JUDGED = 3, 2
+"""Other machines in the demonstrations and in the evaluation."""
 FREE = ("out", "learner.steps", "learner.evaluate_every", "learner.checkpoint_every", "learner.threads")
 """Settings that a resumed run may change."""
 FILES = ("trace", "profile", "calibration")
@@ -59,10 +63,9 @@ class TrainConfig:
     """Env steps an episode."""
     repeat: int = 4
     """Serving steps for which a decision stands, in training and in serving."""
-    randomise: bool = False
-    """Draw another machine's costs for each episode, for a policy that transfers."""
-    misjudged: bool = False
-    """With `randomise`: show the profile's own costs nevertheless, so that the policy learns to read the pace."""
+    randomise: bool = True
+    """Serve each episode on another machine than the profile says (see `machines.another`), and evaluate on others too:
+    for a policy that transfers, also to this machine in another hour. Otherwise the profile is always right."""
     noise: bool = False
     """Train under noisy step times. Without, rewards are exact and differ by what was decided alone."""
     reference: bool = True
@@ -137,6 +140,11 @@ class Setting:
     def costs(self) -> CostArrays:
         return CostArrays(self.profile)
 
+    def worlds(self, trace: Trace, others: int) -> list[World]:
+        """Replays of a trace on the profile's machine and on so many others, always the same ones."""
+        machines = [another(self.profile, np.random.default_rng(number)) for number in range(others)]
+        return [World(trace, CostArrays(machine)) for machine in (self.profile, *machines)]
+
     @property
     def gates(self) -> Gates:
         return self.calibration.sparse(max(self.table.depths))
@@ -176,7 +184,7 @@ def make_env(config: TrainConfig, setting: Setting) -> VecEnv:
     """The lanes to learn on."""
     options = FleetOptions(
         workloads=config.workloads, table=setting.table, reward=config.reward, horizon=config.horizon,
-        repeat=config.repeat, randomise=config.randomise, misjudged=config.misjudged, hidden=config.hidden,
+        repeat=config.repeat, randomise=config.randomise, hidden=config.hidden,
         gates=setting.gates, score_power=setting.calibration.score_power, noise=config.noise,
     )  # fmt: skip
     options = options if config.reference else replace(options, reference=())
@@ -185,12 +193,12 @@ def make_env(config: TrainConfig, setting: Setting) -> VecEnv:
 
 def make_score(config: TrainConfig, setting: Setting, baselines: Mapping[str, MakeController]) -> Score:
     """The evaluation on held-out responses, as the policy would be served."""
-    world = World(setting.held_out, setting.costs)
+    worlds = setting.worlds(setting.held_out, OTHERS_JUDGED if config.randomise else 0)
 
     def serve(policy: Policy) -> Ppo:
         return Ppo(PpoOptions(policy, setting.profile, setting.calibration))
 
-    return HeldOut(world, serve, config.evaluate_on, config.evaluation_steps, config.seed, baselines)
+    return HeldOut(worlds, serve, config.evaluate_on, config.evaluation_steps, config.seed, baselines)
 
 
 def claim(config: TrainConfig, setting: Setting) -> dict[str, Any]:
@@ -212,10 +220,10 @@ def _clone_echo(policy: ActorCriticPolicy, config: TrainConfig, setting: Setting
     """The policy starts out as ECHO; what of it was learned."""
     if not config.clone.steps:
         return {}
+    worlds = setting.worlds(setting.training, OTHERS_SHOWN if config.randomise else 0)
     scene = Scene(
-        World(setting.training, setting.costs), setting.table, setting.gates,
-        config.workloads, config.repeat, config.horizon,
-    )  # fmt: skip
+        worlds, setting.profile, setting.table, setting.gates, config.workloads, config.repeat, config.horizon
+    )
     shown = demonstrate(scene, setting.echo, config.clone, config.seed)
     seen = Demonstrations(shown.observations * visible(config.hidden), shown.actions)
     agreed = clone(policy, seen, config.clone, config.seed)

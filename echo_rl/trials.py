@@ -20,7 +20,7 @@ from rich.console import Console
 
 from echo_rl import intervals
 from echo_rl.bench import MakeController, run_missing
-from echo_rl.contracts import Backend, Controller, Forest, Frontier, LoadView, Request, Selection, SpecPlan, StepReport
+from echo_rl.contracts import Backend, Controller, LoadView, Request, SpecPlan
 from echo_rl.env.server import Restartable
 from echo_rl.env.workload import SUITES, Arrivals, Workload, parse
 from echo_rl.errors import ConfigError
@@ -28,10 +28,9 @@ from echo_rl.loop import drive
 from echo_rl.records import RunRecord, StepRecord
 from echo_rl.results import Store
 from echo_rl.sweep import Arm, Trial, TrialConfig, trials
+from echo_rl.wrapping import Wrapping
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from echo_rl.env.trace import Trace
 
 WARMUP_STEPS = 20
@@ -119,13 +118,13 @@ class Rotation:
         return chosen
 
 
-class Fitted:
+class Fitted(Wrapping):
     """A controller whose plans are cut to what the venue can serve. Warns the first time."""
 
     def __init__(self, controller: Controller, depth: int | None, width: int | None) -> None:
-        self.name = controller.name
+        super().__init__(controller)
         self.cuts = 0
-        self._controller, self._depth, self._width = controller, depth, width
+        self._depth, self._width = depth, width
 
     def plan(self, load: LoadView) -> SpecPlan:
         plan = self._controller.plan(load)
@@ -137,15 +136,6 @@ class Fitted:
             log.warning(words, self.name, cut.max_depth, cut.width)
         self.cuts += 1
         return cut
-
-    def extend(self, frontier: Frontier, plan: SpecPlan) -> Tensor:
-        return self._controller.extend(frontier, plan)
-
-    def select(self, forest: Forest, plan: SpecPlan) -> Selection:
-        return self._controller.select(forest, plan)
-
-    def observe(self, report: StepReport) -> None:
-        self._controller.observe(report)
 
 
 def play(

@@ -29,6 +29,7 @@ def outcomes_of(report: StepReport) -> Outcomes:
         confidence=quantiles(np.array(first))[None] if first else np.full((1, 3), np.nan),
         verify_seconds=np.array([report.times.verify]),
         draft_seconds=np.array([report.times.draft]),
+        other_seconds=np.array([report.times.total - report.times.verify - report.times.draft]),
     )
 
 

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
     {"contracts", "errors"},
-    {"config", "codec", "costs", "profile", "packages", "grid", "calibration_files"},
+    {"config", "codec", "costs", "pace", "profile", "packages", "grid", "calibration_files", "wrapping"},
     {"runtime", "env", "controllers"},
     {
         *("loop", "metrics", "prompts", "sweep", "results", "bench", "plots", "record", "drafting", "calibrate"),
@@ -31,7 +31,7 @@ LEVELS = (
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 SEPARATE = {"runtime", "env", "controllers"}
 TORCH_FREE = (
-    *("contracts", "errors", "config", "costs", "codec", "profile", "packages"),
+    *("contracts", "errors", "config", "costs", "pace", "wrapping", "codec", "profile", "packages"),
     *(
         "grid",
         "calibration_files",

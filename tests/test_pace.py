@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from echo_rl.codec.paces import Curves
 from echo_rl.contracts import LoadView, PhaseTimes, SpecPlan, StepReport
-from echo_rl.controllers.pace import PRIOR, Curve, Pace
+from echo_rl.pace import PRIOR, Curve, Pace, hats
+from tests.profiles import hinge_profile
 
 
 def report_of(verified, batch=8, times=PhaseTimes()):  # noqa: B008 - frozen
@@ -20,8 +22,8 @@ def report_of(verified, batch=8, times=PhaseTimes()):  # noqa: B008 - frozen
     return StepReport(load, plan, (), 0, verified, 0, batch, (), (), times)
 
 
-def test_drafting_the_rest_and_the_whole_machine_are_told_apart(make_profile):
-    profile = make_profile()
+def test_drafting_the_rest_and_the_whole_machine_are_told_apart():
+    profile = hinge_profile()
     pace = Pace(profile)
     slow = PhaseTimes(
         draft=3 * profile.draft_seconds(8, 3, 3),
@@ -37,9 +39,9 @@ def test_drafting_the_rest_and_the_whole_machine_are_told_apart(make_profile):
     assert pace.rest[True] == pytest.approx(1.5, rel=0.01)
 
 
-def test_a_misjudged_plain_pass_is_learned_at_the_switch(make_profile):
+def test_a_misjudged_plain_pass_is_learned_at_the_switch():
     """Speculative passes take twice the prediction, plain ones 1.4 times."""
-    profile = make_profile()
+    profile = hinge_profile()
     pace = Pace(profile)
     speculative = PhaseTimes(verify=2.0 * profile.verify_seconds(8, 40, 128.0))
     plain = PhaseTimes(verify=1.4 * profile.ar_seconds(8, 128.0))
@@ -83,15 +85,15 @@ def test_one_preempted_pass_changes_little():
     assert curve.factor(8) < 1.1
 
 
-def test_the_backlog_of_a_drafter_that_was_off_is_not_its_pace(make_profile):
-    pace = Pace(make_profile())
+def test_the_backlog_of_a_drafter_that_was_off_is_not_its_pace():
+    pace = Pace(hinge_profile())
     pace.observe(report_of(0, times=PhaseTimes(verify=0.01)))
     pace.observe(report_of(8, times=PhaseTimes(draft=9.0, verify=0.01)))
     assert pace.draft == 1.0
 
 
-def test_steps_that_prefill_or_measure_nothing_teach_nothing(make_profile):
-    pace = Pace(make_profile())
+def test_steps_that_prefill_or_measure_nothing_teach_nothing():
+    pace = Pace(hinge_profile())
     report = report_of(8, times=PhaseTimes(verify=5.0))
     pace.observe(replace(report, load=replace(report.load, prefill_tokens=64)))
     for ratio in (0.0, -1.0, math.nan, math.inf):
@@ -105,8 +107,24 @@ def test_any_measurements_leave_a_finite_curve(measured):
     for rows, ratio in measured:
         curve.follow(rows, ratio)
     rows = [1, 1.5, 7, 64, 1000, 10**6]
-    factors = curve.factors(curve.weights(rows))
+    factors = curve.factors(hats(rows))
     assert np.isfinite(factors).all() and (factors > 0).all()
     assert factors == pytest.approx([curve.factor(n) for n in rows])
     assert np.linalg.eigvalsh(curve._covariance).min() > -1e-9
     assert (np.diag(curve._covariance) <= np.diag(PRIOR) + 1e-9).all()
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.floats(0.1, 10.0), st.booleans()), min_size=1, max_size=40))
+def test_the_curves_of_lanes_are_as_many_curves(measured):
+    """Each lane learns from its own passes alone, also beside a lane that saw nothing or another size."""
+    single, many = Curve(), Curves(3)
+    for rows, ratio, counts in measured:
+        if counts:
+            single.follow(rows, ratio)
+        many.follow(np.array([rows, 300 - rows, 1.0]), np.array([ratio, 1.0, ratio]), np.array([counts, True, False]))
+    asked = np.array([1.0, 3.0, 20.0, 500.0])
+    factors = many.factors(np.tile(asked, (3, 1)))
+    np.testing.assert_allclose(factors[0], single.factors(hats(asked)), rtol=1e-9)
+    assert (factors[2] == 1.0).all()
+    many.reset(np.array([True, False, False]))
+    assert (many.factors(asked[:3])[0] == 1.0).all()

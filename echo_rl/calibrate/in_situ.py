@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from echo_rl.codec import gates_asked
 from echo_rl.contracts import Backend, LoadView, Request, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.costs import CostArrays, Scaling
+from echo_rl.costs import CostArrays
 from echo_rl.env.timing import Floats, Phases, Work, step_phases
 from echo_rl.grid import Surface
 from echo_rl.loop import serve
@@ -124,7 +124,7 @@ def correct(profile: CostProfile, samples: Sequence[Sample]) -> CostProfile:
 
 def predicted(profile: CostProfile, samples: Sequence[Sample]) -> Phases:
     """The seconds that the profile gives steps with decoding requests, as a replay charges them."""
-    return step_phases(CostArrays(profile), Scaling.none(len(samples)), _work(samples))
+    return step_phases(CostArrays(profile), _work(samples))
 
 
 def _work(samples: Sequence[Sample]) -> Work:

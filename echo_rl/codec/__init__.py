@@ -8,7 +8,8 @@ plain floats; both say the same. Knows nothing of rewards, networks or where ste
 from echo_rl.codec.actions import CALIBRATED, ActionTable, Gates, Knobs, gates_asked, planned_gates
 from echo_rl.codec.features import CODEC_VERSION, CONFIDENCE, DEPTHS, FEATURES, GROUPS
 from echo_rl.codec.lane import Lane
-from echo_rl.codec.tracker import Loads, Outcomes, Tracker, quantiles
+from echo_rl.codec.loads import Loads, Outcomes
+from echo_rl.codec.tracker import Tracker, quantiles
 
 __all__ = [
     "CALIBRATED",

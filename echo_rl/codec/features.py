@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-CODEC_VERSION = 2
+CODEC_VERSION = 3
 DEPTHS = 8
 """Deepest level that is observed and planned."""
 
@@ -14,9 +14,9 @@ RATE = 0.1
 """Share of a new measurement in the running averages."""
 SPARSE_RATE = 0.05
 """The same for the acceptance at a depth that at least four requests reached, less where fewer did."""
-FIRST = (0.0, *(0.5 for _ in range(DEPTHS + len(CONFIDENCE))), 1.0, 0.0, 0.0, 0.0)
+FIRST = (0.0, *(0.5 for _ in range(DEPTHS + len(CONFIDENCE))), 1.0, 0.0)
 """What the running averages start from: arrivals, acceptance by depth, confidence quantiles, tokens a request and step,
-share of the budget used, verify and draft pace."""
+share of the budget used."""
 
 FEATURES: tuple[tuple[str, float, float], ...] = (
     ("batch (log2 / 6)", 0.0, 1.5),
@@ -35,10 +35,8 @@ FEATURES: tuple[tuple[str, float, float], ...] = (
     ("plain steps since speculating (log2(1 + n) / 10)", 0.0, 1.5),
     *((f"predicted step time at {n:g} nodes a request over plain (log2 / 4)", -1.0, 2.0) for n in COST_NODES),
     ("predicted time of one drafted level over a plain step", 0.0, 2.0),
-    ("verify pace: log of measured over predicted, running", -2.0, 2.0),
-    ("draft pace: log of measured over predicted, running", -2.0, 2.0),
 )
 """Every entry of an observation: meaning, least and greatest value (clipped)."""
 
-GROUPS: dict[str, tuple[int, int]] = {"load": (0, 6), "speculation": (6, 23), "cost": (23, 32)}
+GROUPS: dict[str, tuple[int, int]] = {"load": (0, 6), "speculation": (6, 23), "cost": (23, 30)}
 """Observation entries by group, [begin, end): what the ablations switch off."""

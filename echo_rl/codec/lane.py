@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from echo_rl.codec.features import CONFIDENCE, COST_NODES, DEPTHS, FEATURES, FIRST, RATE, SPARSE_RATE
 from echo_rl.contracts import LoadView, StepReport
+from echo_rl.pace import Pace, hats
 from echo_rl.profile import CostProfile
+
+Floats = NDArray[np.float64]
 
 _LOW = tuple(low for _, low, _ in FEATURES)
 _HIGH = tuple(high for _, _, high in FEATURES)
 _CONFIDENCE = 1 + DEPTHS
 _YIELD = _CONFIDENCE + len(CONFIDENCE)
-_USED, _VERIFY, _DRAFT = _YIELD + 1, _YIELD + 2, _YIELD + 3
+_USED = _YIELD + 1
 
 
 class Lane:
@@ -24,12 +28,12 @@ class Lane:
 
     def __init__(self, costs: CostProfile) -> None:
         self._costs = costs
-        self._predicted: dict[tuple[int, int], tuple[float, ...]] = {}  # by (batch, context octave half)
+        self._menus: dict[tuple[int, int], _Menu] = {}  # by (batch, context octave half)
         self.reset()
 
     def reset(self) -> None:
         """Forget every step."""
-        self._average = list(FIRST)
+        self._average, self._pace = list(FIRST), Pace(self._costs)
         self._last = (0.0, 0, 0)  # budget a request, depth and width of the last step that decoded
         self._plain = 0  # plain steps since one speculated
 
@@ -44,8 +48,7 @@ class Lane:
             self._speculated(report)
         else:
             self._plain, self._last = self._plain + 1, (0.0, 0, 0)
-        if not load.prefill_tokens:
-            self._timed(report)
+        self._pace.observe(report)
 
     def observe(self, load: LoadView) -> NDArray[np.float32]:
         """[len(FEATURES)], each entry clipped to its range."""
@@ -64,9 +67,7 @@ class Lane:
             average[_YIELD] / 9.0,
             average[_USED],
             math.log2(1.0 + self._plain) / 10.0,
-            *self._prediction(load),
-            average[_VERIFY],
-            average[_DRAFT],
+            *self._cost_features(load),
         )
         clipped = [min(max(x, low), high) for x, low, high in zip(entries, _LOW, _HIGH, strict=True)]
         return np.array(clipped, dtype=np.float32)
@@ -82,40 +83,47 @@ class Lane:
         self._follow(_YIELD, report.committed / batch)
         self._follow(_USED, report.verified / report.plan.budget)
 
-    def _timed(self, report: StepReport) -> None:
-        """Log of measured over predicted seconds, from a step without prefill: its predicted time is known."""
-        load, plan, times, profile = report.load, report.plan, report.times, self._costs
-        batch = load.batch_size
-        if times.verify > 0.0:
-            expected = profile.verify_seconds(batch, batch + report.verified, load.mean_context)
-            self._follow(_VERIFY, _pace(times.verify, expected))
-        if plan.speculates and times.draft > 0.0:
-            expected = profile.draft_seconds(batch, plan.width, plan.max_depth)
-            self._follow(_DRAFT, _pace(times.draft, expected))
-
     def _follow(self, place: int, measured: float, rate: float = RATE) -> None:
         if not math.isnan(measured):
             self._average[place] += rate * (measured - self._average[place])
 
-    def _prediction(self, load: LoadView) -> tuple[float, ...]:
+    def _cost_features(self, load: LoadView) -> list[float]:
+        """`Tracker._cost_features` of one load."""
+        menu, pace = self._menu(load), self._pace
+        verify = menu.verify * pace.verify.factors(menu.curve)
+        base = float(verify[0]) + menu.plain_rest * pace.rest[False]
+        seconds = verify[1:] + menu.rest * pace.rest[True]
+        return [*(np.log2(seconds / base) / 4.0).tolist(), menu.level * pace.draft / base]
+
+    def _menu(self, load: LoadView) -> _Menu:
         octave = round(2.0 * math.log2(load.mean_context + 1.0))
         key = (load.batch_size, octave)
-        if key not in self._predicted:
-            self._predicted[key] = self._predict(max(1, load.batch_size), 2.0 ** (octave / 2.0) - 1.0)
-        return self._predicted[key]
-
-    def _predict(self, batch: int, context: float) -> tuple[float, ...]:
-        """`tracker.cost_features` of one load."""
-        profile, nodes = self._costs, [batch * n for n in COST_NODES]
-        plain, *full = profile.verify_each(batch, [batch, *(batch + n for n in nodes)], context)
-        base, fixed = plain + profile.overhead_seconds(batch), profile.overhead_seconds(batch, 0, True)
-        times = (verify + fixed + profile.node_overhead * n for verify, n in zip(full, nodes, strict=True))
-        level = profile.draft_seconds(batch, 3, 3) - profile.draft_seconds(batch, 3, 2)
-        return *(math.log2(seconds / base) / 4.0 for seconds in times), level / base
+        if key not in self._menus:
+            self._menus[key] = _menu(self._costs, max(1, load.batch_size), 2.0 ** (octave / 2.0) - 1.0)
+        return self._menus[key]
 
 
-def _pace(taken: float, expected: float) -> float:
-    return min(2.0, max(-2.0, math.log(max(taken, 1e-9) / max(expected, 1e-9))))
+@dataclass(frozen=True)
+class _Menu:
+    """What the profile says of a plain step, and of steps with `COST_NODES` nodes a request (N of them)."""
+
+    verify: Floats  # [1 + N] seconds
+    curve: Floats  # [1 + N, OCTAVES] see `pace.hats`
+    plain_rest: float  # seconds outside the pass
+    rest: Floats  # [N] seconds outside the passes
+    level: float  # seconds of one drafted level
+
+
+def _menu(profile: CostProfile, batch: int, context: float) -> _Menu:
+    nodes = batch * np.array(COST_NODES)
+    rows = [float(batch), *(batch + nodes).tolist()]
+    return _Menu(
+        np.array(profile.verify_each(batch, rows, context)),
+        hats(rows),
+        profile.overhead_seconds(batch),
+        profile.overhead_seconds(batch, 0, True) + profile.node_overhead * nodes,
+        profile.draft_seconds(batch, 3, 3) - profile.draft_seconds(batch, 3, 2),
+    )
 
 
 def _quantiles(values: Sequence[float]) -> list[float]:

@@ -1,50 +1,22 @@
-"""Observations of many servers at once (lanes, [E] arrays): loads, outcomes and the running statistics behind them."""
+"""Observations of many servers at once (lanes, [E] arrays), and the running statistics behind them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from echo_rl.codec.features import CONFIDENCE, COST_NODES, DEPTHS, FEATURES, FIRST, RATE, SPARSE_RATE
-from echo_rl.costs import CostArrays, Scaling
+from echo_rl.codec.loads import Loads, Outcomes
+from echo_rl.codec.paces import Paces
+from echo_rl.costs import CostArrays
 
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Loads:
-    """`LoadView` over lanes, [E] each."""
-
-    batch: Floats
-    prefill: Floats
-    waiting: Floats
-    context: Floats
-    kv_used: Floats
-    arrived: Floats
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """What a step did, over lanes: the part of `StepReport` that observations are made of."""
-
-    loads: Loads
-    budget: Floats  # [E]
-    depth: Floats  # [E]
-    width: Floats  # [E]
-    verified: Floats  # [E] nodes
-    committed: Floats  # [E] tokens of decoding requests
-    reached: Floats  # [E, DEPTHS]
-    accepted: Floats  # [E, DEPTHS]
-    confidence: Floats  # [E, 3] quantiles .1 .5 .9 over requests, NaN where nothing was drafted
-    verify_seconds: Floats  # [E]
-    draft_seconds: Floats  # [E]
-
-
 _ARRIVALS, _ACCEPTANCE, _CONFIDENCE = 0, slice(1, 1 + DEPTHS), slice(1 + DEPTHS, 4 + DEPTHS)
-_YIELD, _USED, _PACE = 4 + DEPTHS, 5 + DEPTHS, slice(6 + DEPTHS, 8 + DEPTHS)
+_YIELD, _USED = 4 + DEPTHS, 5 + DEPTHS
 _SPECULATION = slice(1, 6 + DEPTHS)  # averages over speculative steps alone
 _LOW = np.array([low for _, low, _ in FEATURES])
 _HIGH = np.array([high for _, _, high in FEATURES])
@@ -54,9 +26,8 @@ _AT = np.array(CONFIDENCE)
 class Tracker:
     """The running statistics behind an observation, for E lanes. `update` after a step, `observe` before one."""
 
-    def __init__(self, costs: CostArrays, lanes: int = 1, scaling: Scaling | None = None) -> None:
-        self._costs = costs
-        self.scaling = scaling or Scaling.none(lanes)
+    def __init__(self, costs: CostArrays, lanes: int = 1) -> None:
+        self._costs, self._paces = costs, Paces(costs, lanes)
         self._average = np.tile(FIRST, (lanes, 1))  # [E, len(FIRST)] running averages, columns as below
         self._last = np.zeros((lanes, 3))
         self._plain = np.zeros(lanes)
@@ -64,6 +35,7 @@ class Tracker:
     def reset(self, lanes: NDArray[np.bool_]) -> None:
         """Forget everything about these lanes ([E] bool)."""
         self._average[lanes], self._last[lanes], self._plain[lanes] = FIRST, 0.0, 0.0
+        self._paces.reset(lanes)
 
     def update(self, outcomes: Outcomes) -> None:
         """Learn from a step. Lanes that had no decoding request change nothing but their arrivals."""
@@ -80,10 +52,10 @@ class Tracker:
         measured[:, _YIELD] = outcomes.committed / batch
         measured[:, _USED] = outcomes.verified / np.maximum(outcomes.budget, 1.0)
         rate[:, _SPECULATION] *= spoken[:, None]
-        measured[:, _PACE], rate[:, _PACE] = self._paces(outcomes, live & (loads.prefill == 0), spoken)
         unknown = np.isnan(measured)
         measured[unknown] = rate[unknown] = 0.0
         self._average += rate * (measured - self._average)
+        self._paces.observe(outcomes)
         last = np.stack([outcomes.budget / batch, outcomes.depth, outcomes.width], axis=1)
         self._last[live] = last[live]
         self._plain = np.where(live, np.where(on, 0.0, self._plain + 1.0), self._plain)
@@ -105,45 +77,21 @@ class Tracker:
             self._average[:, _YIELD] / 9.0,
             self._average[:, _USED],
             _log2(1.0 + self._plain) / 10.0,
-            *cost_features(self._costs, self.scaling, loads.batch, loads.context).T,
-            *self._average[:, _PACE].T,
+            *self._cost_features(loads).T,
         ]
         return np.clip(np.stack(columns, axis=1), _LOW, _HIGH).astype(np.float32)
 
-    def _paces(self, outcomes: Outcomes, clean: NDArray[np.bool_], spoken: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-        """[E, 2] log of measured over predicted seconds, and their weights.
-
-        Read from steps without prefill, whose predicted time is known.
-        """
-        expected = self._expected(outcomes)
-        taken = np.stack([outcomes.verify_seconds, outcomes.draft_seconds], axis=1)
-        ratio: Floats = np.log(np.maximum(taken, 1e-9) / np.maximum(np.stack(expected, axis=1), 1e-9))
-        counts = np.stack([clean, clean & spoken], axis=1) & (taken > 0)
-        pace: Floats = np.clip(ratio, -2.0, 2.0)
-        rate: Floats = np.where(counts, RATE, 0.0)
-        return pace, rate
-
-    def _expected(self, outcomes: Outcomes) -> tuple[Floats, Floats]:
-        """[E] predicted seconds of the verify pass and of drafting."""
-        loads, scaling = outcomes.loads, self.scaling
-        batch = np.maximum(loads.batch, 1.0)
-        plain = self._costs.verify(batch, batch, loads.context)
-        full = self._costs.verify(batch, batch + outcomes.verified, loads.context)
-        drafted = self._costs.draft(batch, np.maximum(outcomes.width, 1), outcomes.depth)
-        return scaling.fixed * plain + scaling.row * (full - plain), scaling.draft * drafted
-
-
-def cost_features(costs: CostArrays, scaling: Scaling, batch: Floats, context: Floats) -> Floats:
-    """[E, len(COST_NODES) + 1] the cost entries of an observation."""
-    batch = np.maximum(batch, 1.0)
-    plain = costs.verify(batch, batch, context)
-    base = scaling.fixed * plain + scaling.overhead * costs.overhead(batch, 0, False)
-    nodes = batch[:, None] * np.asarray(COST_NODES)
-    full = costs.verify(batch[:, None], batch[:, None] + nodes, context[:, None])
-    seconds = scaling.fixed[:, None] * plain[:, None] + scaling.row[:, None] * (full - plain[:, None])
-    seconds = seconds + scaling.overhead[:, None] * costs.overhead(batch[:, None], nodes, True)
-    level = scaling.draft * (costs.draft(batch, 3, 3) - costs.draft(batch, 3, 2))
-    return np.concatenate([np.log2(seconds / base[:, None]) / 4.0, (level / base)[:, None]], axis=1)
+    def _cost_features(self, loads: Loads) -> Floats:
+        """[E, len(COST_NODES) + 1] the cost entries of an observation."""
+        costs, paces, batch = self._costs, self._paces, np.maximum(loads.batch, 1.0)
+        nodes = np.concatenate([np.zeros((len(batch), 1)), batch[:, None] * COST_NODES], axis=1)
+        rows = batch[:, None] + nodes
+        verify = costs.verify(batch[:, None], rows, loads.context[:, None]) * paces.verify.factors(rows)
+        plain, speculative = paces.rest.T
+        base = verify[:, 0] + costs.overhead(batch, 0.0, False) * plain
+        seconds = verify[:, 1:] + costs.overhead(batch[:, None], nodes[:, 1:], True) * speculative[:, None]
+        level = (costs.draft(batch, 3, 3) - costs.draft(batch, 3, 2)) * paces.draft
+        return np.concatenate([np.log2(seconds / base[:, None]) / 4.0, (level / base)[:, None]], axis=1)
 
 
 def quantiles(values: NDArray[np.floating[Any]], counts: NDArray[np.int64] | None = None) -> Floats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from echo_rl.contracts import StepReport
+from echo_rl.contracts import LoadView, StepReport
 
 
 class PromptShare:
@@ -27,6 +27,33 @@ class PromptShare:
         kept = math.exp(-report.committed / self.MEMORY)
         self._prompt = self._prompt * kept + report.load.prefill_tokens
         self._output = self._output * kept + report.committed
+
+
+class PlainLooks:
+    """When a server that keeps speculating should decode plainly for a step, to see what that costs by now.
+
+    Counted by batch octave: first after `FIRST` speculative steps, then after twice as many each time, since the
+    first looks show most of what the profile misjudges.
+    """
+
+    FIRST = 8
+
+    def __init__(self) -> None:
+        self._speculative: dict[int, int] = {}  # batch octave -> speculative steps since a plain one
+        self._taken: dict[int, int] = {}  # batch octave -> looks so far
+
+    def due(self, load: LoadView, most: float) -> bool:
+        """`most`: speculative steps after which one is due in any case."""
+        octave = load.batch_size.bit_length()
+        wait = min(most, self.FIRST << min(self._taken.get(octave, 0), 16))
+        return not load.prefill_tokens and self._speculative.get(octave, 0) >= wait
+
+    def observe(self, report: StepReport, looked: bool) -> None:
+        """`looked`: whether the step was to be a look."""
+        octave, speculates = report.load.batch_size.bit_length(), report.plan.speculates
+        self._speculative[octave] = self._speculative.get(octave, 0) + 1 if speculates else 0
+        if looked and not speculates:
+            self._taken[octave] = self._taken.get(octave, 0) + 1
 
 
 @dataclass

@@ -21,11 +21,11 @@ from echo_rl.contracts import AUTOREGRESSIVE, Forest, LoadView, Selection, SpecP
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.clock import ProbeLedger
 from echo_rl.controllers.dynamic import Gates, probabilities
-from echo_rl.controllers.pace import Pace
 from echo_rl.controllers.picking import likeliest
 from echo_rl.controllers.shapes import REFERENCE_HIT
 from echo_rl.costs import CostArrays, Floats
 from echo_rl.errors import ConfigError
+from echo_rl.pace import Pace, hats
 from echo_rl.profile import CostProfile
 
 MOST_LEVELS = 8
@@ -64,7 +64,7 @@ class StepClock:
         self._pace = Pace(self.profile)
         rows = self.profile.rows
         self._knots = (*rows, rows[-1] + FAR)  # of the verify pass's seconds by its rows
-        self._weights = self._pace.verify.weights(self._knots)
+        self._weights = hats(self._knots)
         self._at: tuple[int, float] | None = None  # the batch and context of `_curve`
         self._curve: Floats = np.empty(0)  # seconds at the knots
 

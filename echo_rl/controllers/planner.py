@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from echo_rl.contracts import LoadView, StepReport
 from echo_rl.controllers.acceptance import AcceptanceModel
-from echo_rl.controllers.clock import ProbeLedger, PromptShare
-from echo_rl.controllers.pace import Pace
+from echo_rl.controllers.clock import PlainLooks, ProbeLedger, PromptShare
 from echo_rl.controllers.shapes import affordable
 from echo_rl.errors import ConfigError
+from echo_rl.pace import Pace, hats
 from echo_rl.profile import BREAK_EVEN_ACCEPTANCE, CostProfile
 
 Floats = NDArray[np.float64]
@@ -42,8 +42,6 @@ class Shape:
 PLAIN = Shape(0)
 HOPE = 1.0
 """Standard deviations by which an untried pass may be cheaper than its prediction."""
-FIRST_CHECK = 8
-"""Speculative steps before plain decoding is looked at for the first time; each further look waits twice as long."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Menu:
     choices: Choices
     plain: float  # seconds of a plain verify pass
     verify: Floats  # [O] seconds
-    curve: Floats  # [O, OCTAVES] see `Curve.weights`
+    curve: Floats  # [O, OCTAVES] see `pace.hats`
 
 
 @dataclass(frozen=True)
@@ -126,8 +124,7 @@ class BudgetPlanner:
         self._in_use = PLAIN
         self._looking = False  # the step in progress is a probe or a check
         self._unread: list[StepReport] = []  # not yet learned from
-        self._unchecked: dict[int, int] = {}  # batch octave -> speculative steps since a plain one
-        self._checks: dict[int, int] = {}  # batch octave -> plain steps so far that were checks
+        self._looks = PlainLooks()
         self._step = 0
         every = [(nodes, depth) for nodes in LADDER for depth in range(1, affordable(nodes)[0] + 1)]
         self._acceptance.yields(every, batch=2)  # fills the caches, so that no step has to
@@ -146,13 +143,11 @@ class BudgetPlanner:
         return decision.best if self._looking else PLAIN
 
     def observe(self, report: StepReport) -> None:
-        speculated, octave, ledger = report.plan.speculates, report.load.batch_size.bit_length(), self._ledger
+        speculated, ledger = report.plan.speculates, self._ledger
         self._unread.append(report)
-        self._unchecked[octave] = self._unchecked.get(octave, 0) + 1 if speculated else 0
+        self._looks.observe(report, self._looking)
         if self._looking:
             self._decisions.clear()
-            if not speculated:
-                self._checks[octave] = self._checks.get(octave, 0) + 1
         if self._looking or (speculated and ledger.steps) or len(self._unread) >= 2 * self._options.period:
             self._catch_up()
         if speculated and ledger.steps:
@@ -219,15 +214,11 @@ class BudgetPlanner:
         return self._menu(load).plain * self._pace.verify.factor(load.batch_size) + rest
 
     def _worth_checking(self, load: LoadView, decision: Decision) -> bool:
-        """Whether a plain step is due: a loss of ``1 - 1 / speedup`` of a step, spread to stay within the share.
-
-        The first few come sooner, since they show most of what the profile misjudges.
-        """
-        octave, options = load.batch_size.bit_length(), self._options
+        """Whether a plain step is due: a loss of ``1 - 1 / speedup`` of a step, spread to stay within the share."""
+        options = self._options
         loss = max(0.0, 1.0 - 1.0 / decision.speedup)
-        due = max(options.probe_period, loss / max(1e-9, options.probe_share))
-        due = min(due, FIRST_CHECK << min(self._checks.get(octave, 0), 16))
-        return not load.prefill_tokens and options.probe_share > 0 and self._unchecked.get(octave, 0) >= due
+        most = max(options.probe_period, loss / max(1e-9, options.probe_share))
+        return options.probe_share > 0 and self._looks.due(load, most)
 
     def _worth_probing(self, load: LoadView, decision: Decision) -> bool:
         """Whether a probe is affordable and could change the decision.
@@ -260,7 +251,7 @@ class BudgetPlanner:
         choices = self._choices[key]
         rows = [batch, *(batch + shape.budget for shape in choices.shapes)]
         plain, *verify = self._profile.verify_each(batch, rows, context)
-        return Menu(choices, plain, np.array(verify), self._pace.verify.weights(rows[1:]))
+        return Menu(choices, plain, np.array(verify), hats(rows[1:]))
 
     def _build_choices(self, batch: int, most: int) -> Choices:
         profile, budgets = self._profile, dict[int, float]()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 
-from torch import Tensor
-
-from echo_rl.contracts import Controller, Forest, Frontier, LoadView, Selection, SpecPlan, StepReport
+from echo_rl.contracts import Controller, LoadView, SpecPlan, StepReport
+from echo_rl.wrapping import Wrapping
 
 MOST_REPORTS = 128
 """Steps that are kept for a controller that observes later."""
 
 
-class Standby:
+class Standby(Wrapping):
     """A controller that is rarely needed: it is shown the last `MOST_REPORTS` steps when it is, not one by one.
 
     Following every step costs it more than all checks of a guard together, and what lies further
@@ -20,19 +19,12 @@ class Standby:
     """
 
     def __init__(self, controller: Controller) -> None:
-        self.name = controller.name
-        self._controller = controller
+        super().__init__(controller)
         self._reports: deque[StepReport] = deque(maxlen=MOST_REPORTS)
 
     def plan(self, load: LoadView) -> SpecPlan:
         show(self._reports, self._controller)
         return self._controller.plan(load)
-
-    def extend(self, frontier: Frontier, plan: SpecPlan) -> Tensor:
-        return self._controller.extend(frontier, plan)
-
-    def select(self, forest: Forest, plan: SpecPlan) -> Selection:
-        return self._controller.select(forest, plan)
 
     def observe(self, report: StepReport) -> None:
         self._reports.append(report)

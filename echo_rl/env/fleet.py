@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from echo_rl.codec import CALIBRATED, DEPTHS, Knobs, Loads, Outcomes, planned_gates, quantiles
 from echo_rl.contracts import NO_GATE
-from echo_rl.costs import CostArrays, Scaling
+from echo_rl.costs import CostArrays
 from echo_rl.env.lane import LaneOptions, Lanes, Turn, sums
 from echo_rl.env.timing import Phases, Plain, Work, noise, plain_step, step_phases
 from echo_rl.env.trace import Trace
@@ -85,7 +85,6 @@ class Fleet:
         self._arrivals: list[Arrivals | None] = [None] * lanes
         self._generators = [np.random.default_rng(0) for _ in range(lanes)]
         self.now = np.zeros(lanes)
-        self.scaling = Scaling(*np.ones((4, lanes)))
         self._turn = self._servers.turn()
 
     def reset(self, lane: int, workload: Workload, seed: int) -> None:
@@ -108,7 +107,7 @@ class Fleet:
         verdicts, work = self._decide(turn, knobs, budgets, turn.unseen)
         reference = self._counterfactual(turn) if self._reference else None
         phases = self._times(work)
-        plain = plain_step(self._costs, self.scaling, loads.batch, loads.context, loads.prefill)
+        plain = plain_step(self._costs, loads.batch, loads.context, loads.prefill)
         self.now += phases.total
         kept = self._servers.commit(turn, verdicts.accepted, on).kept
         decoded = sums(turn.servers, kept, self.lanes)
@@ -124,6 +123,7 @@ class Fleet:
             confidence=np.where(on[:, None], _confidence(turn, verdicts.first), np.nan),
             verify_seconds=phases.verify,
             draft_seconds=phases.draft,
+            other_seconds=phases.overhead,
         )
         self._advance(range(self.lanes))
         tokens = decoded + np.bincount(turn.prompts[0], minlength=self.lanes)
@@ -168,11 +168,11 @@ class Fleet:
         knobs = Knobs(nodes, depth, width, none + CALIBRATED, none)
         verdicts, work = self._decide(turn, knobs, knobs.budget(turn.counts), unseen=none)
         decoded = sums(turn.servers, np.minimum(verdicts.accepted + 1, turn.room), self.lanes)
-        return Reference(decoded, step_phases(self._costs, self.scaling, work).total)
+        return Reference(decoded, step_phases(self._costs, work).total)
 
     def _times(self, work: Work) -> Phases:
-        phases = step_phases(self._costs, self.scaling, work)
-        return phases.times(noise(self._generators, self._costs.profile.noise)) if self._noisy else phases
+        phases = step_phases(self._costs, work)
+        return phases.times(noise(self._generators, self._costs.scalar("noise"))) if self._noisy else phases
 
     def _advance(self, lanes: Sequence[int]) -> None:
         """Take arrivals and serve prompts alone in these lanes until in each some request decodes."""
@@ -200,10 +200,9 @@ class Fleet:
     def _pass_time(self, lane: int) -> None:
         """A step without a decoding request, or where there is none at all the wait for one."""
         if self._servers.in_flight(lane):
-            profile = self._costs.profile
-            rows = profile.prefill_weight * int(self._turn.loads.prefill[lane])
-            seconds = float(self.scaling.fixed[lane]) * profile.verify_seconds(1, rows) + profile.step_overhead
-            self.now[lane] += seconds
+            machine = self._costs.machine(lane)
+            rows = machine.prefill_weight * int(self._turn.loads.prefill[lane])
+            self.now[lane] += machine.verify_seconds(1, rows) + machine.step_overhead
             return
         arrivals, now = self._arrivals[lane], float(self.now[lane])
         assert arrivals is not None, "reset the lane first"

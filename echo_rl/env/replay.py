@@ -27,7 +27,7 @@ from echo_rl.contracts import (
     SpecPlan,
     StepReport,
 )
-from echo_rl.costs import CostArrays, Scaling
+from echo_rl.costs import CostArrays
 from echo_rl.env.lane import Gain, LaneOptions, Lanes, Turn
 from echo_rl.env.timing import Work, noise, step_phases
 from echo_rl.env.trace import Trace, key
@@ -48,7 +48,6 @@ class ReplayBackend:
         self.trace = trace
         self._costs, self._options = costs, options or ReplayOptions()
         self._servers = Lanes(trace, self._options.limits)
-        self._scaling = Scaling.none(1)
         self._generator = np.random.default_rng(seed)
         self._tickets: dict[str, int] = {}  # request id -> ticket
         self._names: dict[int, str] = {}  # and back
@@ -172,9 +171,9 @@ class ReplayBackend:
             unseen=turn.unseen,
             asked=np.array([float(gates_asked(plan.gates, plan.max_depth, drafting))]),
         )
-        phases = step_phases(self._costs, self._scaling, work)
+        phases = step_phases(self._costs, work)
         if self._options.noise:
-            phases = phases.times(noise([self._generator], self._costs.profile.noise))
+            phases = phases.times(noise([self._generator], self._costs.scalar("noise")))
         return PhaseTimes(
             draft=float(phases.draft[0]), verify=float(phases.verify[0]), commit=float(phases.overhead[0])
         )

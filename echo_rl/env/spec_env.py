@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from echo_rl.codec import FEATURES, ActionTable, Gates, Lane
 from echo_rl.contracts import Backend, LoadView, Request, StepReport
-from echo_rl.costs import CostArrays, Scaling
+from echo_rl.costs import CostArrays
 from echo_rl.env.reward import RewardMeter, RewardOptions
 from echo_rl.env.server import ServedStep, Server
 from echo_rl.env.stepper import Clock, Steerable
@@ -71,7 +71,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
     table raises `ConfigError` and changes nothing: the same step may be tried again.
 
     ## Observation space
-    ``Box(32,)``, float32, each entry clipped to its range; B is the number of decoding requests of the
+    ``Box(30,)``, float32, each entry clipped to its range; B is the number of decoding requests of the
     coming step, "running" a moving average over past steps (`codec.Lane`):
 
     | entries | meaning | min | max |
@@ -92,8 +92,8 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
     | 22 | plain steps since speculating, log2(1 + n) / 10 | 0 | 1.5 |
     | 23-28 | predicted time of a step with .5, 1, 3, 7, 15, 31 nodes a request over a plain one, log2 / 4 | -1 | 2 |
     | 29 | predicted time of one drafted level over a plain step | 0 | 2 |
-    | 30 | log of measured over predicted verify time, running | -2 | 2 |
-    | 31 | log of measured over predicted draft time, running | -2 | 2 |
+
+    Times are predicted by the cost profile, corrected by what steps of all sizes have taken so far (`pace.Pace`).
 
     ## Reward
     By default `tokens / batch - speedup * seconds / plain`: the step's tokens a request less what the same time
@@ -116,7 +116,8 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
     value of what would follow has to be bootstrapped from the last observation.
 
     ## Version history
-    - v0: first version (`codec.CODEC_VERSION` 2; 1 had factors on ECHO's gates in place of gates at every level).
+    - v0: first version (`codec.CODEC_VERSION` 3; 1 had factors on ECHO's gates in place of gates at every level,
+      2 told the profile's times uncorrected, and the running ratios of measured to predicted time beside them).
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
@@ -200,7 +201,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         load, plan, seconds = served.report.load, served.report.plan, max(served.seconds, 1e-9)
         good = sum(seconds <= self.options.reward.slo_tpot * n for n in served.gains) / max(len(served.gains), 1)
         at = (np.array([float(x)]) for x in (load.batch_size, load.mean_context, load.prefill_tokens))
-        plain = plain_step(self._costs, Scaling.none(1), *at)
+        plain = plain_step(self._costs, *at)
         decoded, batch = np.array([float(sum(served.gains))]), np.array([float(load.batch_size)])
         numbers = (decoded, seconds - plain.prompts, plain.decode, batch, np.array([good]))
         terms = {name: float(values[0]) for name, values in self._meter.score(*numbers).items()}

@@ -14,22 +14,10 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from echo_rl.contracts import (
-    AUTOREGRESSIVE,
-    Backend,
-    Controller,
-    Forest,
-    Frontier,
-    LoadView,
-    Selection,
-    SpecPlan,
-    StepReport,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from echo_rl.contracts import AUTOREGRESSIVE, Backend, Controller, LoadView, SpecPlan, StepReport
+from echo_rl.wrapping import Wrapping
 
 Clock = Callable[[], float]
 
@@ -123,13 +111,13 @@ def _serve(backend: Backend, controller: Steerable, clock: Clock, link: _Link) -
             link.replies.put(error)
 
 
-class _Seat:
+class _Seat(Wrapping):
     """The controller that the backend sees: plans come through the queues, all else from the steered one."""
 
     def __init__(self, controller: Steerable, clock: Clock, link: _Link) -> None:
-        self.name = controller.name
+        super().__init__(controller)
         self.waited = 0.0  # seconds between asking for the step's plan and getting it
-        self._controller, self._clock, self._link = controller, clock, link
+        self._steered, self._clock, self._link = controller, clock, link
 
     def plan(self, load: LoadView) -> SpecPlan:
         begin = self._clock()
@@ -139,14 +127,5 @@ class _Seat:
         if not isinstance(plan, SpecPlan):  # told to end: bring the step to its own end first
             self._link.orders.put(plan)
             plan = AUTOREGRESSIVE
-        self._controller.steer(plan)
-        return self._controller.plan(load)
-
-    def extend(self, frontier: Frontier, plan: SpecPlan) -> Tensor:
-        return self._controller.extend(frontier, plan)
-
-    def select(self, forest: Forest, plan: SpecPlan) -> Selection:
-        return self._controller.select(forest, plan)
-
-    def observe(self, report: StepReport) -> None:
-        self._controller.observe(report)
+        self._steered.steer(plan)
+        return self._steered.plan(load)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_rl.costs import CostArrays, Scaling
+from echo_rl.costs import CostArrays
 
 Floats = NDArray[np.float64]
 
@@ -43,15 +43,13 @@ class Phases:
         return Phases(self.verify * factor, self.draft * factor, self.overhead * factor)
 
 
-def step_phases(costs: CostArrays, scaling: Scaling, work: Work) -> Phases:
+def step_phases(costs: CostArrays, work: Work) -> Phases:
     """Noise-free seconds of the steps."""
-    batch = np.maximum(work.batch, 1.0)
-    plain = costs.verify(batch, batch, work.context)
-    rows = work.batch + work.verified + costs.profile.prefill_weight * work.prefill
-    verify = scaling.fixed * plain + scaling.row * (costs.verify(batch, rows, work.context) - plain)
+    rows = work.batch + work.verified + costs.scalar("prefill_weight") * work.prefill
+    verify = costs.verify(np.maximum(work.batch, 1.0), rows, work.context)
     speculative = work.drafting[:, 0] > 0
-    overhead = scaling.overhead * costs.overhead(work.batch, work.verified, speculative)
-    return Phases(verify, _draft(costs, scaling, work, speculative), overhead)
+    overhead = costs.overhead(work.batch, work.verified, speculative)
+    return Phases(verify, _draft(costs, work, speculative), overhead)
 
 
 @dataclass(frozen=True)
@@ -66,21 +64,20 @@ class Plain:
         return self.decode * decoded / np.maximum(batch, 1.0) + self.prompts
 
 
-def plain_step(costs: CostArrays, scaling: Scaling, batch: Floats, context: Floats, prefill: Floats) -> Plain:
+def plain_step(costs: CostArrays, batch: Floats, context: Floats, prefill: Floats) -> Plain:
     """`Plain` of steps with these loads."""
     passes = costs.verify(batch, batch, context)
-    rows = batch + costs.profile.prefill_weight * prefill
-    prompts = scaling.row * (costs.verify(batch, rows, context) - passes)
-    return Plain(scaling.fixed * passes + scaling.overhead * costs.overhead(batch, 0.0, False), prompts)
+    prompts = costs.verify(batch, batch + costs.scalar("prefill_weight") * prefill, context) - passes
+    return Plain(passes + costs.overhead(batch, 0.0, False), prompts)
 
 
-def noise(generators: Sequence[np.random.Generator], sigma: float) -> Floats:
+def noise(generators: Sequence[np.random.Generator], sigma: Floats) -> Floats:
     """[E] lognormal factors of mean 1, one of each generator."""
     drawn = np.array([generator.standard_normal() for generator in generators])
     return np.exp(sigma * drawn - 0.5 * sigma * sigma)
 
 
-def _draft(costs: CostArrays, scaling: Scaling, work: Work, speculative: NDArray[np.bool_]) -> Floats:
+def _draft(costs: CostArrays, work: Work, speculative: NDArray[np.bool_]) -> Floats:
     """Level by level, each at the cost of the requests that drafted it."""
     if not speculative.any():
         return np.zeros(len(work.batch))
@@ -89,5 +86,6 @@ def _draft(costs: CostArrays, scaling: Scaling, work: Work, speculative: NDArray
     depth = np.arange(1, levels + 1)
     at = (np.maximum(alive, 1.0), np.maximum(work.width, 1.0)[:, None])
     step = costs.draft(*at, depth) - costs.draft(*at, depth - 1)
-    besides = costs.profile.catch_up * work.unseen + costs.profile.gate_overhead * work.asked
-    return scaling.draft * (np.where(alive > 0, step, 0.0).sum(1) + np.where(speculative, besides, 0.0))
+    besides = costs.scalar("catch_up") * work.unseen + costs.scalar("gate_overhead") * work.asked
+    drafted: Floats = np.where(alive > 0, step, 0.0).sum(1) + np.where(speculative, besides, 0.0)
+    return drafted

@@ -11,17 +11,15 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from echo_rl.codec import FEATURES, GROUPS, ActionTable, Tracker
-from echo_rl.costs import CostArrays, Scaling
+from echo_rl.costs import CostArrays
 from echo_rl.env.fleet import Fleet, FleetStep, Gates, Plans
 from echo_rl.env.lane import LaneOptions
+from echo_rl.env.machines import another
 from echo_rl.env.reward import RewardMeter, RewardOptions
 from echo_rl.env.spec_env import observation_space
 from echo_rl.env.trace import Trace
 from echo_rl.env.workload import Workload, parse
 from echo_rl.errors import ConfigError
-
-SPREAD = 0.5
-"""Domain randomisation multiplies each part of the costs by up to exp(+-SPREAD)."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,8 @@ class FleetOptions:
     repeat: int = 4
     """Serving steps under one action."""
     randomise: bool = False
-    """Draw another machine's costs each episode."""
-    misjudged: bool = False
-    """With `randomise`: observations go on telling the profile's costs, so that a policy must learn to see from the
-    measured pace that the machine is another (a slow spell, a stale calibration)."""
+    """Serve each episode on another machine, see `machines.another`. Observations start out from the profile's own
+    costs all the same, as where it is stale or the machine has a slow spell."""
     reference: Plans = ((2, (5.0, 4, 3)), (8, (2.0, 3, 2)), (64, (1.0, 1, 1)))
     """Plans, by batch size, whose reward on the same forests is taken off each step's: a control variate that
     takes the luck of a step out of the reward and changes no policy's rank. Empty for the plain reward; only in the
@@ -76,10 +72,11 @@ class ReplayVecEnv(VecEnv):
     def __init__(self, trace: Trace, costs: CostArrays, options: FleetOptions, lanes: int, seed: int = 0) -> None:
         super().__init__(lanes, observation_space(), gym.spaces.MultiDiscrete(np.array(options.table.sizes)))
         self.options, self._costs = options, costs
+        self._machines = CostArrays(costs.profile, lanes) if options.randomise else costs
         self._workloads: list[Workload] = [parse(text) for text in options.workloads]
         self._fleet = Fleet(
             trace,
-            costs,
+            self._machines,
             options.table.widths,
             options.gates,
             options.score_power,
@@ -145,10 +142,7 @@ class ReplayVecEnv(VecEnv):
 
     def _start(self, seed: int) -> None:
         self._generator = np.random.default_rng(seed)
-        self._scaling = Scaling(*np.ones((4, self.num_envs)))
-        self._fleet.scaling = self._scaling
-        believed = Scaling.none(self.num_envs) if self.options.misjudged else self._scaling
-        self._tracker = Tracker(self._costs, self.num_envs, believed)
+        self._tracker = Tracker(self._costs, self.num_envs)
         self._steps = np.zeros(self.num_envs, dtype=np.int64)
         self._returns = np.zeros(self.num_envs)
 
@@ -156,9 +150,7 @@ class ReplayVecEnv(VecEnv):
         """A new episode: another workload, another machine, nothing known."""
         workload = self._workloads[int(self._generator.integers(len(self._workloads)))]
         if self.options.randomise:
-            factors = np.exp(self._generator.uniform(-SPREAD, SPREAD, 4))
-            for part, factor in zip(("fixed", "row", "draft", "overhead"), factors, strict=True):
-                getattr(self._scaling, part)[lane] = factor
+            self._machines.put(lane, another(self._costs.profile, self._generator))
         mask = np.arange(self.num_envs) == lane
         self._tracker.reset(mask)
         self._meter.reset(mask)

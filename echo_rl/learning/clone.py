@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from echo_rl.codec import ActionTable, Gates, Lane
 from echo_rl.contracts import LoadView, SpecPlan
 from echo_rl.errors import ConfigError
 from echo_rl.learning.play import MakeController, World, play
+from echo_rl.profile import CostProfile
 
 PLAIN = 0
 """The index of zero nodes: with it, the other knobs mean nothing."""
@@ -30,8 +32,8 @@ FLOOR = 4
 class CloneOptions:
     """How the policy is started from ECHO."""
 
-    steps: int = 9000
-    """Serving steps that are watched, over all workloads; 0 starts from random weights."""
+    steps: int = 18_000
+    """Serving steps that are watched, over all machines and workloads; 0 starts from random weights."""
     epochs: int = 60
     """Passes over the demonstrations."""
     batch: int = 128
@@ -55,7 +57,10 @@ class CloneOptions:
 class Scene:
     """Under what a controller is watched, as the policy will serve."""
 
-    world: World
+    worlds: Sequence[World]
+    """The machines."""
+    profile: CostProfile
+    """What the observations take for their costs until steps were timed."""
     table: ActionTable
     gates: Gates
     workloads: Sequence[str]
@@ -72,12 +77,13 @@ class Demonstrations:
 
 
 def demonstrate(scene: Scene, make: MakeController, options: CloneOptions, seed: int) -> Demonstrations:
-    """A controller's decisions, `options.steps` serving steps shared out evenly over the workloads."""
+    """A controller's decisions, `options.steps` serving steps shared out evenly over the worlds and workloads."""
     observations, actions = [], []
-    share = max(1, options.steps // len(scene.workloads))
-    for number, workload in enumerate(scene.workloads, seed):
-        lane, disturb = Lane(scene.world.costs.profile), _Disturbance(scene, options.disturbed, number)
-        played = play(scene.world, make(), workload, share, number, lane.update, disturb)
+    scenes = list(product(scene.worlds, scene.workloads))
+    share = max(1, options.steps // len(scenes))
+    for number, (world, workload) in enumerate(scenes, seed):
+        lane, disturb = Lane(scene.profile), _Disturbance(scene, options.disturbed, number)
+        played = play(world, make(), workload, share, number, lane.update, disturb)
         for step, (load, plan, served) in enumerate(played):
             if step % (scene.repeat * scene.horizon) == 0:
                 lane.reset()  # so that beginnings are seen often enough

@@ -7,23 +7,20 @@ training: same requests, arrivals and seeds, the serving interface, simulated ti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echo_rl.contracts import Controller, Forest, Frontier, LoadView, Selection, SpecPlan, StepReport
+from echo_rl.contracts import Controller, LoadView, SpecPlan, StepReport
 from echo_rl.controllers.network import Policy
-from echo_rl.costs import CostArrays, Scaling
+from echo_rl.costs import CostArrays
 from echo_rl.env.replay import ReplayBackend, ReplayOptions
 from echo_rl.env.server import ServedStep, Server
 from echo_rl.env.timing import plain_step
 from echo_rl.env.trace import Trace
 from echo_rl.env.workload import parse
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from echo_rl.wrapping import Wrapping
 
 MakeController = Callable[[], Controller]
 
@@ -95,7 +92,7 @@ def measure(world: World, controller: Controller, workload: str, steps: int, see
         tokens += served.tokens
         seconds += served.seconds
         at = [np.array([float(x)]) for x in (load.batch_size, load.mean_context, load.prefill_tokens)]
-        replaced = plain_step(world.costs, Scaling.none(1), *at).worth(np.array([float(sum(served.gains))]), at[0])
+        replaced = plain_step(world.costs, *at).worth(np.array([float(sum(served.gains))]), at[0])
         plain += float(replaced[0])
     return Speed(tokens, seconds, plain)
 
@@ -105,60 +102,53 @@ class HeldOut:
 
     ``speedup`` (geometric mean over the workloads) and ``speedup/WORKLOAD`` are over predicted plain
     decoding; ``over_NAME`` and ``over_NAME/WORKLOAD`` are tokens a plain second over those of the
-    baseline in the same workload and seed. Deterministic; baselines are measured once.
+    baseline in the same workload and seed. The second world's are called ``WORKLOAD@1``, and so on.
+    Deterministic; baselines are measured once.
     """
 
     def __init__(
         self,
-        world: World,
+        worlds: Sequence[World],
         serve: Callable[[Policy], Controller],
         workloads: Sequence[str],
         steps: int,
         seed: int,
         baselines: Mapping[str, MakeController],
     ) -> None:
-        self._world, self._serve, self._workloads = world, serve, tuple(workloads)
-        self._steps, self._seed, self._baselines = steps, seed, dict(baselines)
+        self._serve = serve
+        self._scenes = {
+            f"{workload}@{number}" if number else workload: (world, workload, seed + place)
+            for number, world in enumerate(worlds)
+            for place, workload in enumerate(workloads)
+        }
+        self._steps, self._baselines = steps, dict(baselines)
         self._known: dict[str, list[float]] = {}
 
     def __call__(self, policy: Policy) -> dict[str, float]:
         ours = self._speedups(lambda: self._serve(policy))
-        scores = _spread("speedup", self._workloads, ours)
+        scores = _spread("speedup", self._scenes, ours)
         for name, make in self._baselines.items():
             if name not in self._known:
                 self._known[name] = self._speedups(make)
             ratios = [a / b for a, b in zip(ours, self._known[name], strict=True)]
-            scores |= _spread(f"over_{name}", self._workloads, ratios)
+            scores |= _spread(f"over_{name}", self._scenes, ratios)
         return scores
 
     def _speedups(self, make: MakeController) -> list[float]:
-        numbered = enumerate(self._workloads, self._seed)
-        return [measure(self._world, make(), w, self._steps, seed).speedup for seed, w in numbered]
+        scenes = self._scenes.values()
+        return [measure(world, make(), workload, self._steps, seed).speedup for world, workload, seed in scenes]
 
 
-def _spread(name: str, workloads: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+def _spread(name: str, workloads: Iterable[str], values: Sequence[float]) -> dict[str, float]:
     mean = math.exp(sum(math.log(v) for v in values) / len(values))
     return {name: mean} | {f"{name}/{w}": v for w, v in zip(workloads, values, strict=True)}
 
 
-class _Seat:
+class _Seat(Wrapping):
     """The controller whose plan was already asked for: it is handed in by `steer`."""
-
-    def __init__(self, controller: Controller) -> None:
-        self.name = controller.name
-        self._controller = controller
 
     def steer(self, plan: SpecPlan) -> None:
         self._plan = plan
 
     def plan(self, load: LoadView) -> SpecPlan:
         return self._plan
-
-    def extend(self, frontier: Frontier, plan: SpecPlan) -> Tensor:
-        return self._controller.extend(frontier, plan)
-
-    def select(self, forest: Forest, plan: SpecPlan) -> Selection:
-        return self._controller.select(forest, plan)
-
-    def observe(self, report: StepReport) -> None:
-        self._controller.observe(report)

@@ -11,11 +11,9 @@ import torch
 
 from echo_rl.contracts import Controller, Forest, LoadView, PhaseTimes, SpecPlan, StepReport
 from echo_rl.profile import CostProfile
+from tests.profiles import hinge_profile
 
 Node = tuple[int, float]  # (parent, cumulative probability; 0 = does not exist)
-
-BATCHES = (1, 2, 4, 8, 16, 32)
-ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 def forest_of(*rows: Sequence[Node]) -> Forest:
@@ -27,18 +25,6 @@ def forest_of(*rows: Sequence[Node]) -> Forest:
         depths.append(0 if parent < 0 else depths[parent] + 1)
     tokens = torch.arange(parents.numel()).view_as(parents)
     return Forest(tokens, parents, torch.tensor(depths), scores, torch.full((len(rows),), max(depths)))
-
-
-def hinge_profile(
-    free_rows: int = 16, per_row: float = 0.55e-3, level: float = 2e-3, base: float = 14e-3
-) -> CostProfile:
-    """Flat up to `free_rows`, then linear; drafting costs `level` seconds a level."""
-    verify = tuple(tuple((base + per_row * max(0, max(r, b) - free_rows),) for r in ROWS) for b in BATCHES)
-    draft = tuple(tuple(tuple(level * d for d in (1, 2, 4, 8)) for _ in (1, 10)) for _ in BATCHES)
-    return CostProfile(
-        "cpu", "bfloat16", "test", 2, BATCHES, ROWS, (128,), verify, BATCHES, (1, 10), (1, 2, 4, 8), draft,
-        step_overhead=1e-3, spec_overhead=0.5e-3,
-    )  # fmt: skip
 
 
 def load_of(batch: int, max_nodes: int = 64, context: float = 128.0) -> LoadView:

@@ -18,10 +18,11 @@ from echo_rl.controllers.batch_level import (
     TetrisOptions,
 )
 from echo_rl.errors import ConfigError
-from tests.controllers.conftest import hinge_profile, load_of
+from tests.controllers.conftest import load_of
 from tests.controllers.forest_world import ForestWorld, check_values, cut
 from tests.controllers.test_dynamic import check_step
 from tests.controllers.test_selection import forests
+from tests.profiles import hinge_profile
 
 CHAINS = ([(-1, 0.9), (0, 0.8), (1, 0.7)], [(-1, 0.5), (0, 0.2), (1, 0.1)])
 

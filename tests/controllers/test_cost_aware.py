@@ -21,9 +21,9 @@ from echo_rl.controllers.cost_aware import (
 from echo_rl.controllers.sequoia import Sequoia, SequoiaOptions
 from echo_rl.controllers.shapes import likeliest_tree
 from echo_rl.errors import ConfigError
-from tests.controllers.conftest import hinge_profile
 from tests.controllers.test_dynamic import check_step, check_tunable, level, serve
 from tests.controllers.test_selection import forests
+from tests.profiles import hinge_profile
 
 RULES = ((Evict, EvictOptions), (Smart, SmartOptions), (Cast, CastOptions), (Sequoia, SequoiaOptions))
 

@@ -16,10 +16,11 @@ from echo_rl.controllers.efficiency import CostedOptions, StepClock, Switch, Yie
 from echo_rl.controllers.goodput import AdaSpec, AdaSpecOptions, TurboSpec, TurboSpecOptions
 from echo_rl.controllers.shapes import REFERENCE_HIT
 from echo_rl.errors import ConfigError
-from tests.controllers.conftest import hinge_profile, load_of
+from tests.controllers.conftest import load_of
 from tests.controllers.forest_world import ForestWorld, check_values, cut
 from tests.controllers.test_dynamic import check_step, level
 from tests.controllers.test_selection import forests
+from tests.profiles import hinge_profile
 
 
 @pytest.mark.parametrize(("batch", "free_rows"), [(1, 16), (2, 16), (4, 8), (8, 16), (16, 16)])

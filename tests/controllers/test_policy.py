@@ -321,3 +321,20 @@ def test_deciding_is_cheap(batch, serve, make_load):
             ppo.plan(load)
         rounds.append((time.perf_counter() - begin) / 100)
     assert min(rounds) < 100e-6 and not ppo.fallbacks
+
+
+def test_a_policy_that_always_speculates_looks_at_plain_decoding_now_and_then(serve, make_profile):
+    """Plain passes take as predicted, passes of 5 rows twice that: seen only by looking."""
+    profile, policy = make_profile(), constant_policy((4, 2, 1, 0, 0))
+    ppo = serve(policy)
+    load, plain = LoadView(1, 0, 0, 128.0, 0.1, 64), []
+    for step in range(1200):
+        plan = ppo.plan(load)
+        plain += [] if plan.speculates else [step]
+        rows = 1 + plan.budget
+        seconds = profile.verify_seconds(1, rows, 128.0) * (2.0 if plan.speculates else 1.0)
+        ppo.observe(replace(report_of(load, plan), verified=plan.budget, times=PhaseTimes(verify=seconds)))
+    assert plain[:4] == [8, 25, 58, 123] and 6 <= len(plain) <= 9
+    ppo._catch_up()
+    assert ppo._lane._pace.verify.factor(1) == pytest.approx(1.0, rel=0.05)
+    assert ppo._lane._pace.verify.factor(rows) == pytest.approx(2.0, rel=0.05)

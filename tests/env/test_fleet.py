@@ -22,6 +22,7 @@ from echo_rl.costs import CostArrays
 from echo_rl.env.fleet import Fleet
 from echo_rl.env.lane import LaneOptions, Lanes
 from echo_rl.env.levels import restrict
+from echo_rl.env.machines import another
 from echo_rl.env.replay import ReplayBackend, ReplayOptions
 from echo_rl.env.trace import Trace
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
@@ -270,6 +271,58 @@ def test_hidden_groups_are_zero_and_unknown_ones_refused(costs):
     assert (observation[:, 23:] == 0).all() and (observation[:, :6] != 0).any()
     with pytest.raises(ConfigError, match="load, speculation, cost"):
         FleetOptions(hidden=("weather",))
+
+
+def test_each_lane_has_the_costs_of_its_own_machine(costs):
+    g = np.random.default_rng(3)
+    lanes, machines = CostArrays(costs.profile, 3), [another(costs.profile, g) for _ in range(3)]
+    for lane, machine in enumerate(machines):
+        lanes.put(lane, machine)
+    batch, rows, context = np.array([1.0, 6.0, 32.0]), np.array([9.0, 40.0, 300.0]), np.array([90.0, 10.0, 500.0])
+    for lane, machine in enumerate(machines):
+        single = CostArrays(machine)
+        at = (float(batch[lane]), float(rows[lane]), float(context[lane]))
+        assert (
+            lanes.verify(batch, rows, context)[lane] == single.verify(*at) == pytest.approx(machine.verify_seconds(*at))
+        )
+        nodes = np.array([0.0, 5.0])
+        levels = np.array([1, 3])
+        assert (lanes.overhead(batch[:, None], nodes, True)[lane] == single.overhead(at[0], nodes, True)).all()
+        assert (lanes.draft(batch[:, None], 3, levels)[lane] == single.draft(at[0], 3, levels)).all()
+        assert lanes.scalar("catch_up")[lane] == machine.catch_up
+    with pytest.raises(ConfigError, match="same grid"):
+        lanes.put(0, replace(costs.profile, widths=tuple(w + 1 for w in costs.profile.widths)))
+    with pytest.raises(ConfigError, match="same grid"):
+        costs.put(0, costs.profile)
+
+
+def test_other_machines_are_sound_and_differ(costs):
+    """`CostProfile` itself refuses one that gets faster as work grows; more requests than rows are never a pass."""
+    machines = [another(costs.profile, np.random.default_rng(seed)) for seed in (*range(40), 0)]
+    assert machines[0] == machines[-1] != machines[1]
+    ratios = [m.verify_seconds(1, 64) / m.verify_seconds(1, 1) for m in machines]
+    usual = costs.profile.verify_seconds(1, 64) / costs.profile.verify_seconds(1, 1)
+    assert min(ratios) < 0.75 * usual and max(ratios) > 1.4 * usual
+    assert all(m.verify_seconds(32, 1) == m.verify_seconds(32, 32) for m in machines)
+
+
+def test_misjudged_machines_are_seen_as_they_are_once_steps_were_timed(costs):
+    """The cost entries start out from the profile and end at what the machine's own costs say."""
+    told, misled = (small_env(costs, randomise=True, noise=False) for _ in range(2))
+    told._costs = told._machines  # observations start out from the lanes' own
+    told.seed(0)
+    misled.seed(0)
+    gaps = []
+    for env in (told, misled):
+        env.options = replace(env.options, horizon=10**6)
+    a, b = told.reset(), misled.reset()
+    g = np.random.default_rng(0)
+    for _ in range(150):
+        gaps.append(np.abs(a - b)[:, 23:28].max())
+        actions = np.stack([g.integers(0, n, 3) for n in told.options.table.sizes], axis=1)
+        (a, ra, *_), (b, rb, *_) = told.step(actions), misled.step(actions)
+        assert np.array_equal(ra, rb)  # only what is seen differs
+    assert gaps[0] > 0.05 and gaps[-1] < 0.25 * gaps[0]
 
 
 def test_restricted_levels_follow_the_beam():

@@ -88,7 +88,7 @@ def test_scores_are_relative_to_the_baselines(world):
         made.append(1)
         return make("chain", steps=3)
 
-    held = HeldOut(world, lambda policy: make("chain", steps=3), ("closed:1", "closed:4"), 30, 0, {"chain": baseline})
+    held = HeldOut([world], lambda policy: make("chain", steps=3), ("closed:1", "closed:4"), 30, 0, {"chain": baseline})
     first, second = held(None), held(None)
     assert first == second and made == [1, 1]  # one a workload, measured once
     assert first["over_chain"] == first["over_chain/closed:1"] == pytest.approx(1.0)
@@ -109,12 +109,12 @@ def test_cloning_reproduces_a_rule(make_env):
         columns += (np.where(good, 1, 4),)
         return np.stack(columns, axis=1)
 
-    x = g.random((3000, len(FEATURES))).astype(np.float32)
+    x = g.random((6000, len(FEATURES))).astype(np.float32)
     policy = build(LearnerOptions(), make_env()).policy
     options = CloneOptions(epochs=25)
     assert min(agreement(policy, Demonstrations(x, rule(x)))) < 0.5  # not before
-    clone(policy, Demonstrations(x[:2000], rule(x[:2000])), options, seed=0)
-    assert min(agreement(policy, Demonstrations(x[2000:], rule(x[2000:])))) > 0.9
+    clone(policy, Demonstrations(x[:5000], rule(x[:5000])), options, seed=0)
+    assert min(agreement(policy, Demonstrations(x[5000:], rule(x[5000:])))) > 0.9
 
 
 def test_plain_demonstrations_teach_nothing_of_the_other_knobs(make_env):
@@ -126,7 +126,7 @@ def test_plain_demonstrations_teach_nothing_of_the_other_knobs(make_env):
 
 
 def test_demonstrations_are_the_controllers_decisions(world):
-    scene = Scene(world, TABLE, GATES.sparse(8), ("closed:1", "closed:4"), repeat=4, horizon=5)
+    scene = Scene([world], PROFILE, TABLE, GATES.sparse(8), ("closed:1", "closed:4"), repeat=4, horizon=5)
     shown = demonstrate(scene, lambda: make("chain", steps=3), CloneOptions(steps=160, disturbed=0.0), seed=0)
     assert shown.observations.shape == (40, len(FEATURES)) and shown.observations.dtype == np.float32
     assert {tuple(row) for row in shown.actions.tolist()} == {TABLE.nearest(3, 3, 1)}
@@ -137,7 +137,7 @@ def test_demonstrations_are_the_controllers_decisions(world):
 
 
 def test_disturbed_decisions_are_seen_but_never_taught(world):
-    scene = Scene(world, TABLE, GATES.sparse(8), ("closed:2",), repeat=2, horizon=1000)
+    scene = Scene([world], PROFILE, TABLE, GATES.sparse(8), ("closed:2",), repeat=2, horizon=1000)
     shown = demonstrate(scene, lambda: make("chain", steps=3), CloneOptions(steps=200, disturbed=0.5), seed=0)
     assert {tuple(row) for row in shown.actions.tolist()} == {TABLE.nearest(3, 3, 1)}
     other = np.abs(shown.observations[1:, 18] - 3 / 8) > 1e-6
