@@ -19,6 +19,7 @@ from echo_rl.controllers.gates import GateCalibration
 from echo_rl.controllers.network import Policy
 from echo_rl.controllers.policy import Ppo, PpoOptions, Steered
 from echo_rl.costs import CostArrays
+from echo_rl.env.machines import another
 from echo_rl.env.trace import Trace
 from echo_rl.errors import ConfigError
 from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, agreement, clone, demonstrate
@@ -94,6 +95,16 @@ def test_scores_are_relative_to_the_baselines(world):
     assert first["over_chain"] == first["over_chain/closed:1"] == pytest.approx(1.0)
     mean = (first["speedup/closed:1"] * first["speedup/closed:4"]) ** 0.5
     assert first["speedup"] == pytest.approx(mean)
+
+
+def test_every_workload_is_scored_on_every_machine(world):
+    slow = replace(world, costs=CostArrays(another(PROFILE, np.random.default_rng(0))))
+    held = HeldOut([world, slow], lambda policy: make("chain", steps=3), ("closed:1", "closed:4"), 30, 0, {})
+    scores = held(None)
+    assert list(scores) == ["speedup", *(f"speedup/{w}" for w in ("closed:1", "closed:4", "closed:1@1", "closed:4@1"))]
+    assert scores["speedup/closed:1"] != scores["speedup/closed:1@1"]
+    alone = HeldOut([world], lambda policy: make("chain", steps=3), ("closed:1", "closed:4"), 30, 0, {})(None)
+    assert alone["speedup/closed:4"] == scores["speedup/closed:4"]
 
 
 # --- cloning
