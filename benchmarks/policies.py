@@ -21,6 +21,7 @@ from echo_rl.contracts import Controller, LoadView, SpecPlan, StepReport
 from echo_rl.controllers import registry
 from echo_rl.controllers.policy import Ppo, PpoOptions
 from echo_rl.costs import CostArrays
+from echo_rl.env.machines import another
 from echo_rl.env.replay import ReplayBackend
 from echo_rl.env.reward import RewardOptions
 from echo_rl.env.trace import Trace
@@ -45,19 +46,23 @@ FIXED = (
     )),
 )  # fmt: skip
 """Fixed plans whose best, workload by workload, is the plan to have had in hindsight."""
+OTHERS = 4
+"""Other machines to serve on, while all controllers start out from this one's profile."""
 BASE = TrainConfig(evaluation_steps=400)
 SEEDS = {f"seed{s}": replace(BASE, learner=replace(BASE.learner, seed=s)) for s in range(5)}
 
-
+SHORT = replace(BASE, learner=replace(BASE.learner, steps=150_000))
 ABLATIONS = {
-    "the luck of a step left in the reward": replace(BASE, reference=False, noise=True),
-    "reward tokens": replace(BASE, reward=RewardOptions(form="tokens")),
-    "reward time": replace(BASE, reward=RewardOptions(form="time")),
-    "load unseen": replace(BASE, hidden=("load",)),
-    "speculation unseen": replace(BASE, hidden=("speculation",)),
-    "cost unseen": replace(BASE, hidden=("cost",)),
-    "a decision for one step": replace(BASE, repeat=1),
-    "a decision for 16 steps": replace(BASE, repeat=16),
+    "half the steps, as all that follow": SHORT,
+    "on the profile's own machine alone": replace(SHORT, randomise=False),
+    "the luck of a step left in the reward": replace(SHORT, reference=False, noise=True),
+    "reward tokens": replace(SHORT, reward=RewardOptions(form="tokens")),
+    "reward time": replace(SHORT, reward=RewardOptions(form="time")),
+    "load unseen": replace(SHORT, hidden=("load",)),
+    "speculation unseen": replace(SHORT, hidden=("speculation",)),
+    "cost unseen": replace(SHORT, hidden=("cost",)),
+    "a decision for one step": replace(SHORT, repeat=1),
+    "a decision for 16 steps": replace(SHORT, repeat=16),
 }
 
 
@@ -75,7 +80,7 @@ class Args:
     workloads: tuple[str, ...] = WORKLOADS
     """Of the comparison."""
     ablations: tuple[str, ...] = tuple(ABLATIONS)
-    """Which to train; each takes as long as a seed."""
+    """Which to train; each takes half as long as a seed."""
 
 
 def script() -> None:
@@ -96,15 +101,18 @@ def script() -> None:
     arms = ["none", "echo", *FIXED[1:]] if not args.quick else ["none", "echo", FIXED[5]]
     worth = {arm: scores(ledger, world, arm, args) for arm in arms}
     worth |= {name: scores(ledger, world, name, args, run["policy"]) for name, run in trained.items()}
+    seeds, ablations = ([name for name in trained if name in group] for group in (SEEDS, ABLATIONS))
+    closed = replace(args, workloads=tuple(w for w in args.workloads if w.startswith("closed")))
     result = {
         "profile": profile.provenance,
         "workloads": list(args.workloads),
         "training": {name: {"steps": run["steps"]} for name, run in trained.items()},
-        **compare(worth, [name for name in trained if name in SEEDS], [name for name in trained if name in ABLATIONS]),
+        **compare(worth, seeds, ablations),
+        "elsewhere": elsewhere(ledger, test, profile, closed, {name: trained[name]["policy"] for name in trained}),
         "deciding": ledger.cell({"part": "deciding"}, lambda: deciding(test, profile)),
     }
     write_json(place.result, result)
-    CONSOLE.print({key: result[key] for key in ("over_echo", "gap_closed", "deciding")})
+    CONSOLE.print({key: result[key] for key in ("over_echo", "elsewhere", "gap_closed", "deciding")})
 
 
 def split(path: Path, work: Path) -> tuple[Path, Trace]:
@@ -128,8 +136,10 @@ def fit(ledger: Ledger, name: str, config: TrainConfig, trace: Path, out: Path) 
     return cell
 
 
-def scores(ledger: Ledger, world: World, name: str, args: Args, policy: str | None = None) -> list[list[float]]:
-    """[workloads][seeds] speed-ups over plain serving of the same work."""
+def scores(
+    ledger: Ledger, world: World, name: str, args: Args, policy: str | None = None, machine: int | None = None
+) -> list[list[float]]:
+    """[workloads][seeds] speed-ups over plain serving of the same work; `machine` is which other one the world's is."""
 
     def make() -> Controller:
         if policy is not None:
@@ -141,8 +151,29 @@ def scores(ledger: Ledger, world: World, name: str, args: Args, policy: str | No
         seeds = range(100, 100 + args.seeds)
         return [[measure(world, make(), w, args.steps, seed).speedup for seed in seeds] for w in args.workloads]
 
-    cell: list[list[float]] = ledger.cell({"score": name}, run)
+    place = {} if machine is None else {"machine": machine}
+    cell: list[list[float]] = ledger.cell({"score": name, **place}, run)
     return cell
+
+
+def elsewhere(
+    ledger: Ledger, test: Trace, profile: CostProfile, args: Args, policies: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the policies reach over ECHO on machines that neither knows: all start out from this profile."""
+    logs: dict[str, list[np.ndarray]] = {}  # [S] of each machine
+    for number in range(OTHERS):
+        world = World(test, CostArrays(another(profile, np.random.default_rng(100 + number))))
+        for name, policy in {"echo": None, **policies}.items():
+            worth = np.asarray(scores(ledger, world, name, args, policy, number))
+            logs.setdefault(name, []).append(np.log(worth).mean(0))
+    ratios = {name: np.stack(logs[name]) - np.stack(logs["echo"]) for name in policies}  # [M, S]
+    ours = np.stack([ratios[name] for name in policies if name in SEEDS])  # [T, M, S]
+    return {
+        "workloads": list(args.workloads),
+        "over_echo": _interval(ours.reshape(-1)),
+        "over_echo_by_machine": [_interval(ours[:, number].reshape(-1)) for number in range(OTHERS)],
+        "runs": {name: _interval(ratio.reshape(-1)) for name, ratio in ratios.items()},
+    }
 
 
 def compare(worth: Mapping[str, Any], seeds: Sequence[str], ablations: Sequence[str]) -> dict[str, Any]:

@@ -33,17 +33,19 @@ def policies(result: Result) -> str:
         for i, workload in enumerate(result["workloads"])
     ]
     rows.append(["all", Interval(**result["over_echo"]).text(3, "×"), "", "", ""])
+    rows.append(["other machines", Interval(**result["elsewhere"]["over_echo"]).text(3, "×"), "", "", ""])
     heads = ["workload", "`ppo` over `echo`", "best fixed plan over `echo`", "`ppo` over `none`", "`echo` over `none`"]
     return table(heads, rows)
 
 
 def training(result: Result) -> str:
     """What each change to the training does to the result."""
+    elsewhere = result["elsewhere"]["runs"]
     rows = [
-        [name, Interval(**interval).text(3, "×")]
-        for name, interval in {**result["seeds"], **result["ablations"]}.items()
+        [name, *(Interval(**interval).text(3, "×") for interval in (here, elsewhere[name]))]
+        for name, here in {**result["seeds"], **result["ablations"]}.items()
     ]
-    return table(["training", "over `echo`"], rows)
+    return table(["training", "over `echo`", "on other machines"], rows)
 
 
 def ab_live(result: Result) -> str:
