@@ -70,12 +70,11 @@ def script() -> None:
     grid = QUICK_GRID if args.quick else Grid(batches=(1, 2, 4, 8, 16, 32))
     cells = []
     for block in range(args.blocks):
-        folder = place.work / f"block{block}"
-        known = (folder / "profile.json").is_file()
+        measured = place.work / f"block{block}" / "profile.json"
         costs = CostArrays(
-            CostProfile.load(folder / "profile.json")
-            if known
-            else measured_profile(engine, environment, grid, folder, CONSOLE)
+            CostProfile.load(measured)
+            if measured.is_file()
+            else measured_profile(engine, environment, grid, measured.parent, CONSOLE)
         )
         for concurrency in args.concurrency:
             arms = ARMS if block % 2 == 0 else ARMS[::-1]

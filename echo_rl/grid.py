@@ -7,6 +7,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from echo_rl.errors import ConfigError
 
 Axis = tuple[int, ...]
@@ -29,6 +32,12 @@ def check_surface(name: str, surface: Surface, axes: tuple[Axis, Axis, Axis]) ->
         columns = list(zip(*plane, strict=True))
         if any(b < a for line in (*plane, *columns) for a, b in pairwise(line)):
             raise ConfigError(f"profile surface {name} decreases where work grows; smooth it (calibrate does)")
+
+
+def monotone(planes: ArrayLike) -> Surface:
+    """A surface of three axes made non-decreasing along the last two."""
+    risen = np.maximum.accumulate(np.maximum.accumulate(np.asarray(planes), axis=1), axis=2)
+    return tuple(tuple(tuple(line) for line in plane) for plane in risen.tolist())
 
 
 def locate(axis: Axis, x: float, extrapolate: bool) -> tuple[int, int, float]:

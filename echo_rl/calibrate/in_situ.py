@@ -20,7 +20,7 @@ from echo_rl.contracts import Backend, LoadView, Request, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
 from echo_rl.costs import CostArrays
 from echo_rl.env.timing import Floats, Phases, Work, step_phases
-from echo_rl.grid import Surface
+from echo_rl.grid import monotone
 from echo_rl.loop import serve
 from echo_rl.profile import CostProfile
 
@@ -188,7 +188,7 @@ def _scale_verify(profile: CostProfile, clean: Sequence[Sample]) -> CostProfile:
     for batch, plane, p, w in zip(profile.batches, profile.verify, *factors, strict=True):
         scaled = [[t * (p if r <= batch else w) for t in line] for r, line in zip(profile.rows, plane, strict=True)]
         planes.append(scaled)
-    return replace(profile, verify=_monotone(planes))
+    return replace(profile, verify=monotone(planes))
 
 
 def _scale_draft(profile: CostProfile, clean: Sequence[Sample]) -> CostProfile:
@@ -199,7 +199,7 @@ def _scale_draft(profile: CostProfile, clean: Sequence[Sample]) -> CostProfile:
     ratios = _column([s.report.times.draft for s in usual]) / predicted(profile, usual).draft
     factors = _factors(profile.draft_batches, usual, ratios, np.ones(len(usual), dtype=bool))
     planes = [[[t * f for t in line] for line in plane] for plane, f in zip(profile.draft, factors, strict=True)]
-    fitted = replace(profile, draft=_monotone(planes), catch_up=0.0, gate_overhead=0.0)
+    fitted = replace(profile, draft=monotone(planes), catch_up=0.0, gate_overhead=0.0)
     gated = [s for s in fresh if s.report.plan.gates]
     fitted = replace(fitted, gate_overhead=_each(fitted, gated, _work(gated).asked, profile.gate_overhead))
     behind = [s for s in drafted if s.unseen > 4 * s.report.load.batch_size]
@@ -250,9 +250,3 @@ def _noise(profile: CostProfile, clean: Sequence[Sample]) -> float:
     residuals = np.log(_column([s.report.times.total for s in clean]) / predicted(profile, clean).total)
     low, high = np.quantile(residuals, (0.25, 0.75))
     return float(high - low) / 1.349
-
-
-def _monotone(planes: Sequence[Sequence[Sequence[float]]]) -> Surface:
-    """Each plane made non-decreasing along both of its axes."""
-    risen = (np.maximum.accumulate(np.maximum.accumulate(np.asarray(plane), 0), 1) for plane in planes)
-    return tuple(tuple(tuple(float(t) for t in line) for line in plane) for plane in risen)

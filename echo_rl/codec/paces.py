@@ -76,7 +76,7 @@ class Paces:
 
 
 def _follow(averages: Floats, ratios: Floats, counts: Lanes) -> Floats:
-    """`pace.follow` in the lanes that count."""
+    """`pace._follow` in the lanes that count."""
     counts = counts & (ratios > 0.0)
     surprise = np.log(np.where(counts, ratios / averages, 1.0))
     return averages * np.exp(RATE * np.clip(surprise, -STEP, STEP))

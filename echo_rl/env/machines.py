@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_rl.grid import Surface
+from echo_rl.grid import monotone
 from echo_rl.profile import CostProfile
 
 Floats = NDArray[np.float64]
@@ -30,8 +30,8 @@ def another(profile: CostProfile, generator: np.random.Generator) -> CostProfile
     drafting, outside = np.exp(generator.uniform(-REST, REST, 2)).tolist()
     return replace(
         profile,
-        verify=_surface(_verify(profile, factors)),
-        draft=_surface(drafting * np.asarray(profile.draft)),
+        verify=monotone(_verify(profile, factors)),
+        draft=monotone(drafting * np.asarray(profile.draft)),
         step_overhead=outside * profile.step_overhead,
         spec_overhead=outside * profile.spec_overhead,
         request_overhead=outside * profile.request_overhead,
@@ -42,13 +42,9 @@ def another(profile: CostProfile, generator: np.random.Generator) -> CostProfile
 
 
 def _verify(profile: CostProfile, factors: Floats) -> Floats:
-    """The verify surface times what passes of each number of rows take; more rows never take less."""
+    """The verify surface times the factors of passes by their rows."""
     seconds = np.asarray(profile.verify) * factors[:, None]
     for plane, batch in zip(seconds, profile.batches, strict=True):
         first = int(np.searchsorted(profile.rows[:-1], batch))
         plane[:first] = plane[first]  # no pass has fewer rows than requests
-    return np.maximum.accumulate(seconds, axis=1)
-
-
-def _surface(seconds: Floats) -> Surface:
-    return tuple(tuple(tuple(line) for line in plane) for plane in seconds.tolist())
+    return seconds
