@@ -100,7 +100,7 @@ class Ppo(CalibratedSelection):
         if not self._left:
             self._action, self._left = self._decide(load), self.policy.repeat
         self._left -= 1
-        self._looking = self._looks.due(load, LOOK_AFTER)
+        self._looking = self._action is not None and self._looks.due(load, LOOK_AFTER)  # ECHO has looks of its own
         if self._looking:
             return AUTOREGRESSIVE
         if self._action is None:
