@@ -54,7 +54,8 @@ SEEDS = {f"seed{s}": replace(BASE, learner=replace(BASE.learner, seed=s)) for s 
 SHORT = replace(BASE, learner=replace(BASE.learner, steps=150_000))
 ABLATIONS = {
     "half the steps, as all that follow": SHORT,
-    "on the profile's own machine alone": replace(SHORT, randomise=False),
+    "on the profile's own machine alone": replace(SHORT, randomise=0.0),
+    "on another machine each episode": replace(SHORT, randomise=1.0),
     "the luck of a step left in the reward": replace(SHORT, reference=False, noise=True),
     "reward tokens": replace(SHORT, reward=RewardOptions(form="tokens")),
     "reward time": replace(SHORT, reward=RewardOptions(form="time")),

@@ -63,9 +63,10 @@ class TrainConfig:
     """Env steps an episode."""
     repeat: int = 4
     """Serving steps for which a decision stands, in training and in serving."""
-    randomise: bool = True
-    """Serve each episode on another machine than the profile says (see `machines.another`), and evaluate on others too:
-    for a policy that transfers, also to this machine in another hour. Otherwise the profile is always right."""
+    randomise: float = 0.5
+    """Share of the episodes on another machine than the profile says (see `machines.another`); above 0, cloning and
+    evaluation see others too. For a policy that transfers, also to this machine in another hour. At 0 the profile is
+    always right."""
     noise: bool = False
     """Train under noisy step times. Without, rewards are exact and differ by what was decided alone."""
     reference: bool = True

@@ -50,10 +50,14 @@ class EngineGenerator:
 
 
 def features_of(folder: Path, taps: Sequence[int]) -> Callable[[Tensor], tuple[list[Tensor], Tensor]]:
-    """Padded ids [B, T] -> (hidden states [B, T, hidden] after each tapped layer, those after the final norm)."""
+    """Padded ids [B, T] -> (hidden states [B, T, hidden] after each tapped layer, those after the final norm).
+
+    In the precision that the engine serves in, which is also what a drafter will read.
+    """
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    _, dtype = resolve("cpu", "auto")
+    model = AutoModel.from_pretrained(folder, dtype=dtype).eval()
 
     @torch.inference_mode()
     def compute(ids: Tensor) -> tuple[list[Tensor], Tensor]:

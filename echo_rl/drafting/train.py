@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from echo_rl.drafting.batches import Batch, Document, collate, documents, plan_epoch
+from echo_rl.drafting.continued import continue_from
 from echo_rl.drafting.conversations import answer_counts, choose_vocabulary
 from echo_rl.drafting.evaluate import Acceptance, measure
 from echo_rl.drafting.features import FeatureShard, open_features
@@ -44,6 +45,8 @@ class TrainConfig:
     """Folder of cached features of those shards."""
     out: str
     """Folder of the drafter: best checkpoint, manifest, training state, TensorBoard events."""
+    start: str | None = None
+    """EAGLE-3 folder of a drafter to go on from; None starts anew."""
     draft_vocab: int = 8192
     """Tokens that the drafter can propose, the most frequent ones of the answers."""
     kv_heads: int = 9
@@ -193,6 +196,8 @@ class Run:
         self.state_path = Path(config.out) / STATE_FILE
         if self.state_path.exists():
             self._restore()
+        elif config.start is not None:
+            continue_from(self.net, config.start, parts.output)
         elif config.regression_rows:
             warm_start(
                 self.net, self.corpus.shards, self.corpus.training, parts,
@@ -271,7 +276,7 @@ def write_manifest(run: Run, best: dict[str, Any]) -> None:
     """What the checkpoint is, beside it: config, data, curve and metrics."""
     training: Sequence[Document] = run.corpus.training
     manifest = {
-        "config": {k: v for k, v in asdict(run.config).items() if k not in ("data", "features", "out")},
+        "config": {k: v for k, v in asdict(run.config).items() if k not in ("data", "features", "out", "start")},
         "data": {
             "conversations": len(training), "tokens": sum(item.length for item in training),
             "rows": sum(item.rows for item in training), "validation_conversations": len(run.corpus.validation),

@@ -34,9 +34,9 @@ class FleetOptions:
     """Env steps an episode."""
     repeat: int = 4
     """Serving steps under one action."""
-    randomise: bool = False
-    """Serve each episode on another machine, see `machines.another`. Observations start out from the profile's own
-    costs all the same, as where it is stale or the machine has a slow spell."""
+    randomise: float = 0.0
+    """Share of the episodes on another machine than the profile's, see `machines.another`. Observations start out from
+    the profile's costs all the same, as where it is stale or the machine has a slow spell."""
     reference: Plans = ((2, (5.0, 4, 3)), (8, (2.0, 3, 2)), (64, (1.0, 1, 1)))
     """Plans, by batch size, whose reward on the same forests is taken off each step's: a control variate that
     takes the luck of a step out of the reward and changes no policy's rank. Empty for the plain reward; only in the
@@ -54,6 +54,8 @@ class FleetOptions:
     def __post_init__(self) -> None:
         if self.horizon < 1 or self.repeat < 1 or not self.workloads:
             raise ConfigError("a fleet needs horizon >= 1, repeat >= 1 and at least one workload")
+        if not 0 <= self.randomise <= 1:
+            raise ConfigError(f"randomise is {self.randomise}; it is a share of the episodes, in [0, 1]")
         unknown = set(self.hidden) - GROUPS.keys()
         if unknown:
             raise ConfigError(f"no observation group is called {sorted(unknown)}; there are {', '.join(GROUPS)}")
@@ -147,10 +149,11 @@ class ReplayVecEnv(VecEnv):
         self._returns = np.zeros(self.num_envs)
 
     def _begin(self, lane: int) -> None:
-        """A new episode: another workload, another machine, nothing known."""
+        """A new episode: another workload, perhaps another machine, nothing known."""
         workload = self._workloads[int(self._generator.integers(len(self._workloads)))]
         if self.options.randomise:
-            self._machines.put(lane, another(self._costs.profile, self._generator))
+            home, elsewhere = self._costs.profile, self._generator.random() < self.options.randomise
+            self._machines.put(lane, another(home, self._generator) if elsewhere else home)
         mask = np.arange(self.num_envs) == lane
         self._tracker.reset(mask)
         self._meter.reset(mask)

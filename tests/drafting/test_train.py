@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,31 @@ def test_warm_start_beats_random_weights_at_once(world: TrainConfig, parts: Targ
     config = replace(world, draft_vocab=40, out=str(tmp_path / "warm"), regression_rows=500)
     warm, cold = Run(config, parts), Run(replace(config, regression_rows=0), parts)
     assert warm.measure().top1[0] > max(0.5, cold.measure().top1[0] + 0.3)
+
+
+@pytest.mark.parametrize("vocabulary", [36, 40])
+def test_goes_on_from_a_trained_drafter(
+    world: TrainConfig, parts: TargetParts, tmp_path: Path, vocabulary: int
+) -> None:
+    """At once as good as that one; tokens that it couldn't say don't start from nothing."""
+    trained = train(replace(world, updates=90, evaluate_every=90, lr=2e-2), parts)
+    config = replace(world, out=str(tmp_path / "on"), start=world.out, draft_vocab=vocabulary)
+    found, before = Run(config, parts).measure(), trained.measure()
+    assert found.top1[0] >= before.top1[0] > 0.6
+    if vocabulary == 36:
+        assert found.chain_mat == pytest.approx(before.chain_mat, abs=0.2)  # saved in bfloat16
+
+
+def test_a_drafter_of_other_sizes_is_not_gone_on_from(world: TrainConfig, parts: TargetParts, tmp_path: Path) -> None:
+    train(world, parts)
+    on = replace(world, out=str(tmp_path / "on"), start=world.out)
+    with pytest.raises(ConfigError, match="gate_proj"):
+        Run(replace(on, intermediate=8), parts)
+    features = tmp_path / "others"
+    shutil.copytree(world.features, features)
+    (features / "taps.json").write_text("[0, 3, 4]")
+    with pytest.raises(ConfigError, match="reads layers"):
+        Run(replace(on, features=str(features)), parts)
 
 
 def test_resume_gives_the_weights_of_an_uninterrupted_run(

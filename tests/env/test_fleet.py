@@ -249,7 +249,7 @@ def small_env(costs, seed=0, **options) -> ReplayVecEnv:
     return ReplayVecEnv(random_trace(), costs, chosen, lanes=3, seed=seed)
 
 
-@pytest.mark.parametrize("options", [{}, {"randomise": True}, {"hidden": ("cost", "load")}])
+@pytest.mark.parametrize("options", [{}, {"randomise": 0.5}, {"hidden": ("cost", "load")}])
 def test_equal_seeds_give_equal_transitions(costs, options):
     a, b, c = (small_env(costs, seed, **options) for seed in (1, 1, 2))
     seen = [env.reset() for env in (a, b, c)]
@@ -308,7 +308,7 @@ def test_other_machines_are_sound_and_differ(costs):
 
 def test_misjudged_machines_are_seen_as_they_are_once_steps_were_timed(costs):
     """The cost entries start out from the profile and end at what the machine's own costs say."""
-    told, misled = (small_env(costs, randomise=True, noise=False) for _ in range(2))
+    told, misled = (small_env(costs, randomise=1.0, noise=False) for _ in range(2))
     told._costs = told._machines  # observations start out from the lanes' own
     told.seed(0)
     misled.seed(0)
@@ -323,6 +323,17 @@ def test_misjudged_machines_are_seen_as_they_are_once_steps_were_timed(costs):
         (a, ra, *_), (b, rb, *_) = told.step(actions), misled.step(actions)
         assert np.array_equal(ra, rb)  # only what is seen differs
     assert gaps[0] > 0.05 and gaps[-1] < 0.25 * gaps[0]
+
+
+@pytest.mark.parametrize("share, low, high", [(0.0, 0, 0), (0.5, 12, 36), (1.0, 48, 48)])
+def test_a_share_of_the_episodes_is_on_other_machines(costs, share, low, high):
+    env, met = small_env(costs, randomise=share), []
+    for _ in range(16):
+        env.reset()
+        met += [env._machines.machine(lane) for lane in range(3)]
+    assert low <= sum(machine != costs.profile for machine in met) <= high
+    with pytest.raises(ConfigError, match="share"):
+        FleetOptions(randomise=1.5)
 
 
 def test_restricted_levels_follow_the_beam():
