@@ -2,7 +2,8 @@
 
 Every arm serves blocks of a trace's requests in simulated time; a controller keeps what it learnt from
 block to block. Speed-ups are paired by block. The intervals tell how much a result depends on which of the
-trace's requests meet, not how it would be with other prompts or on another machine.
+trace's requests meet, not how it would be with other prompts or on another machine. Simulated steps take what the
+costs say, whoever decides; what deciding takes, by this machine's clock, is told beside it.
 
 ``cells.jsonl`` in the output folder holds what has been measured: rerun to go on, or to add arms and loads.
 It is bound to the trace, the costs and the release, not to a controller's code: delete it when that changes.
@@ -33,6 +34,7 @@ from echo_rl.ledger import Ledger
 from echo_rl.loop import serve
 from echo_rl.ranking import BASELINE, HINDSIGHT, REFERENCE, Block, Served, draw, pooled, report
 from echo_rl.results import write_json
+from echo_rl.stopwatch import Timed
 from echo_rl.sweep import Arm
 
 SHAPES: tuple[tuple[float, int, int], ...] = (
@@ -108,11 +110,11 @@ class Replayer:
         return [self._block(controller, concurrency, first + number) for number in blocks]
 
     def _block(self, controller: Controller, concurrency: int, number: int) -> Block:
-        backend = self._backend
+        backend, timed = self._backend, Timed(controller)
         backend.restart(self.config.seed + number)
-        run = serve(backend, controller, self.requests(concurrency, number), concurrency, clock=backend.clock)
+        run = serve(backend, timed, self.requests(concurrency, number), concurrency, clock=backend.clock)
         committed, rows = (sum(getattr(step, name) for step in run.steps) for name in ("committed", "batch_size"))
-        return Block(run.output_tokens, run.seconds, len(run.steps), committed, rows)
+        return Block(run.output_tokens, run.seconds, len(run.steps), committed, rows, timed.seconds)
 
     def requests(self, concurrency: int, number: int) -> list[Request]:
         """Those of one block: the trace in one shuffled order after another, cut into blocks."""

@@ -36,6 +36,8 @@ class Block:
     """Tokens of decoding requests."""
     rows: int
     """Decoding requests, summed over steps."""
+    deciding: float = 0.0
+    """Seconds that the controller took, of real time; not part of `seconds`."""
 
     @property
     def rate(self) -> intervals.Rate:
@@ -71,7 +73,7 @@ def report(loads: Sequence[int], measured: Measured) -> dict[str, Any]:
 
 def _cell(measured: Measured, arm: str, load: int) -> dict[str, Any]:
     ours = measured[arm][load]
-    rows = sum(block.rows for block in ours)
+    rows, seconds = sum(block.rows for block in ours), sum(block.seconds for block in ours)
     return {
         "arm": arm,
         "concurrency": load,
@@ -81,7 +83,8 @@ def _cell(measured: Measured, arm: str, load: int) -> dict[str, Any]:
         "mat": sum(block.committed for block in ours) / rows if rows else None,
         "steps": sum(block.steps for block in ours),
         "tokens": sum(block.tokens for block in ours),
-        "seconds": sum(block.seconds for block in ours),
+        "seconds": seconds,
+        "deciding": sum(block.deciding for block in ours) / seconds,
     }
 
 

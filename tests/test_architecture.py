@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
     {"contracts", "errors"},
-    {"config", "codec", "costs", "pace", "profile", "packages", "grid", "calibration_files", "wrapping"},
+    {"config", "codec", "costs", "pace", "profile", "packages", "grid", "calibration_files", "wrapping", "stopwatch"},
     {"runtime", "env", "controllers"},
     {
         *("loop", "metrics", "prompts", "sweep", "results", "bench", "plots", "record", "drafting", "calibrate"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from echo_rl.errors import ConfigError, PolicyError, TraceError, UnknownControll
 from echo_rl.evaluate import EvalConfig, Replayer, best_fixed, evaluate, halving
 from echo_rl.profile import CostProfile
 from echo_rl.ranking import HINDSIGHT, Block, geometric_mean, mean_speedup, report
+from echo_rl.wrapping import Wrapping
 from tests.recorded import random_trace
 
 SHAPES = ((0, 1, 1), (0.5, 1, 1), (1, 1, 1), (2, 2, 1), (3, 3, 2), (7, 4, 3), (15, 5, 4))
@@ -35,11 +37,16 @@ def trace():
 
 
 def block(rate: float, seconds: float = 10.0) -> Block:
-    return Block(round(rate * seconds), seconds, 5, 20, 10)
+    return Block(round(rate * seconds), seconds, 5, 20, 10, deciding=0.25)
 
 
 def blocks(rates: dict[int, list[float]]) -> dict[int, list[Block]]:
     return {load: [block(rate) for rate in row] for load, row in rates.items()}
+
+
+def simulated(result) -> dict:
+    """Without what this machine's clock said."""
+    return result | {"cells": [{**cell, "deciding": None} for cell in result["cells"]]}
 
 
 def by_arm(result, key: str) -> dict[str, dict]:
@@ -68,6 +75,7 @@ def test_a_constructed_case_is_ranked():
     (cell,) = (c for c in result["cells"] if c["arm"] == "tall" and c["concurrency"] == 8)
     assert cell["speedup"]["estimate"] == pytest.approx(0.5) and cell["throughput"]["estimate"] == pytest.approx(210)
     assert cell["mat"] == 2.0 and (cell["steps"], cell["seconds"]) == (10, 20.0)
+    assert cell["deciding"] == pytest.approx(0.025)
 
 
 def test_a_ratio_that_never_varies_has_an_interval_of_no_width():
@@ -103,6 +111,26 @@ def test_replayed_arms_serve_the_same_requests(trace, costs):
     assert laps[:8] != laps[12:]
     tokens = {arm: [b.tokens for b in replayer.measure(arm, 4, range(2))] for arm in ("none", "chain")}
     assert tokens["none"] == tokens["chain"]
+
+
+def test_deciding_is_timed_beside_the_simulated_time(trace, costs):
+    """A slow controller serves exactly as a quick one does, and is seen to be slow."""
+
+    class Slow(Wrapping):
+        def plan(self, load):
+            time.sleep(0.002)
+            return super().plan(load)
+
+    def slowly(name, **options):
+        return Slow(registry.make(name, **options))
+
+    quick, slow = (
+        Replayer(CONFIG, trace, costs, make).measure("fixed:nodes=2,depth=2,width=1", 1, range(2))
+        for make in (registry.make, slowly)
+    )
+    for a, b in zip(quick, slow, strict=True):
+        assert replace(a, deciding=0) == replace(b, deciding=0)
+        assert a.deciding > 0 and b.deciding > 0.002 * b.steps
 
 
 def test_plain_decoding_and_a_good_plan_are_told_apart(trace, costs, tmp_path):
@@ -198,9 +226,9 @@ def test_an_interrupted_run_goes_on(trace, costs, tmp_path):
     stop = 0
     made.clear()
     again = evaluate(config, trace, costs, make, tmp_path / "part")
-    assert again == whole and len(made) < everything
+    assert simulated(again) == simulated(whole) and len(made) < everything
     made.clear()
-    assert evaluate(config, trace, costs, make, tmp_path / "part") == whole
+    assert evaluate(config, trace, costs, make, tmp_path / "part") == again
     assert made == ["none", "echo", "chain"]  # only to see that they can be made
     evaluate(replace(config, arms=("static", "chain")), trace, costs, make, tmp_path / "part")
     assert made.count("static") == 3 and made.count("chain") == 2

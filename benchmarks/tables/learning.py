@@ -64,16 +64,17 @@ def ab_live(result: Result) -> str:
 
 
 def rivals(result: Result) -> str:
-    """Geometric means over loads and the speed-up at each load, fastest first."""
+    """Geometric means over loads, the speed-up at each load, and what deciding takes at the smallest; fastest first."""
     loads = sorted({cell["concurrency"] for cell in result["cells"]})
-    found = {(cell["arm"], cell["concurrency"]): cell["speedup"]["estimate"] for cell in result["cells"]}
+    found = {(cell["arm"], cell["concurrency"]): cell for cell in result["cells"]}
     rows = [
         [
             str(row["rank"] or "-"),
             f"`{row['arm']}`",
             Interval(**row["speedup"]).text(2, "×"),
-            *(number(found[row["arm"], load]) for load in loads),
+            *(number(found[row["arm"], load]["speedup"]["estimate"]) for load in loads),
+            f"{found[row['arm'], loads[0]]['deciding']:.1%}",
         ]
         for row in result["ranking"]
     ]
-    return table(["rank", "controller, tuned", "all loads", *map(str, loads)], rows)
+    return table(["rank", "controller, tuned", "all loads", *map(str, loads), f"deciding at {loads[0]}"], rows)

@@ -87,14 +87,15 @@ def load_trace(path: Path | None) -> Trace:
 
 
 def ranking(result: Mapping[str, Any]) -> Table:
-    """One row an arm, best first: geometric means over loads, then the speed-up of each load, winners in bold."""
+    """One row an arm, best first: geometric means over loads, the speed-up of each load, winners in bold, and how
+    long deciding takes at the smallest load, where it takes the largest part of a step."""
     from rich.markup import escape
     from rich.table import Table
 
     from echo_rl.intervals import Interval
 
     best = {winner["concurrency"]: {winner["arm"], *winner["tied"]} for winner in result["winners"]}
-    cells = {(cell["arm"], cell["concurrency"]): cell["speedup"]["estimate"] for cell in result["cells"]}
+    cells = {(cell["arm"], cell["concurrency"]): cell for cell in result["cells"]}
     title = (
         f"Speed-up over {result['baseline']}: geometric mean over loads, and by requests in flight\n"
         f"Costs: {result['machine']['title']}"
@@ -102,13 +103,15 @@ def ranking(result: Mapping[str, Any]) -> Table:
     view = Table(title=title, title_justify="left", caption="bold: fastest at that load, or not told from it")
     view.add_column("", justify="right")
     view.add_column("controller", overflow="fold")
-    for name in ("all loads", f"over {result['reference']}", *(f"{load}" for load in best)):
+    for name in ("all loads", f"over {result['reference']}", *(f"{load}" for load in best), "deciding"):
         view.add_column(name, justify="right")
     for row in result["ranking"]:
         overall = [Interval(**row[key]).text() for key in ("speedup", "over_reference")]
         bold = {load: "bold" if row["arm"] in arms else "" for load, arms in best.items()}
-        numbers = [f"[{style or 'none'}]{cells[row['arm'], load]:.2f}" for load, style in bold.items()]
-        view.add_row(str(row["rank"] or "-"), escape(row["arm"]), *(escape(text) for text in overall), *numbers)
+        own = {load: cells[row["arm"], load] for load in best}
+        numbers = [f"[{bold[load] or 'none'}]{cell['speedup']['estimate']:.2f}" for load, cell in own.items()]
+        last = f"{own[min(own)]['deciding']:.1%}"
+        view.add_row(str(row["rank"] or "-"), escape(row["arm"]), *(escape(text) for text in overall), *numbers, last)
     return view
 
 

@@ -33,10 +33,11 @@ def continue_from(net: DrafterNet, folder: str | Path, output: Tensor) -> None:
             value = _output_rows(value, known, net.vocabulary, output.float())
         if value.shape != parameter.shape:
             raise ConfigError(
-                f"{folder} has a {name} of {list(value.shape)}, this run one of {list(parameter.shape)}; train in its sizes"
+                f"{folder} has a {name} of {list(value.shape)}, this run one of {list(parameter.shape)}; "
+                "train in its sizes"
             )
         parameter.copy_(value)
-    own["fc.weight"] /= FEATURE_SCALE
+    own["fc.weight"].div_(FEATURE_SCALE)
 
 
 def _output_rows(trained: Tensor, known: Tensor, wanted: Tensor, output: Tensor) -> Tensor:

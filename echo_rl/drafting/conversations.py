@@ -34,9 +34,6 @@ class Conversations:
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
-    def answer(self, index: int) -> NDArray[np.int64]:
-        return self[index][self.starts[index] :]
-
     @property
     def lengths(self) -> NDArray[np.int64]:
         return np.diff(self.offsets)
@@ -80,17 +77,16 @@ def shards(folder: str | Path) -> list[Path]:
     return found
 
 
-def answer_counts(conversations: Iterable[Conversations], vocab: int) -> NDArray[np.int64]:
-    """[vocab] how often each token occurs in answers."""
+def token_counts(conversations: Iterable[Conversations], vocab: int) -> NDArray[np.int64]:
+    """[vocab] how often each token occurs, in questions too: answers to new questions take up their words."""
     counts = np.zeros(vocab, dtype=np.int64)
     for shard in conversations:
-        for index in range(len(shard)):
-            counts += np.bincount(shard.answer(index), minlength=vocab)
+        counts += np.bincount(shard.tokens, minlength=vocab)
     return counts
 
 
 def choose_vocabulary(counts: NDArray[np.int64], size: int, always: Sequence[int] = ()) -> tuple[Tensor, float]:
-    """The `size` most frequent answer tokens (ties by id) with `always` among them.
+    """The `size` most frequent tokens (ties by id) with `always` among them.
 
     Returns ([size] ascending target ids, share of the counted tokens that they cover).
     """

@@ -23,13 +23,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from echo_rl.drafting.batches import Batch, Document, collate, documents, plan_epoch
 from echo_rl.drafting.continued import continue_from
-from echo_rl.drafting.conversations import answer_counts, choose_vocabulary
+from echo_rl.drafting.conversations import choose_vocabulary, token_counts
 from echo_rl.drafting.evaluate import Acceptance, measure
 from echo_rl.drafting.features import FeatureShard, open_features
 from echo_rl.drafting.loss import Columns, soft_cross_entropy, soft_labels
 from echo_rl.drafting.model import DrafterNet, Rotary, Unroll
 from echo_rl.drafting.warm_start import TargetParts, warm_start
 from echo_rl.errors import ConfigError
+from echo_rl.results import digest
 from echo_rl.runtime.drafter_model import DrafterConfig, save_drafter
 
 STATE_FILE = "training_state.pt"
@@ -48,7 +49,7 @@ class TrainConfig:
     start: str | None = None
     """EAGLE-3 folder of a drafter to go on from; None starts anew."""
     draft_vocab: int = 8192
-    """Tokens that the drafter can propose, the most frequent ones of the answers."""
+    """Tokens that the drafter can propose, the most frequent ones of the conversations."""
     kv_heads: int = 9
     """Key/value heads; as many as query heads lets the warm start carry the whole embedding."""
     self_heads: int = 6
@@ -132,7 +133,7 @@ class Corpus:
         training = [item for item in found if item not in held]
         if not training or not held:
             raise ConfigError(f"{len(found)} usable conversations are too few; generate more")
-        ids, coverage = choose_vocabulary(answer_counts([s.conversations for s in shards], vocab), config.draft_vocab)
+        ids, coverage = choose_vocabulary(token_counts([s.conversations for s in shards], vocab), config.draft_vocab)
         to_draft = torch.full((vocab,), -1).index_copy(0, ids, torch.arange(len(ids)))
         return cls(shards, training, sorted(held, key=lambda d: (d.shard, d.index)), ids, to_draft, coverage)
 
@@ -282,6 +283,7 @@ def write_manifest(run: Run, best: dict[str, Any]) -> None:
             "rows": sum(item.rows for item in training), "validation_conversations": len(run.corpus.validation),
             "vocabulary_coverage": round(run.corpus.coverage, 4),
         },
+        "started_from": run.config.start and digest(*sorted(Path(run.config.start).glob("*.safetensors"))),
         "torch": torch.__version__, "seconds": round(run.seconds), "best": best, "curve": run.curve,
     }  # fmt: skip
     part = Path(run.config.out) / "manifest.json.part"

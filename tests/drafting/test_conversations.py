@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from echo_rl.drafting.conversations import Conversations, answer_counts, choose_vocabulary, shards
+from echo_rl.drafting.conversations import Conversations, choose_vocabulary, shards, token_counts
 from echo_rl.drafting.features import batches_by_length, cache_features, open_features
 from echo_rl.drafting.synthesize import SMOLLM2_CHAT, SynthesizeConfig, opening, synthesize
 from echo_rl.drafting.train import TrainConfig
@@ -21,7 +21,7 @@ def test_shard_round_trip(tmp_path: Path) -> None:
     talk = Conversations.of([([1, 2, 70000], 1, True), ([5, 6], 2, False)])
     talk.save(tmp_path / "a.npz")
     again = Conversations.load(tmp_path / "a.npz")
-    assert again.answer(0).tolist() == [2, 70000] and again[1].tolist() == [5, 6]
+    assert again[0][again.starts[0] :].tolist() == [2, 70000] and again[1].tolist() == [5, 6]
     assert again.greedy.tolist() == [True, False] and again.lengths.tolist() == [3, 2]
     assert shards(tmp_path) == [tmp_path / "a.npz"]
 
@@ -37,12 +37,12 @@ def test_bad_shards(tmp_path: Path) -> None:
         Conversations.load(tmp_path / "a.npz")
 
 
-def test_vocabulary_is_the_most_frequent_answer_tokens() -> None:
+def test_vocabulary_is_the_most_frequent_tokens() -> None:
     talk = Conversations.of([([9, 9, 9, 3, 3, 3, 4, 4, 6], 3, True)])
-    counts = answer_counts([talk], 10)
-    assert counts.tolist() == [0, 0, 0, 3, 2, 0, 1, 0, 0, 0]
+    counts = token_counts([talk], 10)
+    assert counts.tolist() == [0, 0, 0, 3, 2, 0, 1, 0, 0, 3]
     ids, coverage = choose_vocabulary(counts, 3, always=[8])
-    assert ids.tolist() == [3, 4, 8] and coverage == pytest.approx(5 / 6)
+    assert ids.tolist() == [3, 8, 9] and coverage == pytest.approx(6 / 9)
     with pytest.raises(ConfigError, match="draft vocabulary"):
         choose_vocabulary(counts, 11)
 
