@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -91,14 +91,15 @@ class Comparison:
     def __init__(self, args: Args, dtype: str, ledger: Ledger) -> None:
         self.args, self.dtype, self.ledger = args, dtype, ledger
         self.prompts = load_prompts("all", limit=args.requests, seed=args.seed)
-        self._engine: Engine | None = None
+
+    @cached_property
+    def loaded(self) -> tuple[Engine, dict[str, str]]:
+        """The engine and its environment."""
+        return load_engine(replace(self.args.engine, dtype=self.dtype))
 
     @property
     def engine(self) -> Engine:
-        """Loaded when the first cell is missing."""
-        if self._engine is None:
-            self._engine, _ = load_engine(replace(self.args.engine, dtype=self.dtype))
-        return self._engine
+        return self.loaded[0]
 
     def requests(self, temperature: float) -> list[Request]:
         def params(index: int) -> SamplingParams:
@@ -182,7 +183,7 @@ def script() -> None:
         comparison = Comparison(args, dtype, ledger)
         cells = list(comparison.cells())
         gaps = [gap for t in args.temperatures if t == 0 for g in comparison.reference(t)["gaps"].values() for gap in g]
-        result["dtypes"][dtype] = {**totals(cells, gaps), "cells": cells}
+        result["dtypes"][dtype] = {**totals(cells, gaps), "environment": comparison.loaded[1], "cells": cells}
     write_json(place.result, result)
     for dtype, found in result["dtypes"].items():
         CONSOLE.print(

@@ -106,6 +106,7 @@ def script() -> None:
     closed = replace(args, workloads=tuple(w for w in args.workloads if w.startswith("closed")))
     result = {
         "profile": profile.provenance,
+        "trace": test.provenance,
         "workloads": list(args.workloads),
         "training": {name: {"steps": run["steps"]} for name, run in trained.items()},
         **compare(worth, seeds, ablations),

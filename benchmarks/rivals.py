@@ -50,7 +50,7 @@ def script() -> None:
     sizes = (1, 8) if args.quick else (1, 2, 4, 8, 16, 32)
     config = EvalConfig(arms, concurrency=sizes, blocks=2 if args.quick else args.blocks, hindsight=not args.quick)
     result = evaluate(config, test, costs, registry.make, place.work / "eval", CONSOLE)
-    write_json(place.result, result)
+    write_json(place.result, {"trace": test.provenance, **result})
     CONSOLE.print(ranking(result), loads(result))
 
 

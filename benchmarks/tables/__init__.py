@@ -27,3 +27,6 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "modelled_break_even": ("roofline", modelled.modelled_break_even),
 }
 """Name -> the result it is made of, and how."""
+
+WITHOUT_DRAFTER = ("plain_decoding",)
+"""Results in which no drafter takes part."""
