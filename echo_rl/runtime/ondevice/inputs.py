@@ -15,7 +15,7 @@ from torch import Tensor
 from echo_kernels.device_interface import DrawKeys
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import SamplingParams
-from echo_rl.runtime.layout import Layout
+from echo_rl.runtime.layout import Pages
 from echo_rl.runtime.ondevice.buckets import Bucket
 from echo_rl.runtime.ondevice.buffers import Mirror
 from echo_rl.runtime.ondevice.rule import DevicePlan
@@ -24,13 +24,6 @@ from echo_rl.runtime.sequence import Sequence
 
 NEVER = float("inf")
 """A top-p that no sum of probabilities reaches."""
-
-
-class Pages(Layout):
-    """A layout over tensors that exist already. R requests; those of padding have length 0."""
-
-    def __init__(self, tables: Tensor, kv_lens: Tensor, block_size: int) -> None:
-        self.tables, self.kv_lens, self.block_size, self.device = tables, kv_lens, block_size, tables.device
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from torch import Tensor
 from echo_kernels.device_interface import TreeRows, Walk
 from echo_kernels.device_ops import DeviceOps
 from echo_rl.runtime.kv_cache import AttentionView, KVCache
+from echo_rl.runtime.layout import Pages
 from echo_rl.runtime.ondevice.buckets import Bucket
 from echo_rl.runtime.ondevice.filtering import outside
-from echo_rl.runtime.ondevice.inputs import Drawing, Given, Pages, Prompts
+from echo_rl.runtime.ondevice.inputs import Drawing, Given, Prompts
 from echo_rl.runtime.target import Target
 
 
