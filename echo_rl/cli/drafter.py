@@ -11,7 +11,7 @@ import tyro
 from echo_rl.cli.options import EngineOptions
 from echo_rl.config import EngineConfig
 from echo_rl.drafting.synthesize import SynthesizeConfig
-from echo_rl.drafting.train import TrainConfig
+from echo_rl.drafting.train_config import TrainConfig
 from echo_rl.errors import ConfigError
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from echo_rl.drafting.conversations import Conversations
 from echo_rl.drafting.features import cache_features
-from echo_rl.drafting.train import TrainConfig
+from echo_rl.drafting.train_config import TrainConfig
 from echo_rl.drafting.warm_start import TargetParts
 
 VOCAB, HIDDEN, HEADS, HEAD_DIM, INTER, TAPS = 40, 16, 2, 8, 24, (1, 3, 4)

@@ -11,7 +11,7 @@ from torch import Tensor
 from echo_rl.drafting.conversations import Conversations, choose_vocabulary, shards, token_counts
 from echo_rl.drafting.features import batches_by_length, cache_features, open_features
 from echo_rl.drafting.synthesize import SMOLLM2_CHAT, SynthesizeConfig, opening, synthesize
-from echo_rl.drafting.train import TrainConfig
+from echo_rl.drafting.train_config import TrainConfig
 from echo_rl.errors import ConfigError
 
 TargetCall = Callable[[Tensor], tuple[list[Tensor], Tensor]]

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from echo_rl.drafting.batches import collate, documents
 from echo_rl.drafting.features import open_features
 from echo_rl.drafting.loss import Columns, soft_cross_entropy, soft_labels
-from echo_rl.drafting.train import Corpus, Run, TrainConfig, batch_loss
+from echo_rl.drafting.train import Corpus, Run, batch_loss
+from echo_rl.drafting.train_config import TrainConfig
 from echo_rl.drafting.warm_start import TargetParts
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from echo_rl.drafting.train import Run, TrainConfig, train
+from echo_rl.drafting.train import Run, train
+from echo_rl.drafting.train_config import TrainConfig
 from echo_rl.drafting.warm_start import TargetParts
 from echo_rl.errors import ConfigError
 from echo_rl.runtime.drafter_model import load_drafter

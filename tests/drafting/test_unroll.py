@@ -9,7 +9,7 @@ from torch import Tensor
 from echo_rl.drafting.batches import collate, documents
 from echo_rl.drafting.features import open_features
 from echo_rl.drafting.model import DrafterNet, Rotary, Unroll
-from echo_rl.drafting.train import TrainConfig
+from echo_rl.drafting.train_config import TrainConfig
 from echo_rl.drafting.warm_start import TargetParts
 from echo_rl.runtime.drafter_model import DrafterConfig
 
