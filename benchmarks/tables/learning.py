@@ -73,8 +73,12 @@ def rivals(result: Result) -> str:
             f"`{row['arm']}`",
             Interval(**row["speedup"]).text(2, "×"),
             *(number(found[row["arm"], load]["speedup"]["estimate"]) for load in loads),
-            f"{found[row['arm'], loads[0]]['deciding']:.1%}",
+            _share(found[row["arm"], loads[0]].get("deciding")),
         ]
         for row in result["ranking"]
     ]
     return table(["rank", "controller, tuned", "all loads", *map(str, loads), f"deciding at {loads[0]}"], rows)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
