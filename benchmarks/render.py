@@ -48,16 +48,16 @@ def render(text: str, results: Path) -> str:
             raise ConfigError(f"there is no table called {name}; known: {', '.join(TABLES)}")
         file, make = TABLES[name]
         path = results / f"{file}.json"
-        body = written(path, make, file in WITHOUT_DRAFTER) if path.is_file() else PENDING
+        body = written(path, make, file not in WITHOUT_DRAFTER) if path.is_file() else PENDING
         return f"{match[1]}\n{body}\n{match[3]}"
 
     return MARKED.sub(fill, text)
 
 
-def written(path: Path, make: Callable[[Result], str], timeless: bool) -> str:
-    """One table, and whether its drafter is another than the one that ships: a result names its drafter."""
+def written(path: Path, make: Callable[[Result], str], drafts: bool) -> str:
+    """One table; where drafts took part, it says whether by another drafter than ships: a result names its own."""
     text = path.read_text()
-    return make(json.loads(text)) + ("" if timeless or digest(SHIPPED) in text else EARLIER)
+    return make(json.loads(text)) + (EARLIER if drafts and digest(SHIPPED) not in text else "")
 
 
 def script() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from echo_rl.errors import ConfigError
 from echo_rl.runtime.drafter_model import draft_to_target, load_drafter
 
 RIDGE = 1e-2
+FREE = ("draft_vocab", "max_positions")
+"""What may differ between the two."""
 
 
 @torch.no_grad()
@@ -20,24 +23,20 @@ def continue_from(net: DrafterNet, folder: str | Path, output: Tensor) -> None:
 
     Tokens that the folder's drafter could not say get the rows of `lm_head` that its training would likely have given
     them: the target's own (`output` [vocab, hidden]) under the linear map that fits the rows it did train. Raises
-    `WeightsError`, and `ConfigError` where the sizes are not this run's.
+    `WeightsError`, and `ConfigError` where it is built otherwise than this run's.
     """
     config, tensors = load_drafter(folder)
-    if config.taps != net.config.taps:
-        raise ConfigError(f"{folder} reads layers {list(config.taps)}; cache features of those, in another folder")
-    known = draft_to_target(tensors["d2t"])
+    fixed = [field.name for field in fields(config) if field.name not in FREE]
+    others = [name for name in fixed if getattr(config, name) != getattr(net.config, name)]
+    if others:
+        theirs = ", ".join(f"{name} {getattr(config, name)}" for name in others)
+        raise ConfigError(f"{folder} has {theirs}; train with the same, on features of its taps")
     own = dict(net.named_parameters())
-    for name, parameter in own.items():
-        value = tensors[name].float()
-        if name == "lm_head.weight":
-            value = _output_rows(value, known, net.vocabulary, output.float())
-        if value.shape != parameter.shape:
-            raise ConfigError(
-                f"{folder} has a {name} of {list(value.shape)}, this run one of {list(parameter.shape)}; "
-                "train in its sizes"
-            )
-        parameter.copy_(value)
+    for name in own.keys() - {"lm_head.weight"}:
+        own[name].copy_(tensors[name])
     own["fc.weight"].div_(FEATURE_SCALE)
+    known, trained = draft_to_target(tensors["d2t"]), tensors["lm_head.weight"].float()
+    own["lm_head.weight"].copy_(_output_rows(trained, known, net.vocabulary, output.float()))
 
 
 def _output_rows(trained: Tensor, known: Tensor, wanted: Tensor, output: Tensor) -> Tensor:

@@ -46,12 +46,14 @@ def test_goes_on_from_a_trained_drafter(
 def test_a_drafter_of_other_sizes_is_not_gone_on_from(world: TrainConfig, parts: TargetParts, tmp_path: Path) -> None:
     train(world, parts)
     on = replace(world, out=str(tmp_path / "on"), start=world.out)
-    with pytest.raises(ConfigError, match="gate_proj"):
+    with pytest.raises(ConfigError, match="intermediate 24"):
         Run(replace(on, intermediate=8), parts)
+    with pytest.raises(ConfigError, match="rope_theta"):
+        Run(replace(on, rope_theta=9.0), parts)
     features = tmp_path / "others"
     shutil.copytree(world.features, features)
     (features / "taps.json").write_text("[0, 3, 4]")
-    with pytest.raises(ConfigError, match="reads layers"):
+    with pytest.raises(ConfigError, match="taps"):
         Run(replace(on, features=str(features)), parts)
 
 
