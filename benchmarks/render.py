@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from common import RESULTS, main
 from echo_rl.errors import ConfigError
 from echo_rl.results import digest
 from tables import TABLES, WITHOUT_DRAFTER
-from tables.markdown import Result
 
 HERE = Path(__file__).resolve().parent
 PAGES = (HERE.parent / "README.md", HERE / "README.md")
@@ -40,7 +38,11 @@ class Args:
 
 
 def render(text: str, results: Path) -> str:
-    """The text with every marked table written anew. Raises `ConfigError` for an unknown name."""
+    """The text with every marked table written anew. Raises `ConfigError` for an unknown name.
+
+    Where drafts took part, a table says whether by another drafter than ships: a result names its own.
+    """
+    shipped = digest(SHIPPED)
 
     def fill(match: re.Match[str]) -> str:
         name = match[2]
@@ -48,16 +50,13 @@ def render(text: str, results: Path) -> str:
             raise ConfigError(f"there is no table called {name}; known: {', '.join(TABLES)}")
         file, make = TABLES[name]
         path = results / f"{file}.json"
-        body = written(path, make, file not in WITHOUT_DRAFTER) if path.is_file() else PENDING
-        return f"{match[1]}\n{body}\n{match[3]}"
+        if not path.is_file():
+            return f"{match[1]}\n{PENDING}\n{match[3]}"
+        result = path.read_text()
+        earlier = EARLIER if file not in WITHOUT_DRAFTER and shipped not in result else ""
+        return f"{match[1]}\n{make(json.loads(result))}{earlier}\n{match[3]}"
 
     return MARKED.sub(fill, text)
-
-
-def written(path: Path, make: Callable[[Result], str], drafts: bool) -> str:
-    """One table; where drafts took part, it says whether by another drafter than ships: a result names its own."""
-    text = path.read_text()
-    return make(json.loads(text)) + (EARLIER if drafts and digest(SHIPPED) not in text else "")
 
 
 def script() -> None:

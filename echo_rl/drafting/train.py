@@ -118,11 +118,13 @@ class Run:
         self.optimizers = make_optimizers(self.net, config)
         self.update, self.epoch, self.batch_in_epoch, self.seconds = 0, 0, 0, 0.0
         self.curve: list[dict[str, Any]] = []
+        self.started_from: str | None = None
         self.state_path = Path(config.out) / STATE_FILE
         if self.state_path.exists():
             self._restore()
         elif config.start is not None:
             continue_from(self.net, config.start, parts.output)
+            self.started_from = digest(*sorted(Path(config.start).glob("*.safetensors")))
         elif config.regression_rows:
             warm_start(
                 self.net, self.corpus.shards, self.corpus.training, parts,
@@ -144,14 +146,14 @@ class Run:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.update, self.epoch, self.batch_in_epoch = state["update"], state["epoch"], state["batch_in_epoch"]
-        self.seconds, self.curve = state["seconds"], state["curve"]
+        self.seconds, self.curve, self.started_from = state["seconds"], state["curve"], state["started_from"]
 
     def save_state(self) -> None:
         state = {
             "config": asdict(self.config), "net": self.net.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "update": self.update, "epoch": self.epoch, "batch_in_epoch": self.batch_in_epoch,
-            "seconds": self.seconds, "curve": self.curve,
+            "seconds": self.seconds, "curve": self.curve, "started_from": self.started_from,
         }  # fmt: skip
         part = self.state_path.with_suffix(".part")
         torch.save(state, part)
@@ -207,7 +209,7 @@ def write_manifest(run: Run, best: dict[str, Any]) -> None:
             "rows": sum(item.rows for item in training), "validation_conversations": len(run.corpus.validation),
             "vocabulary_coverage": round(run.corpus.coverage, 4),
         },
-        "started_from": run.config.start and digest(*sorted(Path(run.config.start).glob("*.safetensors"))),
+        "started_from": run.started_from,
         "torch": torch.__version__, "seconds": round(run.seconds), "best": best, "curve": run.curve,
     }  # fmt: skip
     part = Path(run.config.out) / "manifest.json.part"

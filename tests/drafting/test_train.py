@@ -13,6 +13,7 @@ from echo_rl.drafting.train import Run, train
 from echo_rl.drafting.train_config import TrainConfig
 from echo_rl.drafting.warm_start import TargetParts
 from echo_rl.errors import ConfigError
+from echo_rl.results import digest
 from echo_rl.runtime.drafter_model import load_drafter
 
 
@@ -41,6 +42,16 @@ def test_goes_on_from_a_trained_drafter(
     assert found.top1[0] >= before.top1[0] > 0.6
     if vocabulary == 36:
         assert found.chain_mat == pytest.approx(before.chain_mat, abs=0.2)  # saved in bfloat16
+
+
+def test_a_resumed_run_knows_what_it_went_on_from(world: TrainConfig, parts: TargetParts, tmp_path: Path) -> None:
+    train(world, parts)
+    began = digest(Path(world.out) / "model.safetensors")
+    on = replace(world, out=str(tmp_path / "on"), start=world.out, updates=3)
+    train(on, parts)
+    shutil.rmtree(world.out)
+    train(replace(on, updates=6), parts)
+    assert json.loads((Path(on.out) / "manifest.json").read_text())["started_from"] == began
 
 
 def test_a_drafter_of_other_sizes_is_not_gone_on_from(world: TrainConfig, parts: TargetParts, tmp_path: Path) -> None:
