@@ -27,7 +27,7 @@ PRIOR_REQUESTS = 48.0
 
 
 class AcceptanceModel:
-    """E[L] as a function of nodes a request and depth, learned from `StepReport`s.
+    """E[L] as a function of nodes a request, depth and width, learned from `StepReport`s.
 
     Counts decay with a memory of `horizon` requests; depths that a step did not draft keep theirs, so
     what was learned before speculation was switched off is still there when it is reconsidered.
@@ -35,18 +35,18 @@ class AcceptanceModel:
 
     def __init__(self, horizon: float = 256.0, pooled: bool = True) -> None:
         self._horizon, self._pooled = horizon, pooled
-        prior = reference_yield(3.0, MAX_DEPTH, pooled)  # [S, D]
+        prior = reference_yield(3.0, MAX_DEPTH, 3, pooled)  # [S, D]
         self._expected = prior * PRIOR_REQUESTS  # [S, D] what each skill would have had accepted
         self._accepted = self._expected[SKILLS.index(REFERENCE_HIT)].copy()  # [D] what was
 
-    def yields(self, options: Sequence[tuple[float, int]], batch: int) -> Floats:
-        """[S, O, D] reference yields of trees of (nodes a request, depth), to be passed to `expected`.
+    def yields(self, options: Sequence[tuple[float, int, int]], batch: int) -> Floats:
+        """[S, O, D] reference yields of trees of (nodes a request, depth, width), to be passed to `expected`.
 
         A batch of one cannot move budget between requests and a large one can: the pooled yield
         weighs ``1 - 1 / batch``.
         """
         share = 1.0 - 1.0 / batch if self._pooled else 0.0
-        return np.stack([mixed_yield(nodes, depth, share) for nodes, depth in options], axis=1)
+        return np.stack([mixed_yield(nodes, depth, width, share) for nodes, depth, width in options], axis=1)
 
     def expected(self, yields: Floats, miss: float = 1.0) -> Floats:
         """[O] E[L]: accepted nodes a request. `miss` < 1 asks what a drafter with fewer misses would yield."""
@@ -66,7 +66,8 @@ class AcceptanceModel:
         decay = math.exp(-batch / self._horizon)
         expected, accepted = self._expected[:, :depth], self._accepted[:depth]
         expected *= decay
-        expected += mixed_yield(nodes, depth, 1.0 - 1.0 / batch if self._pooled else 0.0)[:, :depth] * batch
+        share = 1.0 - 1.0 / batch if self._pooled else 0.0
+        expected += mixed_yield(nodes, depth, report.plan.width, share)[:, :depth] * batch
         counts = report.accepted_by_depth[:depth]
         accepted *= decay
         accepted[: len(counts)] += counts
@@ -84,19 +85,19 @@ class AcceptanceModel:
 
 
 @lru_cache(maxsize=4096)
-def reference_yield(nodes: float, depth: int, pooled: bool) -> Floats:
+def reference_yield(nodes: float, depth: int, width: int, pooled: bool) -> Floats:
     """[S, D] accepted nodes a request by depth, for each skill. Read only."""
     rule = pooled_yield if pooled else separate_yield
-    return _read_only(np.array([rule(nodes, depth, skill) for skill in SKILLS]))
+    return _read_only(np.array([rule(nodes, depth, width, skill) for skill in SKILLS]))
 
 
-@lru_cache(maxsize=4096)
-def mixed_yield(nodes: float, depth: int, pooled: float) -> Floats:
+@lru_cache(maxsize=16384)
+def mixed_yield(nodes: float, depth: int, width: int, pooled: float) -> Floats:
     """[S, D] between the yields of equal shares (0) and of one budget for all (1). Read only."""
-    apart = reference_yield(nodes, depth, False)
+    apart = reference_yield(nodes, depth, width, False)
     if not pooled:
         return apart
-    return _read_only(apart + pooled * (reference_yield(nodes, depth, True) - apart))
+    return _read_only(apart + pooled * (reference_yield(nodes, depth, width, True) - apart))
 
 
 def _read_only(array: Floats) -> Floats:

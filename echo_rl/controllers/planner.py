@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from echo_rl.contracts import LoadView, StepReport
 from echo_rl.controllers.acceptance import AcceptanceModel
 from echo_rl.controllers.clock import PlainLooks, ProbeLedger, PromptShare
-from echo_rl.controllers.shapes import affordable
+from echo_rl.controllers.shapes import affordable_trees
 from echo_rl.errors import ConfigError
 from echo_rl.pace import Pace, hats
 from echo_rl.profile import BREAK_EVEN_ACCEPTANCE, CostProfile
@@ -71,8 +71,8 @@ class Choices:
     """The shapes open to one batch size, with what they cost and would yield whatever the context."""
 
     shapes: tuple[Shape, ...]
-    places: dict[tuple[float, int], int]
-    """Of a shape by its nodes a request and its depth."""
+    places: dict[tuple[float, int, int], int]
+    """Of a shape by its nodes a request, depth and width."""
     draft: Floats  # [O] seconds
     rest: Floats  # [O] seconds outside the passes
     yields: Floats  # [S, O, D] see AcceptanceModel
@@ -126,7 +126,7 @@ class BudgetPlanner:
         self._unread: list[StepReport] = []  # not yet learned from
         self._looks = PlainLooks()
         self._step = 0
-        every = [(nodes, depth) for nodes in LADDER for depth in range(1, affordable(nodes)[0] + 1)]
+        every = [tree for nodes in LADDER for tree in affordable_trees(nodes)]
         self._acceptance.yields(every, batch=2)  # fills the caches, so that no step has to
 
     def choose(self, load: LoadView) -> Shape:
@@ -187,7 +187,7 @@ class BudgetPlanner:
         seconds = self._seconds(menu, tokens, factors)
         rates, off = tokens / seconds, batch / plain
         in_use = previous.shape if previous is not None else self._in_use
-        incumbent = menu.choices.places.get((in_use.nodes, in_use.depth))
+        incumbent = menu.choices.places.get((in_use.nodes, in_use.depth, in_use.width))
         hopes = rates
         if incumbent is not None:  # without hope a shape that the profile makes too dear would never be tried
             doubts = self._pace.verify.doubts(menu.curve, batch + shapes[incumbent].budget)
@@ -260,12 +260,12 @@ class BudgetPlanner:
                 budgets.setdefault(round(nodes * batch), nodes)
         shapes: list[Shape] = []
         for budget, nodes in budgets.items():
-            deepest, width = affordable(nodes)
-            shapes.extend(Shape(budget, depth, width, nodes) for depth in range(1, min(deepest, budget) + 1))
+            trees = [(depth, width) for _, depth, width in affordable_trees(nodes) if depth <= budget]
+            shapes.extend(Shape(budget, depth, width, nodes) for depth, width in trees)
         return Choices(
             tuple(shapes),
-            {(s.nodes, s.depth): place for place, s in enumerate(shapes)},
+            {(s.nodes, s.depth, s.width): place for place, s in enumerate(shapes)},
             np.array([profile.draft_seconds(batch, s.width, s.depth) for s in shapes]),
             np.array([profile.overhead_seconds(batch, s.budget, True) for s in shapes]),
-            self._acceptance.yields([(s.nodes, s.depth) for s in shapes], batch) if shapes else np.empty(0),
+            self._acceptance.yields([(s.nodes, s.depth, s.width) for s in shapes], batch) if shapes else np.empty(0),
         )

@@ -22,6 +22,9 @@ absolute error of tokens a step 10 %, 6 %, 4.4 %, 4.1 %)."""
 MAX_DEPTH = 8
 """Levels of ECHO's deepest published tree."""
 
+WIDTHS = (1, 2, 3, 4, 6)
+"""Widths to compare, besides the widest that a budget pays for."""
+
 LIGHT = (5.0, 3, 3)
 HEAVY = (60.0, MAX_DEPTH, 10)
 """ECHO's two published set-ups as (nodes a request, depth, width): under high load, and at batch 1."""
@@ -41,6 +44,16 @@ def affordable(nodes: float) -> tuple[int, int]:
     return round(shallow + share * (deep - shallow)), round(narrow + share * (wide - narrow))
 
 
+def affordable_trees(nodes: float) -> list[tuple[float, int, int]]:
+    """Trees worth comparing for a budget, as (`nodes` a request, depth, width).
+
+    Up to the `affordable` depth and width; where a narrower tree holds the budget too, drafting it takes less.
+    """
+    deepest, widest = affordable(nodes)
+    widths = [*(w for w in WIDTHS if w < widest), widest]
+    return [(nodes, d, w) for d in range(1, deepest + 1) for w in widths if nodes <= w + (d - 1) * w * w]
+
+
 def likeliest_tree(nodes: int, depth: int, hit: float = REFERENCE_HIT) -> tuple[tuple[int, ...], ...]:
     """The `nodes` likeliest paths of at most `depth` levels under the rank model, most likely first.
 
@@ -57,18 +70,18 @@ def likeliest_tree(nodes: int, depth: int, hit: float = REFERENCE_HIT) -> tuple[
     return tuple(tree)
 
 
-def pooled_yield(nodes: float, depth: int, hit: float) -> tuple[float, ...]:
+def pooled_yield(nodes: float, depth: int, width: int, hit: float) -> tuple[float, ...]:
     """[MAX_DEPTH] accepted nodes a request at each depth, when one budget serves many requests.
 
     An equal mix of easy, typical and hard requests is given ``nodes`` a request, likeliest first
     over all of them (ECHO's Theorem 2 under the rank model). Fractions of a node are exact.
     """
-    return _mix(depth, hit).best(3.0 * nodes)
+    return _mix(depth, width, hit).best(3.0 * nodes)
 
 
-def separate_yield(nodes: float, depth: int, hit: float) -> tuple[float, ...]:
+def separate_yield(nodes: float, depth: int, width: int, hit: float) -> tuple[float, ...]:
     """[MAX_DEPTH] as `pooled_yield`, when every request keeps its own equal share."""
-    parts = [kind.best(nodes) for kind in _kinds(depth, hit)]
+    parts = [kind.best(nodes) for kind in _kinds(depth, width, hit)]
     return tuple(sum(levels) for levels in zip(*parts, strict=True))
 
 
@@ -98,23 +111,33 @@ class _Curve:
         return tuple(levels)
 
 
-@lru_cache(maxsize=256)
-def _kinds(depth: int, hit: float) -> tuple[_Curve, ...]:
-    """An easy, a typical and a hard request.
+@lru_cache(maxsize=1024)
+def _kinds(depth: int, width: int, hit: float) -> tuple[_Curve, ...]:
+    """An easy, a typical and a hard request, whose nodes have `width` children each.
 
-    A node at depth d whose ranks sum to s has probability ``p**(d+1) * (1-p)**s``, and there are
-    C(s + d, d) of them. Ranks past 12 in sum are left out: no budget reaches them.
+    A node at depth d whose ranks sum to s has probability ``p**(d+1) * (1-p)**s``. Ranks past 12 in sum are left out:
+    no budget reaches them.
     """
     odds = math.log(hit / (1.0 - hit))
     kinds = []
     for shift in (HIT_SPREAD, 0.0, -HIT_SPREAD):
         p = 1.0 / (1.0 + math.exp(-odds - shift))
         kinds.append(
-            _Curve((p ** (d + 1) * (1 - p) ** s, d, math.comb(s + d, d)) for d in range(depth) for s in range(13))
+            _Curve((p ** (d + 1) * (1 - p) ** s, d, n) for d in range(depth) for s, n in enumerate(_paths(d, width)))
         )
     return tuple(kinds)
 
 
-@lru_cache(maxsize=256)
-def _mix(depth: int, hit: float) -> _Curve:
-    return _Curve(group for kind in _kinds(depth, hit) for group in kind.groups)
+@lru_cache(maxsize=1024)
+def _mix(depth: int, width: int, hit: float) -> _Curve:
+    return _Curve(group for kind in _kinds(depth, width, hit) for group in kind.groups)
+
+
+@lru_cache(maxsize=128)
+def _paths(depth: int, width: int) -> tuple[int, ...]:
+    """[s] how many paths down to `depth` have ranks below `width` that sum to s, up to 12."""
+    if depth < 0:
+        return (1,)
+    above = _paths(depth - 1, width)
+    most = min(12, (depth + 1) * (width - 1))
+    return tuple(sum(above[s - r] for r in range(width) if 0 <= s - r < len(above)) for s in range(most + 1))

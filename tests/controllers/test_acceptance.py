@@ -19,8 +19,8 @@ def report_of(accepted, batch=8, nodes=4, times=PhaseTimes(), depth=None):  # no
     return StepReport(load, plan, (), 0, plan.budget, total, total + batch, accepted, accepted, times)
 
 
-def expected(model, nodes, depth, batch=8):
-    return float(model.expected(model.yields([(nodes, depth)], batch))[0])
+def expected(model, nodes, depth, width=10, batch=8):
+    return float(model.expected(model.yields([(nodes, depth, width)], batch))[0])
 
 
 def test_affordable_shapes_meet_the_published_ends():
@@ -39,18 +39,20 @@ def test_likeliest_tree_by_hand():
 
 def test_yields_by_hand():
     easy, typical, hard = 0.9678, 0.6, 0.0695  # log-odds of 0.6 shifted by 3 either way
-    assert sum(separate_yield(1.0, 1, 0.6)) == pytest.approx((easy + typical + hard) / 3, abs=1e-4)
-    assert pooled_yield(1.0, 3, 0.6)[:3] == pytest.approx((easy / 3, easy**2 / 3, easy**3 / 3), abs=1e-4)
-    assert pooled_yield(4 / 3, 3, 0.6)[0] == pytest.approx((easy + typical) / 3, abs=1e-4)
-    assert sum(pooled_yield(0.5, 1, 0.6)) == pytest.approx((easy + typical / 2) / 3, abs=1e-4)
+    assert sum(separate_yield(1.0, 1, 10, 0.6)) == pytest.approx((easy + typical + hard) / 3, abs=1e-4)
+    assert pooled_yield(1.0, 3, 10, 0.6)[:3] == pytest.approx((easy / 3, easy**2 / 3, easy**3 / 3), abs=1e-4)
+    assert pooled_yield(4 / 3, 3, 10, 0.6)[0] == pytest.approx((easy + typical) / 3, abs=1e-4)
+    assert sum(pooled_yield(0.5, 1, 10, 0.6)) == pytest.approx((easy + typical / 2) / 3, abs=1e-4)
+    two = sum(p + (1 - p) * p for p in (easy, typical, hard)) / 3
+    assert sum(separate_yield(9.0, 1, 2, 0.6)) == pytest.approx(two, abs=1e-4)  # a third child is never drafted
 
 
-@pytest.mark.parametrize("depth", [1, 3, 8])
-def test_yields_grow_with_nodes_and_pooling_never_hurts(depth):
+@pytest.mark.parametrize(("depth", "width"), [(1, 13), (3, 4), (8, 10)])
+def test_yields_grow_with_nodes_and_pooling_never_hurts(depth, width):
     sizes = [0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 12.0, 60.0]
-    pooled = [sum(pooled_yield(n, depth, 0.6)) for n in sizes]
+    pooled = [sum(pooled_yield(n, depth, width, 0.6)) for n in sizes]
     assert all(a < b for a, b in pairwise(pooled))
-    assert all(p >= sum(separate_yield(n, depth, 0.6)) - 1e-12 for n, p in zip(sizes, pooled, strict=True))
+    assert all(p >= sum(separate_yield(n, depth, width, 0.6)) - 1e-12 for n, p in zip(sizes, pooled, strict=True))
 
 
 def test_the_estimate_follows_what_a_budget_yields():
@@ -91,7 +93,7 @@ def test_plain_steps_teach_nothing_and_forget_nothing():
 
 def test_fewer_misses_would_yield_more():
     model = AcceptanceModel()
-    yields = model.yields([(4.0, 3), (1.0, 1)], 8)
+    yields = model.yields([(4.0, 3, 3), (1.0, 1, 2)], 8)
     assert (model.expected(yields, miss=0.5) > model.expected(yields)).all()
     assert (model.expected(yields, miss=1e-6) <= 8.0).all()
 

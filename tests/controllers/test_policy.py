@@ -23,6 +23,7 @@ from echo_rl.calibration_files import packaged
 from echo_rl.codec import CALIBRATED, CODEC_VERSION, FEATURES, ActionTable
 from echo_rl.contracts import AUTOREGRESSIVE, LoadView, PhaseTimes, SpecPlan, StepReport
 from echo_rl.controllers import make
+from echo_rl.controllers.echo import Echo, EchoOptions
 from echo_rl.controllers.gates import DepthGate, GateCalibration
 from echo_rl.controllers.network import MANIFEST_FILE, WEIGHTS_FILE, Layer, Policy
 from echo_rl.controllers.policy import Ppo, PpoOptions, Steered
@@ -263,7 +264,7 @@ def test_a_failing_policy_leaves_the_decision_to_echo(fault, serve, make_load, m
     assert len(caplog.records) == 1 and "ECHO" in caplog.text  # said once
 
 
-def test_echo_decides_only_as_long_as_the_policy_fails(serve, make_load):
+def test_echo_decides_only_as_long_as_the_policy_fails(serve, make_load, make_profile):
     policy, answers = constant_policy((6, 3, 2, 2, 0), repeat=2), [None, (6, 3, 2, 2, 0)]
 
     def act(*_):
@@ -275,8 +276,11 @@ def test_echo_decides_only_as_long_as_the_policy_fails(serve, make_load):
     object.__setattr__(policy, "act", act)
     ppo = serve(policy)
     plans = [ppo.plan(make_load(1)) for _ in range(4)]
-    assert ppo.fallbacks == 1 and plans[0] == plans[1] != plans[2] == plans[3]  # for one decision, two steps
-    assert plans[2].budget == 5
+    echo = Echo(EchoOptions(make_profile(), GATES))
+    assert ppo.fallbacks == 1 and plans[:2] == [
+        echo.plan(make_load(1)) for _ in range(2)
+    ]  # for one decision, two steps
+    assert plans[2] == plans[3] and plans[2].budget == 5
 
 
 # --- steered
