@@ -1,8 +1,8 @@
 """Trains policies (seeds and ablations) on replayed servers, and compares them with ECHO on prompts new to them.
 
-Needs a trace of the benchmark's prompts: ``echo-rl record --width 10 --out benchmarks/results/work/trace``. A third
-of its prompts is kept for the comparison here; training holds out another part of the rest to choose its best policy.
-Interrupted, the same command goes on.
+Needs a trace of the benchmark's prompts: ``echo-rl record --width 10 --out benchmarks/results/work/trace``. Training
+sees neither the prompts of the comparison here nor, but to choose its best policy, another part of the rest.
+Interrupted, the same command goes on. ``--only`` trains these runs and stops, so that several processes share the work.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from common import CONSOLE, RESULTS, Ledger, Place, main
-from echo_rl.contracts import Controller, LoadView, SpecPlan, StepReport
+from echo_rl.contracts import Controller
 from echo_rl.controllers import registry
 from echo_rl.controllers.policy import Ppo, PpoOptions
 from echo_rl.costs import CostArrays
@@ -25,16 +25,17 @@ from echo_rl.env.machines import another
 from echo_rl.env.replay import ReplayBackend
 from echo_rl.env.reward import RewardOptions
 from echo_rl.env.trace import Trace
+from echo_rl.evaluate import fingerprint
 from echo_rl.intervals import geometric_mean
 from echo_rl.learning.learner import LearnerOptions
 from echo_rl.learning.play import World, measure
 from echo_rl.loop import serve
 from echo_rl.profile import CostProfile
-from echo_rl.results import write_json
+from echo_rl.results import digest_of, write_json
+from echo_rl.stopwatch import Timed
 from echo_rl.sweep import Arm
 from echo_rl.train import TrainConfig, train
 
-TEST_SHARE = 0.33
 WORKLOADS = (
     *(f"closed:{c}" for c in (1, 2, 4, 8, 16, 32)),
     "bursty:0.5,8,5,5", "bursty:0.3,3,10,10", "shift:5,4", "ramp:0.3,6,40", "poisson:2",
@@ -46,6 +47,8 @@ FIXED = (
     )),
 )  # fmt: skip
 """Fixed plans whose best, workload by workload, is the plan to have had in hindsight."""
+TIMED = ("fixed:nodes=5,depth=4,width=2", "echo", "ppo")
+"""Whose deciding is timed; the fixed plan's is what picking nodes takes anyway."""
 OTHERS = 4
 """Other machines to serve on, while all controllers start out from this one's profile."""
 BASE = TrainConfig(evaluation_steps=400)
@@ -56,7 +59,8 @@ ABLATIONS = {
     "half the steps, as all that follow": SHORT,
     "on the profile's own machine alone": replace(SHORT, randomise=0.0),
     "on another machine each episode": replace(SHORT, randomise=1.0),
-    "the luck of a step left in the reward": replace(SHORT, reference=False, noise=True),
+    "no reference plan in the reward": replace(SHORT, reference=False),
+    "nor exact step times": replace(SHORT, reference=False, noise=True),
     "reward tokens": replace(SHORT, reward=RewardOptions(form="tokens")),
     "reward time": replace(SHORT, reward=RewardOptions(form="time")),
     "load unseen": replace(SHORT, hidden=("load",)),
@@ -74,9 +78,11 @@ class Args:
     quick: bool = False
     """One seed, one ablation, few steps."""
     trace: Path = RESULTS / "work" / "trace" / "trace.safetensors"
-    steps: int = 300
+    only: tuple[str, ...] = ()
+    """Train these and stop."""
+    steps: int = 250
     """Serving steps a workload and seed of the comparison."""
-    seeds: int = 3
+    seeds: int = 6
     """Seeds of arrivals and times in the comparison."""
     workloads: tuple[str, ...] = WORKLOADS
     """Of the comparison."""
@@ -93,11 +99,14 @@ def script() -> None:
         small = LearnerOptions(steps=4_096)
         runs = {name: replace((SEEDS | ABLATIONS)[name], learner=small) for name in ("seed0", "reward tokens")}
     place.work.mkdir(parents=True, exist_ok=True)
-    rest, test = split(args.trace, place.work)
-    profile = CostProfile.default()
-    ledger = Ledger(place.work, {"profile": profile.provenance, "steps": args.steps, "seeds": args.seeds})
+    profile, test = CostProfile.default(), Trace.load(args.trace).split(BASE.held_out)[1]
+    ledger = Ledger(place.work, {"trace": fingerprint(test), "profile": digest_of(repr(profile).encode())})
+    if args.only:
+        runs = {name: runs[name] for name in args.only}
     folders = {name: place.work / name.replace(" ", "_") for name in runs}
-    trained = {name: fit(ledger, name, config, rest, folders[name]) for name, config in runs.items()}
+    trained = {name: fit(ledger, name, config, args.trace, folders[name]) for name, config in runs.items()}
+    if args.only:
+        return
     world = World(test, CostArrays(profile))
     arms = ["none", "echo", *FIXED[1:]] if not args.quick else ["none", "echo", FIXED[5]]
     worth = {arm: scores(ledger, world, arm, args) for arm in arms}
@@ -108,22 +117,13 @@ def script() -> None:
         "profile": profile.provenance,
         "trace": test.provenance,
         "workloads": list(args.workloads),
-        "training": {name: {"steps": run["steps"]} for name, run in trained.items()},
+        "training": {name: {key: run[key] for key in ("steps", "seconds")} for name, run in trained.items()},
         **compare(worth, seeds, ablations),
         "elsewhere": elsewhere(ledger, test, profile, closed, {name: trained[name]["policy"] for name in trained}),
         "deciding": ledger.cell({"part": "deciding"}, lambda: deciding(test, profile)),
     }
     write_json(place.result, result)
     CONSOLE.print({key: result[key] for key in ("over_echo", "elsewhere", "gap_closed", "deciding")})
-
-
-def split(path: Path, work: Path) -> tuple[Path, Trace]:
-    """The file of the prompts to train on, and the trace of the others."""
-    rest, test = Trace.load(path).split(TEST_SHARE, seed=1)
-    file = work / "training.safetensors"
-    if not file.is_file():
-        rest.save(file)
-    return file, test
 
 
 def fit(ledger: Ledger, name: str, config: TrainConfig, trace: Path, out: Path) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def scores(
         seeds = range(100, 100 + args.seeds)
         return [[measure(world, make(), w, args.steps, seed).speedup for seed in seeds] for w in args.workloads]
 
-    place = {} if machine is None else {"machine": machine}
+    place = {"steps": args.steps, "seeds": args.seeds} | ({} if machine is None else {"machine": machine})
     cell: list[list[float]] = ledger.cell({"score": name, **place}, run)
     return cell
 
@@ -172,9 +172,9 @@ def elsewhere(
     ours = np.stack([ratios[name] for name in policies if name in SEEDS])  # [T, M, S]
     return {
         "workloads": list(args.workloads),
-        "over_echo": _interval(ours.reshape(-1)),
-        "over_echo_by_machine": [_interval(ours[:, number].reshape(-1)) for number in range(OTHERS)],
-        "runs": {name: _interval(ratio.reshape(-1)) for name, ratio in ratios.items()},
+        "over_echo": _interval(ours.mean(1)),
+        "over_echo_by_machine": [_interval(ours[:, number]) for number in range(OTHERS)],
+        "runs": {name: _interval(ratio.mean(0)) for name, ratio in ratios.items()},
     }
 
 
@@ -185,57 +185,40 @@ def compare(worth: Mapping[str, Any], seeds: Sequence[str], ablations: Sequence[
     fixed = np.stack([logs[name] for name in worth if name == "none" or name.startswith("fixed")])  # [F, W, S]
     best = fixed[fixed.mean(2).argmax(0), np.arange(echo.shape[0])]  # [W, S]
     ours = np.stack([logs[name] for name in seeds])  # [T, W, S]
-    hindsight = np.maximum(best.mean(1), echo.mean(1)) - echo.mean(1)  # [W]
-    gain = ours.mean((0, 2)) - echo.mean(1)
+    gap, gain = (best - echo).mean(1), (ours - echo).mean((0, 2))  # [W]
+    open_ = gap > 0  # where ECHO is behind the best fixed plan
     return {
-        "over_echo": _interval((ours - echo).mean(1).reshape(-1)),
-        "over_echo_by_workload": [_interval((ours - echo)[:, i].reshape(-1)) for i in range(len(echo))],
-        "over_none_by_workload": [_interval((ours - logs["none"])[:, i].reshape(-1)) for i in range(len(echo))],
+        "over_echo": _interval((ours - echo).mean(1)),
+        "over_echo_by_workload": [_interval((ours - echo)[:, i]) for i in range(len(echo))],
+        "over_none_by_workload": [_interval((ours - logs["none"])[:, i]) for i in range(len(echo))],
         "echo_over_none": [_interval((echo - logs["none"])[i]) for i in range(len(echo))],
         "hindsight_over_echo": [_interval((best - echo)[i]) for i in range(len(echo))],
-        "gap_closed": float(gain.sum() / hindsight.sum()) if hindsight.sum() > 0 else None,
+        "gap": float(gap[open_].sum()),
+        "gap_closed": float(np.minimum(gain, gap)[open_].sum() / gap[open_].sum()) if open_.any() else None,
         "ablations": {name: _interval((logs[name] - echo).mean(0)) for name in ablations},
         "seeds": {name: _interval((logs[name] - echo).mean(0)) for name in seeds},
     }
 
 
 def _interval(logs: np.ndarray) -> dict[str, Any]:
-    return asdict(geometric_mean(np.exp(logs).tolist()))
+    """Of log ratios by the seed of the workload [S], or by policy and that [T, S]."""
+    return asdict(geometric_mean(np.exp(logs)))
 
 
-def deciding(test: Trace, profile: CostProfile) -> dict[str, dict[str, float]]:
-    """Microseconds a step that the learned controller decides and learns, against the step's predicted time."""
-    found = {}
+def deciding(test: Trace, profile: CostProfile) -> dict[str, dict[str, Any]]:
+    """Microseconds a step in a controller's four methods, and as a share of the step's predicted time."""
+    found: dict[str, dict[str, Any]] = {}
     for batch in (1, 32):
-        timed = _Timed(PpoOptions())
-        backend = ReplayBackend(test, CostArrays(profile))
-        run = serve(backend, timed, test.requests()[: max(8, 2 * batch)], batch, clock=backend.clock)
-        steps = [step for step in run.steps if step.batch_size == batch]
-        step = float(np.median([s.seconds for s in steps]))
-        taken = float(np.mean(timed.taken[20:]))
-        found[str(batch)] = {"microseconds": 1e6 * taken, "share_of_step": taken / step}
+        for name in TIMED:
+            arm = Arm.parse(name)
+            timed, backend = (
+                Timed(registry.make(arm.controller, **arm.options)),
+                ReplayBackend(test, CostArrays(profile)),
+            )
+            run = serve(backend, timed, test.requests(), batch, clock=backend.clock)
+            took = {"microseconds": 1e6 * timed.seconds / len(run.steps), "share_of_step": timed.seconds / run.seconds}
+            found.setdefault(name, {})[str(batch)] = took
     return found
-
-
-class _Timed(Ppo):
-    """The shipped policy with a stopwatch on everything that a fixed plan would not do."""
-
-    def __init__(self, options: PpoOptions) -> None:
-        super().__init__(options)
-        self.taken: list[float] = []
-        self._begun = 0.0
-
-    def propose(self, load: LoadView) -> SpecPlan:
-        begin = time.perf_counter()
-        plan = super().propose(load)
-        self._begun = time.perf_counter() - begin
-        return plan
-
-    def observe(self, report: StepReport) -> None:
-        begin = time.perf_counter()
-        super().observe(report)
-        if report.load.batch_size:
-            self.taken.append(self._begun + time.perf_counter() - begin)
 
 
 if __name__ == "__main__":

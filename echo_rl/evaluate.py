@@ -11,7 +11,6 @@ It is bound to the trace, the costs and the release, not to a controller's code:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil
@@ -33,7 +32,7 @@ from echo_rl.errors import ConfigError, PolicyError, TraceError
 from echo_rl.ledger import Ledger
 from echo_rl.loop import serve
 from echo_rl.ranking import BASELINE, HINDSIGHT, REFERENCE, Block, Served, draw, pooled, report
-from echo_rl.results import write_json
+from echo_rl.results import digest_of, write_json
 from echo_rl.stopwatch import Timed
 from echo_rl.sweep import Arm
 
@@ -85,7 +84,7 @@ class Replayer:
         self._requests = trace.requests()
         settings = {name: getattr(config, name) for name in ("requests", "warmup", "seed")}
         self.settings = settings | {
-            "version": __version__, "trace": fingerprint(trace), "costs": _digest(repr(costs.profile).encode())
+            "version": __version__, "trace": fingerprint(trace), "costs": digest_of(repr(costs.profile).encode())
         }  # fmt: skip
         self._ledger = Ledger(ledger, self.settings)
 
@@ -239,11 +238,4 @@ def fingerprint(trace: Trace) -> str:
     """The first 12 digits of a hash over what a replay depends on."""
     parts = [repr(trace.responses).encode()]
     parts += [array.tobytes() for level in trace.levels for array in (level.scores, level.parents, level.path)]
-    return _digest(*parts)
-
-
-def _digest(*parts: bytes) -> str:
-    state = hashlib.sha256()
-    for part in parts:
-        state.update(part)
-    return state.hexdigest()[:12]
+    return digest_of(*parts)

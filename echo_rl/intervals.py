@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from echo_rl.errors import ConfigError
 
@@ -96,12 +97,25 @@ def mean_ratio(
     return _bootstrap(mean, sizes.pop(), level, resamples, seed)
 
 
-def geometric_mean(ratios: Sequence[float], level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Geometric mean of independent ratios, each one block. Raises `ConfigError` where there is none."""
-    if not len(ratios):
-        raise ConfigError("a mean needs at least one ratio")
+def geometric_mean(ratios: ArrayLike, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Geometric mean of ratios. [N]: independent ones. [T, N]: of T things (policies) that all met the same N (seeds).
+
+    T and N are resampled each by itself (pigeonhole bootstrap, Owen 2007: never too narrow); `blocks` is N. Raises
+    `ConfigError` where there is none.
+    """
     logs = np.log(np.asarray(ratios, dtype=float))
-    return _bootstrap(lambda rows: np.exp(logs[rows].mean(-1)), len(logs), level, resamples, seed)
+    if not logs.size:
+        raise ConfigError("a mean needs at least one ratio")
+    if logs.ndim == 1 or len(logs) == 1:
+        flat = logs.reshape(-1)
+        return _bootstrap(lambda rows: np.exp(flat[rows].mean(-1)), len(flat), level, resamples, seed)
+    drawn = np.random.default_rng((seed, len(logs))).integers(len(logs), size=(resamples, len(logs), 1))
+
+    def mean(rows: np.ndarray) -> np.ndarray:
+        resampled: np.ndarray = logs.mean() if rows.ndim == 1 else logs[drawn, rows[:, None, :]].mean((1, 2))
+        return np.exp(resampled)
+
+    return _bootstrap(mean, logs.shape[1], level, resamples, seed)
 
 
 def kendall(a: Mapping[str, float], b: Mapping[str, float]) -> float | None:

@@ -144,9 +144,14 @@ def machine(**more: str) -> dict[str, str]:
 
 def digest(*paths: Path) -> str:
     """The first 12 digits of the files' common sha256: enough to tell whether they changed."""
+    return digest_of(*(path.read_bytes() for path in paths))
+
+
+def digest_of(*parts: bytes) -> str:
+    """`digest` of what is in memory."""
     state = hashlib.sha256()
-    for path in paths:
-        state.update(path.read_bytes())
+    for part in parts:
+        state.update(part)
     return state.hexdigest()[:12]
 
 

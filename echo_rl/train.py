@@ -28,11 +28,13 @@ from echo_rl.env.reward import RewardOptions
 from echo_rl.env.trace import Trace
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
 from echo_rl.errors import ConfigError, TraceError
+from echo_rl.evaluate import fingerprint
 from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, clone, demonstrate
 from echo_rl.learning.export import commit, export_policy, visible
 from echo_rl.learning.learner import POLICY_FOLDER, LearnerOptions, Score, fit
 from echo_rl.learning.play import HeldOut, MakeController, World
 from echo_rl.profile import CostProfile
+from echo_rl.results import digest_of
 
 CLOSED = tuple(f"closed:{c}" for c in (1, 2, 4, 8, 16, 32))
 OTHERS_SHOWN, OTHERS_JUDGED = 3, 2
@@ -74,7 +76,9 @@ class TrainConfig:
     hidden: tuple[str, ...] = ()
     """Groups of observations (load, speculation, cost) that the policy never sees: for ablations."""
     held_out: float = 0.3
-    """Share of the prompts that only evaluation sees."""
+    """Share of the prompts that training never sees: those that `echo-rl eval` and `echo-rl ab` serve. 0: none."""
+    selection: float = 0.3
+    """Share of the others that only the evaluation sees, which chooses the policy to keep."""
     evaluate_on: tuple[str, ...] = CLOSED
     """Workloads of the evaluation."""
     evaluation_steps: int = 300
@@ -118,12 +122,13 @@ class Setting:
     profile: CostProfile
     calibration: GateCalibration
     training: Trace
-    held_out: Trace
+    selection: Trace
     table: ActionTable
 
     @classmethod
     def load(cls, config: TrainConfig) -> Setting:
         trace = Trace.packaged() if config.trace is None else Trace.load(config.trace)
+        seen = trace.split(config.held_out)[0] if config.held_out else trace
         table = ActionTable()
         if max(table.depths) > trace.max_depth or max(table.widths) > trace.max_width:
             raise TraceError(
@@ -133,7 +138,7 @@ class Setting:
         return cls(
             CostProfile.of(config.profile),
             GateCalibration.of(config.calibration),
-            *trace.split(config.held_out),
+            *seen.split(config.selection),
             table,
         )
 
@@ -193,8 +198,8 @@ def make_env(config: TrainConfig, setting: Setting) -> VecEnv:
 
 
 def make_score(config: TrainConfig, setting: Setting, baselines: Mapping[str, MakeController]) -> Score:
-    """The evaluation on held-out responses, as the policy would be served."""
-    worlds = setting.worlds(setting.held_out, OTHERS_JUDGED if config.randomise else 0)
+    """The evaluation on responses that were not trained on, as the policy would be served."""
+    worlds = setting.worlds(setting.selection, OTHERS_JUDGED if config.randomise else 0)
 
     def serve(policy: Policy) -> Ppo:
         return Ppo(PpoOptions(policy, setting.profile, setting.calibration))
@@ -213,8 +218,9 @@ def claim(config: TrainConfig, setting: Setting) -> dict[str, Any]:
 
 def _provenance(setting: Setting) -> dict[str, str]:
     """Where the data come from, under the names of their files in the config."""
-    trace = f"{setting.training.provenance} ({len(setting.training.responses)} responses)"
-    return dict(zip(FILES, (trace, setting.profile.provenance, setting.calibration.provenance), strict=True))
+    used = (setting.training, setting.profile, setting.calibration)
+    marks = (fingerprint(setting.training), *(digest_of(repr(part).encode()) for part in used[1:]))
+    return {name: f"{part.provenance} [{mark}]" for name, part, mark in zip(FILES, used, marks, strict=True)}
 
 
 def _clone_echo(policy: ActorCriticPolicy, config: TrainConfig, setting: Setting) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from echo_rl import intervals, metrics
@@ -153,5 +154,17 @@ def test_geometric_mean_of_ratios():
     found = intervals.geometric_mean([0.5, 2.0, 1.0, 1.0])
     assert found.estimate == pytest.approx(1.0) and found.low < 1.0 < found.high and found.blocks == 4
     assert intervals.geometric_mean([1.5] * 3).text() == "1.50 [1.50, 1.50]"
+    assert intervals.geometric_mean([[2.0, 0.5, 1.0]]) == intervals.geometric_mean([2.0, 0.5, 1.0])
+
+
+def test_policies_that_met_the_same_seeds_are_not_as_many_independent_ones():
+    """Five policies of which each seed makes the same: as wide as one policy's, not as that of 5 x 6 ratios."""
+    rng, held = np.random.default_rng(0), 0
+    for seed in range(100):
+        shared = np.exp(0.02 * rng.normal(size=6))
+        found = intervals.geometric_mean(np.tile(shared, (5, 1)), seed=seed)
+        assert found.estimate == pytest.approx(np.exp(np.log(shared).mean())) and found.blocks == 6
+        held += found.low <= 1.0 <= found.high
+    assert held >= 88  # of 95 expected
     with pytest.raises(ConfigError):
         intervals.geometric_mean([])
