@@ -218,9 +218,13 @@ def claim(config: TrainConfig, setting: Setting) -> dict[str, Any]:
 
 def _provenance(setting: Setting) -> dict[str, str]:
     """Where the data come from, under the names of their files in the config."""
-    used = (setting.training, setting.profile, setting.calibration)
-    marks = (fingerprint(setting.training), *(digest_of(repr(part).encode()) for part in used[1:]))
-    return {name: f"{part.provenance} [{mark}]" for name, part, mark in zip(FILES, used, marks, strict=True)}
+    trace, profile, calibration = setting.training, setting.profile, setting.calibration
+    described = (
+        f"{trace.provenance} [{fingerprint(trace)}]",
+        f"{profile.provenance} [{digest_of(repr(profile).encode())}]",
+        f"{calibration.provenance} [{digest_of(repr(calibration).encode())}]",
+    )
+    return dict(zip(FILES, described, strict=True))
 
 
 def _clone_echo(policy: ActorCriticPolicy, config: TrainConfig, setting: Setting) -> dict[str, Any]:
