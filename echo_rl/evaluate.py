@@ -11,8 +11,10 @@ It is bound to the trace, the costs and the release, not to a controller's code:
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if not self.concurrency or min(self.blocks, self.requests, *self.concurrency) < 1 or self.warmup < 0:
             raise ConfigError(f"{self}: give at least one load, and blocks, requests and concurrency of at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; give a whole number >= 0")
 
     @property
     def all_arms(self) -> tuple[str, ...]:
@@ -87,6 +91,7 @@ class Replayer:
             "version": __version__, "trace": fingerprint(trace), "costs": digest_of(repr(costs.profile).encode())
         }  # fmt: skip
         self._ledger = Ledger(ledger, self.settings)
+        self._made_of = lru_cache(maxsize=None)(lambda arm: made_of(self.controller(arm)))
 
     def controller(self, arm: str) -> Controller:
         """A new one. Raises `UnknownController` and `ConfigError`."""
@@ -99,6 +104,7 @@ class Replayer:
         Raises `TraceError` where it plans what wasn't recorded, and what `controller` raises.
         """
         key = {"arm": arm, "concurrency": concurrency, "blocks": [blocks.start, blocks.stop], "warm": warm}
+        key |= self._made_of(arm)
         rows = self._ledger.cell(key, lambda: [asdict(block) for block in self._serve(arm, concurrency, blocks, warm)])
         return [Block(**row) for row in rows]
 
@@ -232,6 +238,12 @@ def halving(
             most = ceil(keep * len(left))
             left = [arm for place, arm in enumerate(left) if place < most or arm in always]
     return left
+
+
+def made_of(controller: Controller) -> dict[str, str]:
+    """The digest of a controller's materials, where it has any: what was measured with others is not its own."""
+    materials = getattr(controller, "materials", ())
+    return {"made of": digest_of(pickle.dumps(materials))} if materials else {}
 
 
 def fingerprint(trace: Trace) -> str:

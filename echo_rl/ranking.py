@@ -21,7 +21,6 @@ Result = Mapping[str, Any]
 BASELINE, REFERENCE, HINDSIGHT = "none", "echo", "hindsight"
 BOUNDS = (HINDSIGHT, "oracle")
 """Arms that know the answer before they choose: shown, but neither ranked nor winners."""
-RESAMPLES = 2000
 DASHES = ("-", "--", ":")
 
 
@@ -101,7 +100,7 @@ def _winner(measured: Measured, load: int) -> dict[str, Any]:
 
 
 def _ranking(measured: Measured, winners: Sequence[str]) -> list[dict[str, Any]]:
-    overall = {arm: geometric_mean(measured[arm], measured[BASELINE]) for arm in measured}
+    overall = {arm: _overall(measured, arm, BASELINE) for arm in measured}
     order = sorted(measured, key=lambda arm: -overall[arm].estimate)
     places = list(filter(_competes, order))
     return [
@@ -109,7 +108,7 @@ def _ranking(measured: Measured, winners: Sequence[str]) -> list[dict[str, Any]]
             "rank": places.index(arm) + 1 if arm in places else None,
             "arm": arm,
             "speedup": asdict(overall[arm]),
-            "over_reference": asdict(geometric_mean(measured[arm], measured[REFERENCE])),
+            "over_reference": asdict(_overall(measured, arm, REFERENCE)),
             "wins": winners.count(arm),
         }
         for arm in order
@@ -125,22 +124,10 @@ def mean_speedup(ours: Mapping[int, Sequence[Block]], theirs: Mapping[int, Seque
     return float(np.exp(np.mean([np.log(pooled(blocks) / pooled(theirs[load])) for load, blocks in ours.items()])))
 
 
-def geometric_mean(
-    ours: Mapping[int, Sequence[Block]], theirs: Mapping[int, Sequence[Block]], level: float = 0.95, seed: int = 0
-) -> intervals.Interval:
-    """`mean_speedup` with its interval, which resamples pairs of blocks, each load on its own."""
-    generator = np.random.default_rng(seed)
-    estimate, logs = mean_speedup(ours, theirs), np.zeros(RESAMPLES)
-    for load, blocks in ours.items():
-        sides = [np.array([(b.tokens, b.seconds) for b in side]) for side in (blocks, theirs[load])]
-        rows = generator.integers(len(blocks), size=(RESAMPLES, len(blocks)))
-        a, b = (side[rows].sum(1) for side in sides)  # [RESAMPLES, 2] tokens, seconds
-        logs += np.log(a[:, 0] / a[:, 1] * b[:, 1] / b[:, 0]) / len(ours)
-    fewest = min(len(blocks) for blocks in ours.values())
-    if fewest < 2:
-        return intervals.Interval(estimate, None, None, fewest)
-    low, high = np.exp(np.quantile(logs, [(1 - level) / 2, (1 + level) / 2]))
-    return intervals.Interval(estimate, float(low), float(high), fewest)
+def _overall(measured: Measured, arm: str, against: str) -> intervals.Interval:
+    """`mean_speedup` over an arm, with its interval: a block's prompts are the same at small loads."""
+    ours, theirs = ([[block.rate for block in row] for row in measured[name].values()] for name in (arm, against))
+    return intervals.mean_ratio(ours, theirs)
 
 
 def draw(result: Result, out: Path) -> Path:

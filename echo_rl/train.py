@@ -94,6 +94,8 @@ class TrainConfig:
             raise ConfigError("training needs lanes, horizon, repeat and evaluation_steps of at least 1")
         if not self.workloads or not self.evaluate_on:
             raise ConfigError("training needs at least one workload to serve and one to evaluate on")
+        if min(self.seed, self.learner.seed) < 0:
+            raise ConfigError(f"seed is {self.seed}, learner.seed {self.learner.seed}; give whole numbers >= 0")
         if set(self.hidden) - GROUPS.keys():
             raise ConfigError(f"hidden is {self.hidden}; the observation groups are {', '.join(GROUPS)}")
 

@@ -175,14 +175,14 @@ class Stage:
         self._workloads = {text: venue.workload(text) for text in config.workloads}
         self._ready: dict[tuple[str, str], Fitted] = {}
         for label in config.arms:
-            self._made(label)  # a bad arm is an error now, not hours later
+            self.made(label)  # a bad arm is an error now, not hours later
 
     def run(self, trial: Trial) -> RunRecord:
         config, workload = self._config, self._workloads[trial.workload]
         key = (trial.arm, trial.workload)
         if key not in self._ready:
             seed = seed_of(config.seed, trial.workload, "warm-up")
-            self._ready[key] = warmed(self._venue, self._made(trial.arm), workload, seed)
+            self._ready[key] = warmed(self._venue, self.made(trial.arm), workload, seed)
         seed = seed_of(config.seed, trial.workload, trial.block)
         tag = f"{trial.block}."
         run = play(self._venue, self._ready[key], workload, seed, config.steps, config.seconds, tag)
@@ -190,7 +190,8 @@ class Stage:
             raise ConfigError(f"no token came in {trial} within {run.seconds:.1f} s; give blocks more seconds or steps")
         return run
 
-    def _made(self, label: str) -> Controller:
+    def made(self, label: str) -> Controller:
+        """A new controller of that arm. Raises `UnknownController` and `ConfigError`."""
         arm = Arm.parse(label)
         return self._make(arm.controller, **arm.options)
 
@@ -202,8 +203,11 @@ def run_trials(
 
     Raises `ConfigError` where `out` holds another comparison, or an arm or a workload can't be made.
     """
+    from echo_rl.evaluate import made_of
+
     stage = Stage(venue, config, make)
-    store = Store(out, config, venue.environment, Trial, RunRecord)
+    made = {f"{arm} {name}": digest for arm in config.arms for name, digest in made_of(stage.made(arm)).items()}
+    store = Store(out, config, {**venue.environment, **made}, Trial, RunRecord)
     return run_missing(list(trials(config)), store, stage.run, console)
 
 

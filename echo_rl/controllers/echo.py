@@ -35,9 +35,9 @@ Gates = tuple[tuple[int, float], ...]
 @dataclass(frozen=True)
 class EchoOptions:
     profile: CostProfile | str | Path | None = None
-    """The machine's costs, or their file; None takes the profile that ships with the package."""
+    """The machine's costs, or their file; None takes this machine's own, else the packaged one."""
     calibration: GateCalibration | str | Path | None = None
-    """The drafter's gates, or their file; None takes the gates that ship with the package."""
+    """The drafter's gates, or their file; None takes this machine's own, else the packaged ones."""
     nodes: float | None = None
     """Fixed budget in nodes a request instead of the planner's choice, still under K_max."""
     planner: PlannerOptions = field(default_factory=PlannerOptions)
@@ -60,6 +60,10 @@ class CalibratedSelection(BaseController):
         powers = self.calibration.score_power
         self._powers = np.array(powers, dtype=np.float32) if powers else None
 
+    @property
+    def materials(self) -> tuple[object, ...]:
+        return (self.calibration,)
+
     def select(self, forest: Forest, plan: SpecPlan) -> Selection:
         if self.scheduled:
             return likeliest(forest, plan.budget, self._node_cap, self._powers, plan.floor)
@@ -81,6 +85,10 @@ class Echo(CalibratedSelection):
         self.planner = BudgetPlanner(self.profile, options.planner, pooled=self.scheduled)
         self._nodes = options.nodes
         self._plans: dict[Shape, SpecPlan] = {}
+
+    @property
+    def materials(self) -> tuple[object, ...]:
+        return (*super().materials, self.profile)
 
     def gates(self, max_depth: int) -> Gates:
         return self.calibration.sparse(max_depth)

@@ -56,7 +56,7 @@ class PpoOptions:
     profile: CostProfile | str | Path | None = None
     """The machine's costs, or their file; None takes this machine's own, else the packaged one."""
     calibration: GateCalibration | str | Path | None = None
-    """The drafter's gates, or their file; None takes the packaged one."""
+    """The drafter's gates, or their file; None takes this machine's own, else the packaged one."""
     deterministic: bool = True
     """Take the likeliest action; otherwise draw one, as in training."""
     seed: int = 0
@@ -95,6 +95,10 @@ class Ppo(CalibratedSelection):
         self._looks = PlainLooks()
         self._looking = False  # the step in progress is a look at plain decoding
         self._plans: dict[tuple[Action, int], SpecPlan] = {}
+
+    @property
+    def materials(self) -> tuple[object, ...]:
+        return (*self.echo.materials, self.policy)
 
     def propose(self, load: LoadView) -> SpecPlan:
         if not self._left:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -112,10 +113,11 @@ def make(name: str, **options: Any) -> Controller:
     if name not in CONTROLLERS:
         raise UnknownController(f"no controller is called {name!r}{_nearest(name, names())}")
     family = CONTROLLERS[name]
-    known = [field.name for field in fields(family.options)]
-    for option in options:
+    known = {field.name: field.default for field in fields(family.options)}
+    for option, value in options.items():
         if option not in known:
-            raise ConfigError(f"controller {name!r} has no option {option!r}{_nearest(option, known)}")
+            raise ConfigError(f"controller {name!r} has no option {option!r}{_nearest(option, tuple(known))}")
+        options[option] = _checked(f"{name} {option}", value, known[option])
     try:
         controller: Controller = family.controller(family.options(**options))
     except ConfigError:
@@ -137,7 +139,18 @@ def planning_by(profile: CostProfile) -> Callable[..., Controller]:
     return made
 
 
-def _nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
+def _checked(name: str, value: Any, default: Any) -> Any:
+    """The value of an option, a list as a tuple; raises `ConfigError` where its kind isn't the default's."""
+    if isinstance(value, list):
+        return tuple(_checked(name, part, None) for part in value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} is {value}; give a finite number")
+    if type(default) is int and type(value) is not int:
+        raise ConfigError(f"{name} is {value!r}; give a whole number")
+    return value
+
+
+def _nearest(word: str, known: tuple[str, ...]) -> str:
     close = get_close_matches(word, known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{hint} (known: {', '.join(known) or 'none'})"

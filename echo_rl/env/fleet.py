@@ -20,6 +20,7 @@ from echo_rl.env.timing import Phases, Plain, Work, noise, plain_step, step_phas
 from echo_rl.env.trace import Trace
 from echo_rl.env.verdicts import Orders, Tables, Verdicts
 from echo_rl.env.workload import Arrivals, Workload
+from echo_rl.errors import ConfigError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -189,7 +190,7 @@ class Fleet:
                 reading[lane] = self._servers.in_flight(lane) > 0
                 self._pass_time(lane)
             self._servers.read(reading)
-        raise RuntimeError("no request decodes; the workload brings none")
+        raise ConfigError("no request decodes; the workload brings too few, give it higher rates")
 
     def _take_arrivals(self, lane: int) -> None:
         arrivals = self._arrivals[lane]

@@ -93,7 +93,7 @@ class Server:
                 return begun
             self._take(begun)
             learn(begun.report)
-        raise RuntimeError("no request decodes; the workload brings none, or the backend serves none")
+        raise ConfigError("no request decodes; give the workload higher rates, unless the backend serves none at all")
 
     def serve(self, plan: SpecPlan) -> ServedStep:
         """Let the waiting step run by this plan. Raises what the backend raises; only `open` helps then."""

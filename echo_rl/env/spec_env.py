@@ -97,9 +97,10 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
 
     ## Reward
     By default `tokens / batch - speedup * seconds / plain`: the step's tokens a request less what the same time
-    would have brought at the running speed-up over plain decoding. It is the average-reward form of
-    throughput: what maximises it maximises tokens a second. `reward.RewardMeter` defines it and the
-    other forms. With `repeat` above 1 the serving steps' rewards are summed.
+    would have brought at the running speed-up over plain decoding. Tokens are those of decoding requests, and seconds
+    are the step's less what its prompt tokens are predicted to take, since no action changes either. It is the
+    average-reward form of throughput: what maximises it maximises tokens a second. `reward.RewardMeter` defines it
+    and the other forms. With `repeat` above 1 the serving steps' rewards are summed.
 
     `info` of a step: the reward's terms ``gain``, ``cost`` and ``penalty`` (they sum to it); ``tokens`` that
     requests got, ``seconds`` taken, ``plain_seconds`` (predicted plain decoding time for these tokens), and the
@@ -203,7 +204,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         at = (np.array([float(x)]) for x in (load.batch_size, load.mean_context, load.prefill_tokens))
         plain = plain_step(self._costs, *at)
         decoded, batch = np.array([float(sum(served.gains))]), np.array([float(load.batch_size)])
-        numbers = (decoded, seconds - plain.prompts, plain.decode, batch, np.array([good]))
+        numbers = (decoded, plain.besides(np.array([seconds])), plain.decode, batch, np.array([good]))
         terms = {name: float(values[0]) for name, values in self._meter.score(*numbers).items()}
         return terms | {
             "tokens": float(served.tokens),

@@ -13,6 +13,10 @@ from echo_rl.costs import CostArrays
 Floats = NDArray[np.float64]
 
 
+LEAST = 0.1
+"""Share of a plain step that a step is taken to last, however much of it its prompts are predicted to take."""
+
+
 @dataclass(frozen=True)
 class Work:
     """What E steps did, [E] each."""
@@ -58,6 +62,10 @@ class Plain:
 
     decode: Floats  # a step of the decoding requests alone: a token each
     prompts: Floats  # what the prompt tokens add to it, whatever is decided
+
+    def besides(self, seconds: Floats) -> Floats:
+        """What steps that took so long would have taken without their prompts, by prediction."""
+        return np.maximum(seconds - self.prompts, LEAST * self.decode)
 
     def worth(self, decoded: Floats, batch: Floats) -> Floats:
         """Seconds of plain serving that a step replaces which brought `decoded` tokens of decoding requests."""

@@ -173,9 +173,9 @@ def read_state(path: Path, claim: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True)
+        theirs = state["claim"]
     except Exception as error:  # torch.load promises no particular one
         raise ConfigError(f"{path} is damaged; delete it to begin anew") from error
-    theirs = state["claim"]
     changed = sorted(k for k in {*theirs, *claim} if theirs.get(k) != claim.get(k))
     if changed:
         raise ConfigError(f"{path} was trained with another {', '.join(changed)}; use another out folder")

@@ -29,9 +29,9 @@ from echo_rl.controllers.network import MANIFEST_FILE, WEIGHTS_FILE, Layer, Poli
 from echo_rl.controllers.policy import Ppo, PpoOptions, Steered
 from echo_rl.errors import ConfigError, EchoError, PolicyError
 from echo_rl.profile import CostProfile
+from tests.policies import SIZES, constant_policy
 
 GATES = GateCalibration((DepthGate(0, 0.2), DepthGate(2, 0.35)), (0, 2), score_power=(1.0, 1.5))
-SIZES = ActionTable().sizes
 AGAIN = "train again"
 
 
@@ -42,12 +42,6 @@ def random_policy(seed: int = 0, repeat: int = 1, net: tuple[int, ...] = (64, 64
         Layer(g.normal(size=(o, i)).astype(np.float32), g.normal(size=o).astype(np.float32)) for i, o in pairwise(sizes)
     )
     return Policy(layers, repeat=repeat, activation=activation)
-
-
-def constant_policy(action: tuple[int, ...], repeat: int = 1) -> Policy:
-    """Always says this action."""
-    bias = np.concatenate([np.eye(n, dtype=np.float32)[a] for n, a in zip(SIZES, action, strict=True)])
-    return Policy((Layer(np.zeros((sum(SIZES), len(FEATURES)), np.float32), bias),), repeat=repeat)
 
 
 @pytest.fixture

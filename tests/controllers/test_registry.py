@@ -32,6 +32,10 @@ def test_unknown_option_names_the_nearest():
     [
         ("chain", {"steps": 0}),
         ("chain", {"steps": "three"}),
+        ("chain", {"steps": 2.5}),
+        ("fixed", {"nodes": float("inf")}),
+        ("fixed", {"depth": True}),
+        ("echo", {"nodes": float("nan")}),
         ("eagle3", {"total": 0}),
         ("echo", {"nodes": -1.0}),
         ("echo", {"planner": {"period": 4}}),
@@ -42,3 +46,7 @@ def test_unknown_option_names_the_nearest():
 def test_bad_values_are_config_errors(name, options):
     with pytest.raises(ConfigError):
         make(name, **options)
+
+
+def test_lists_from_a_command_line_will_do_for_tuples():
+    assert make("static", paths=[[0], [0, 0], [1]]).paths == [(0,), (1,), (0, 0)]
