@@ -1,11 +1,11 @@
-"""Every controller, tuned on one part of the recorded prompts and ranked on the other, in simulated time.
+"""Every controller, tuned on one part of the recorded prompts and ranked on the other, in simulated time; ECHO's gates.
 
 Needs a trace: ``echo-rl record --width 10 --out benchmarks/results/work/trace``. Interrupted, the same command goes on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -20,8 +20,15 @@ from echo_rl.profile import CostProfile
 from echo_rl.results import write_json
 from echo_rl.tune import TuneConfig, load_tuned, tune
 
-TUNED_ELSEWHERE = ("none", "fixed", "ppo", "oracle")
-"""Not tuned here: no options, the search for the best fixed plan, a trained policy, a bound."""
+TUNED_ELSEWHERE = ("none", "static", "fixed", "ppo")
+"""Not tuned here: no options, a topology, the search for the best fixed plan, a trained policy."""
+GATES = (
+    *(f"echo_fixed:tau={tau}" for tau in (0.0, 0.1, 0.2, 0.3, 0.5)),
+    *(f"echo_fixed:tau={tau},everywhere=true" for tau in (0.1, 0.2, 0.3, 0.5)),
+    "echo_dense", "echo_unscheduled",
+)  # fmt: skip
+"""ECHO with one threshold at the calibrated depths (0: no gates), or at all depths; with a calibrated one at every depth; and
+without its scheduler."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,10 @@ def script() -> None:
     sizes = (1, 8) if args.quick else (1, 2, 4, 8, 16, 32)
     config = EvalConfig(arms, concurrency=sizes, blocks=2 if args.quick else args.blocks, hindsight=not args.quick)
     result = evaluate(config, test, costs, registry.make, place.work / "eval", CONSOLE)
-    write_json(place.result, {"trace": test.provenance, **result})
-    CONSOLE.print(ranking(result), loads(result))
+    ablations = replace(config, arms=GATES[:2] if args.quick else GATES, hindsight=False)
+    gates = evaluate(ablations, test, costs, registry.make, place.work / "gates", CONSOLE)
+    write_json(place.result, {"trace": test.provenance, **result, "gates": gates})
+    CONSOLE.print(ranking(result), loads(result), ranking(gates))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,23 @@ def policies(result: Result) -> str:
     rows.append(["all", Interval(**result["over_echo"]).text(3, "×"), "", "", ""])
     rows.append(["other machines", Interval(**result["elsewhere"]["over_echo"]).text(3, "×"), "", "", ""])
     heads = ["workload", "`ppo` over `echo`", "best fixed plan over `echo`", "`ppo` over `none`", "`echo` over `none`"]
-    return table(heads, rows)
+    closed, minutes = result["gap_closed"], [run["seconds"] / 60 for run in result["training"].values()]
+    words = (
+        "\nECHO is nowhere behind the best fixed plan."
+        if closed is None
+        else f"\nWhere ECHO is behind the best fixed plan, the policies close {closed:.0%} of the gap."
+    )
+    return table(heads, rows) + f"{words} Training took {min(minutes):.0f} to {max(minutes):.0f} minutes on one core.\n"
+
+
+def deciding(result: Result) -> str:
+    """What a step's decisions take in all, of a fixed plan, of ECHO and of the policy."""
+    timed = result["deciding"]
+    rows = [
+        [f"`{name}`", *(f"{cell['microseconds']:.0f} µs, {cell['share_of_step']:.1%}" for cell in cells.values())]
+        for name, cells in timed.items()
+    ]
+    return table(["a step's decisions", *(f"{load} in flight" for load in next(iter(timed.values())))], rows)
 
 
 def training(result: Result) -> str:
@@ -78,6 +94,31 @@ def rivals(result: Result) -> str:
         for row in result["ranking"]
     ]
     return table(["rank", "controller, tuned", "all loads", *map(str, loads), f"deciding at {loads[0]}"], rows)
+
+
+def winners(result: Result) -> str:
+    """Who is fastest at each load."""
+    rows = [
+        [str(row["concurrency"]), f"`{row['arm']}`", ", ".join(f"`{arm}`" for arm in row["tied"]) or "-"]
+        for row in result["winners"]
+    ]
+    return table(["in flight", "fastest", "not to be told from it"], rows)
+
+
+def gates(result: Result) -> str:
+    """ECHO with other gates and without its scheduler, over ECHO."""
+    found, loads = result["gates"], sorted({cell["concurrency"] for cell in result["gates"]["cells"]})
+    over = {(cell["arm"], cell["concurrency"]): cell["over_reference"]["estimate"] for cell in found["cells"]}
+    rows = [
+        [
+            f"`{row['arm']}`",
+            Interval(**row["over_reference"]).text(3, "×"),
+            *(f"{over[row['arm'], load]:.3f}" for load in loads),
+        ]
+        for row in found["ranking"]
+        if row["arm"] not in ("none", found["reference"])
+    ]
+    return table(["ECHO's decisions changed", "over `echo`", *map(str, loads)], rows)
 
 
 def _share(value: float | None) -> str:
