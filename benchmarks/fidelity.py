@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -113,20 +114,26 @@ def throughput(
 
 
 def agreement(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Median absolute error of the predicted throughput, and Kendall's tau of the rankings at each load."""
+    """Median absolute error of the predicted throughput, and the rankings at each load: Kendall's tau, and how far apart
+    live those arms are at most which the two rank differently."""
     pooled: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for cell in cells:
         pooled.setdefault((cell["concurrency"], cell["arm"]), []).append(cell)
     mean = {k: {side: np.mean([c[side] for c in v]) for side in ("live", "replay")} for k, v in pooled.items()}
     errors = [abs(rates["replay"] / rates["live"] - 1.0) for rates in mean.values()]
-    taus = {}
+    taus, swapped = {}, 1.0
     for load in sorted({k[0] for k in mean}):
         sides = [{k[1]: float(r[side]) for k, r in mean.items() if k[0] == load} for side in ("live", "replay")]
         taus[str(load)] = kendall(*sides)
+        for pair in combinations(sides[0], 2):
+            live, replay = (side[pair[0]] / side[pair[1]] for side in sides)
+            if (live - 1.0) * (replay - 1.0) < 0.0:
+                swapped = max(swapped, live, 1.0 / live)
     return {
         "median_error": float(np.median(errors)),
         "largest_error": float(np.max(errors)),
         "kendall_tau": taus,
+        "most_apart_if_swapped": swapped,
         "mean_tau": float(np.mean([tau for tau in taus.values() if tau is not None])),
     }
 

@@ -27,8 +27,7 @@ GATES = (
     *(f"echo_fixed:tau={tau},everywhere=true" for tau in (0.1, 0.2, 0.3, 0.5)),
     "echo_dense", "echo_unscheduled",
 )  # fmt: skip
-"""ECHO with one threshold at the calibrated depths (0: no gates), or at all depths; with a calibrated one at every depth; and
-without its scheduler."""
+"""ECHO with one threshold at the calibrated depths (0: no gates), or at all; calibrated ones at all; no scheduler."""
 
 
 @dataclass(frozen=True)
