@@ -114,7 +114,7 @@ def throughput(
 
 
 def agreement(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Median absolute error of the predicted throughput, and the rankings at each load: Kendall's tau, and how far apart
+    """Median absolute error of the predicted throughput, Kendall's tau of the rankings at each load, and how far apart
     live those arms are at most which the two rank differently."""
     pooled: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for cell in cells:

@@ -18,8 +18,8 @@ def fidelity(result: Result) -> str:
     exact, speeds = result["exact"], result["speed"]
     words = (
         f"\nMedian error {result['median_error']:.1%}. Arms that the two rank differently are at most "
-        f"{result['most_apart_if_swapped'] - 1:.0%} apart live. In float32 {exact['differed']} of {exact['steps']} steps differ "
-        f"from the live loop. Serving steps a second on one core: "
+        f"{result['most_apart_if_swapped'] - 1:.0%} apart live. In float32 {exact['differed']} of "
+        f"{exact['steps']} steps differ from the live loop. Serving steps a second on one core: "
         + ", ".join(f"{speed:,.0f} at batch {batch}" for batch, speed in speeds.items())
         + ".\n"
     )
