@@ -16,7 +16,7 @@ from echo_rl.prompts import load_prompts
 from echo_rl.results import write_json
 from echo_rl.sweep import BenchConfig, Load
 
-ARMS = ("none", "chain", "static", "eagle3", "adaspec:depth=8,width=2", "echo", "ppo")
+ARMS = ("none", "chain", "static", "eagle3", "adaspec:depth=8,width=3", "echo", "ppo")
 
 
 @dataclass(frozen=True)
