@@ -16,7 +16,7 @@ from echo_rl.prompts import load_prompts
 from echo_rl.results import write_json
 from echo_rl.sweep import BenchConfig, Load
 
-ARMS = ("none", "chain", "static", "eagle3", "adaspec:depth=8,width=3", "echo", "ppo")
+ARMS = ("none", "chain", "eagle3", "adaspec:depth=8,width=3", "echo", "ppo")
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Args:
     """Three arms, two loads, two blocks."""
     arms: tuple[str, ...] = ARMS
     concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    blocks: int = 6
-    requests: int = 6
+    blocks: int = 4
+    requests: int = 8
     """Requests a block; twice the concurrency where that is more."""
     max_new_tokens: int = 96
     seed: int = 0
