@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echo_rl.errors import ConfigError
+from echo_rl.results import digest_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Conversations:
     @property
     def lengths(self) -> NDArray[np.int64]:
         return np.diff(self.offsets)
+
+    @property
+    def digest(self) -> str:
+        """`digest_of` all four arrays."""
+        return digest_of(*(part.tobytes() for part in (self.tokens, self.offsets, self.starts, self.greedy)))
 
     @classmethod
     def of(cls, items: Sequence[tuple[Sequence[int], int, bool]]) -> Conversations:

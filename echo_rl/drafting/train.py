@@ -48,6 +48,11 @@ class Corpus:
     to_draft: Tensor  # [vocab] draft id or -1
     coverage: float
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """Digest of each shard, by name. With the config it settles the vocabulary and what is held out."""
+        return {shard.name: shard.conversations.digest for shard in self.shards}
+
     @classmethod
     def open(cls, config: TrainConfig, vocab: int) -> Corpus:
         shards = open_features(config.data, config.features)
@@ -142,6 +147,11 @@ class Run:
             raise ConfigError(
                 f"{self.state_path} was trained with another {', '.join(changed)}; use another out folder"
             )
+        if state.get("data") != self.corpus.identity:
+            raise ConfigError(
+                f"{self.state_path} was trained on other conversations than {self.config.data} holds now; give another "
+                f"out folder, and --start {self.config.out} to go on from its drafter"
+            )
         self.net.load_state_dict(state["net"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -150,7 +160,7 @@ class Run:
 
     def save_state(self) -> None:
         state = {
-            "config": asdict(self.config), "net": self.net.state_dict(),
+            "config": asdict(self.config), "data": self.corpus.identity, "net": self.net.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "update": self.update, "epoch": self.epoch, "batch_in_epoch": self.batch_in_epoch,
             "seconds": self.seconds, "curve": self.curve, "started_from": self.started_from,

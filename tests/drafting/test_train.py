@@ -2,19 +2,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from echo_rl.drafting.conversations import Conversations
+from echo_rl.drafting.features import cache_features
 from echo_rl.drafting.train import Run, train
 from echo_rl.drafting.train_config import TrainConfig
 from echo_rl.drafting.warm_start import TargetParts
 from echo_rl.errors import ConfigError
 from echo_rl.results import digest
 from echo_rl.runtime.drafter_model import load_drafter
+
+TargetCall = Callable[[Tensor], tuple[list[Tensor], Tensor]]
 
 
 def test_overfits_a_counting_target(world: TrainConfig, parts: TargetParts) -> None:
@@ -106,6 +112,16 @@ def test_another_config_does_not_resume(world: TrainConfig, parts: TargetParts) 
     train(world, parts)
     with pytest.raises(ConfigError, match="another hard_share"):
         train(replace(world, hard_share=0.5), parts)
+
+
+def test_other_conversations_do_not_resume(world: TrainConfig, parts: TargetParts, target: TargetCall) -> None:
+    """More of them would give draft ids another meaning than the saved weights have, and another held-out set."""
+    train(world, parts)
+    talk = [([30] * 20, 4, True)] * 8
+    Conversations.of(talk).save(Path(world.data) / "shard_2.npz")
+    cache_features(world.data, world.features, target, (1, 3, 4))
+    with pytest.raises(ConfigError, match=f"other conversations .* another out folder, and --start {world.out}"):
+        train(replace(world, updates=9), parts)
 
 
 def test_bfloat16_learns_too(world: TrainConfig, parts: TargetParts) -> None:
