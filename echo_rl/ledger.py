@@ -13,7 +13,8 @@ from echo_rl.errors import ConfigError
 class Ledger:
     """Finished cells, one JSON line each; a cell whose key is there is not computed again.
 
-    Raises `ConfigError` where the file was begun with other settings. Without a path nothing is kept on disk.
+    Raises `ConfigError` where the file was begun with other settings or is damaged. Without a path nothing is kept
+    on disk.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
@@ -25,7 +26,10 @@ class Ledger:
             raise ConfigError(f"{path} was begun with other settings; delete it to start anew")
         if not rows:
             self._append(wanted)
-        self.cells.update((row["key"], row["value"]) for row in rows[1:])
+        try:
+            self.cells.update((row["key"], row["value"]) for row in rows[1:])
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{path} holds a line that is no finished cell; delete it to start anew") from error
 
     def cell(self, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
         """The value under `key`, as plain JSON types; computed and stored first where it is absent."""
@@ -43,10 +47,22 @@ class Ledger:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The JSON lines written so far; one cut short by an interruption is dropped, from the file too."""
+    """The JSON lines written so far; one cut short by an interruption is dropped, from the file too.
+
+    Raises `ConfigError` naming the first whole line that isn't JSON.
+    """
     if not path.is_file():
         return []
     lines = path.read_text().split("\n")
     if lines.pop():
         path.write_text("".join(f"{line}\n" for line in lines))
-    return [json.loads(line) for line in lines]
+    return [_parsed(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _parsed(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ConfigError(
+            f"line {number} of {path} is damaged ({error}); delete the line, and what it held is measured again"
+        ) from error

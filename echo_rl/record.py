@@ -7,7 +7,6 @@ prompts; a rerun goes on with the parts that are missing.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,7 @@ from echo_rl.env.levels import Level, beams
 from echo_rl.env.trace import Response, Trace
 from echo_rl.errors import ConfigError
 from echo_rl.loop import serve
-from echo_rl.results import write_json
+from echo_rl.results import claim, digest_of
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,18 @@ def record(
     provenance: str = "",
     console: Console | None = None,
 ) -> Trace:
-    """The trace of these requests. Stop strings are refused (`ConfigError`): a trace knows tokens only."""
+    """The trace of these requests, whose parts lie in the folder `parts`.
+
+    Raises `ConfigError` for stop strings (a trace knows tokens only), where there are no requests, and where `parts`
+    holds those of other requests (prompts, sampling and all), options or provenance.
+    """
     if any(request.params.stop for request in requests):
         raise ConfigError("a recording cannot end at stop strings; leave `stop` empty")
-    _claim(parts, options, requests, provenance)
+    if not requests:
+        raise ConfigError("there are no requests to record; give at least one")
+    asked = digest_of(*(repr(request).encode() for request in requests))
+    what = {"options": asdict(options), "requests": asked, "provenance": provenance}
+    claim(parts / "recording.json", what, "a recording")
     chunks = [requests[i : i + options.batch] for i in range(0, len(requests), options.batch)]
     traces = []
     columns = (TextColumn("recording"), MofNCompleteColumn(), TextColumn("parts"), TimeRemainingColumn())
@@ -194,14 +201,3 @@ def _stack(levels: Sequence[Level]) -> Level:
     scores = [np.pad(v.scores, ((0, 0), p, (0, 0)), constant_values=-np.inf) for v, p in zip(levels, pads, strict=True)]
     parents = [np.pad(v.parents, ((0, 0), p), constant_values=-1) for v, p in zip(levels, pads, strict=True)]
     return Level(np.concatenate(scores), np.concatenate(parents), np.concatenate([v.path for v in levels]))
-
-
-def _claim(parts: Path, options: RecordOptions, requests: Sequence[Request], provenance: str) -> None:
-    """The folder belongs to one recording. Raises `ConfigError` where it holds another's parts."""
-    what = {"options": asdict(options), "requests": [r.id for r in requests], "provenance": provenance}
-    path = parts / "recording.json"
-    if path.is_file():
-        if json.loads(path.read_text()) != what:
-            raise ConfigError(f"{parts} holds the parts of another recording; give another folder or remove it")
-        return
-    write_json(path, what)

@@ -46,17 +46,21 @@ class Store(Generic[U, R]):
         self.environment = dict(environment)
         self._unit, self._record = unit, record
         self.blocks = out / "blocks.jsonl"
-        wanted = json.loads(json.dumps({"config": asdict(config), "environment": self.environment}))
-        path = out / "config.json"
-        if path.is_file():
-            _require_same(json.loads(path.read_text()), wanted, out)
-        else:
-            write_json(path, wanted)
+        what = {"config": asdict(config), "environment": self.environment}
+        claim(out / "config.json", what, "a benchmark", [self.blocks])
 
     def read(self) -> dict[U, R]:
-        """The finished units. A line cut short by an interruption is dropped, from the file too."""
+        """The finished units. A line cut short by an interruption is dropped, from the file too.
+
+        Raises `ConfigError` where another line can't be read.
+        """
         rows = read_lines(self.blocks)
-        return {self._unit(**row["unit"]): self._record.from_json(row["record"]) for row in rows}
+        try:
+            return {self._unit(**row["unit"]): self._record.from_json(row["record"]) for row in rows}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{self.blocks} holds a line that is no finished unit ({error!r}); delete it to measure anew"
+            ) from error
 
     def append(self, unit: U, record: R) -> None:
         with open(self.blocks, "a") as stream:
@@ -70,14 +74,35 @@ class BlockStore(Store[Unit, RunRecord]):
         super().__init__(out, config, environment, Unit, RunRecord)
 
 
-def _require_same(found: Any, wanted: Any, out: Path) -> None:
-    for part in ("config", "environment"):
-        keys = {**found.get(part, {}), **wanted[part]}
-        changed = [key for key in keys if found.get(part, {}).get(key) != wanted[part].get(key)]
-        if changed:
-            raise ConfigError(
-                f"{out} holds a benchmark with another {', '.join(changed)}; choose another folder or delete it"
-            )
+def claim(path: Path, what: Mapping[str, Any], kind: str, made: Iterable[Path] = ()) -> None:
+    """Say in `path` what its folder holds, in JSON's types, so that nothing else is ever mixed into it.
+
+    Raises `ConfigError` where the file says something else, or is missing beside results (`made`) that are there:
+    nobody knows what those are of. `kind` is what the folder holds, in words.
+    """
+    wanted = json.loads(json.dumps(what))
+    if path.is_file():
+        changed = differing(read_json(path), wanted)
+        problem = f"with another {', '.join(changed)}" if changed else None
+    else:
+        problem = f"of unknown settings ({path.name} is missing)" if any(each.exists() for each in made) else None
+    if problem:
+        raise ConfigError(f"{path.parent} holds {kind} {problem}; choose another folder or delete it")
+    if not path.is_file():
+        write_json(path, wanted)
+
+
+def differing(found: Any, wanted: Mapping[str, Any]) -> list[str]:
+    """The keys at which two JSON objects differ; of objects within them their own keys."""
+    found = found if isinstance(found, dict) else {}
+    changed = []
+    for key in {**found, **wanted}:
+        theirs, ours = found.get(key), wanted.get(key)
+        if isinstance(theirs, dict) and isinstance(ours, dict):
+            changed += differing(theirs, ours)
+        elif theirs != ours:
+            changed.append(key)
+    return changed
 
 
 def report(
@@ -144,15 +169,20 @@ def machine(**more: str) -> dict[str, str]:
 
 def digest(*paths: Path) -> str:
     """The first 12 digits of the files' common sha256: enough to tell whether they changed."""
-    return digest_of(*(path.read_bytes() for path in paths))
+    return _digest(path.read_bytes() for path in paths)
 
 
 def digest_of(*parts: bytes) -> str:
     """`digest` of what is in memory."""
-    state = hashlib.sha256()
-    for part in parts:
-        state.update(part)
-    return state.hexdigest()[:12]
+    return _digest(parts)
+
+
+def read_json(path: Path) -> Any:
+    """Raises `ConfigError` where the file isn't JSON."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); delete it, and what is beside it, to start anew") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -161,6 +191,13 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     partial.replace(path)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()[:12]
 
 
 def _blocks(units: Mapping[Unit, RunRecord], arm: str, load: Load) -> list[RunRecord]:

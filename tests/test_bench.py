@@ -112,6 +112,28 @@ def test_a_folder_of_another_benchmark_is_refused(fake_engine, make_controller, 
         bench(fake_engine, make_controller, tmp_path, environment={"cpu": "another"})
 
 
+def test_a_damaged_folder_is_named(fake_engine, make_controller, tmp_path):
+    """Not the last line: that one may be cut short by an interruption."""
+    bench(fake_engine, make_controller, tmp_path)
+    config, blocks = tmp_path / "config.json", tmp_path / "blocks.jsonl"
+    whole = blocks.read_text().splitlines(keepends=True)
+    for bad, message in (
+        ('{"unit": {"block"\n', "line 2 of .*blocks.jsonl is damaged"),
+        ('{"unit": 3, "record": {}}\n', "no finished unit"),
+        ("{}\n", "no finished unit"),
+    ):
+        blocks.write_text("".join([whole[0], bad, *whole[2:]]))
+        with pytest.raises(ConfigError, match=message):
+            bench(fake_engine, make_controller, tmp_path)
+    for text in ("{", "[]", ""):
+        config.write_text(text)
+        with pytest.raises(ConfigError, match="is damaged|holds a benchmark with another"):
+            bench(fake_engine, make_controller, tmp_path)
+    config.unlink()
+    with pytest.raises(ConfigError, match="of unknown settings"):
+        bench(fake_engine, make_controller, tmp_path)
+
+
 def test_controllers_keep_what_they_learn_over_blocks(fake_engine, make_controller, tmp_path):
     made = []
 
@@ -308,3 +330,9 @@ def test_a_ledger_goes_on_and_refuses_other_settings(monkeypatch, tmp_path):
     assert again.cell({"a": 2}, lambda: 5) == 5 and calls == [1]
     with pytest.raises(ConfigError, match="other settings"):
         common.Ledger(tmp_path, {"seed": 1})
+    for bad, message in (("nonsense", "line 4 of"), ("[1]", "no finished cell"), ("{}", "no finished cell")):
+        whole = (tmp_path / "cells.jsonl").read_text()
+        (tmp_path / "cells.jsonl").write_text(f"{whole}{bad}\n")
+        with pytest.raises(ConfigError, match=message):
+            common.Ledger(tmp_path, {"seed": 0})
+        (tmp_path / "cells.jsonl").write_text(whole)

@@ -46,9 +46,9 @@ class Record:
         from echo_rl.record import record
 
         console = Console()
+        chosen = load_prompts(self.suite, self.prompts, self.seed)
         allowed = max(self.engine.max_expanded, self.options.expanded)
         engine, environment = load_engine(replace(self.engine, max_expanded=allowed))
-        chosen = load_prompts(self.suite, seed=self.seed)[: self.prompts]
 
         def params(number: int) -> SamplingParams:
             return SamplingParams(

@@ -17,7 +17,7 @@ from echo_rl.costs import CostArrays
 from echo_rl.env.lane import LaneOptions
 from echo_rl.env.replay import ReplayBackend, ReplayOptions
 from echo_rl.env.trace import Trace
-from echo_rl.errors import RequestError, TraceError
+from echo_rl.errors import ConfigError, RequestError, TraceError
 from echo_rl.loop import serve
 from echo_rl.profile import CostProfile
 from echo_rl.record import RecordOptions, record
@@ -132,8 +132,16 @@ def test_recording_resumes_with_the_missing_parts(engine, trace, requests, tmp_p
     again = record(engine, requests, frozenset({0}), OPTIONS, tmp_path, "tiny")
     assert again.responses == trace.responses
     assert (tmp_path / "part-0000.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="another recording"):
-        record(engine, requests[:4], frozenset({0}), OPTIONS, tmp_path, "tiny")
+    longer = [replace(r, params=replace(r.params, max_new_tokens=21)) for r in requests]
+    prompts = [replace(r, prompt=r.prompt[1:]) for r in requests]
+    for others in (requests[:4], longer, prompts):
+        with pytest.raises(ConfigError, match="another requests"):
+            record(engine, others, frozenset({0}), OPTIONS, tmp_path, "tiny")
+
+
+def test_nothing_is_not_recorded(engine, tmp_path):
+    with pytest.raises(ConfigError, match="no requests to record"):
+        record(engine, [], frozenset({0}), OPTIONS, tmp_path)
 
 
 def test_a_split_keeps_prompts_apart(trace):
