@@ -71,6 +71,11 @@ def test_a_usage_error_exits_with_2():
         (["bench", "--slo-ttft", "1"], "both --slo-ttft and --slo-tpot"),
         (["bench", "--arms", "none", "none"], "arms repeat"),
         (["bench", "--concurrency", "0"], "concurrency is 0"),
+        (["record", "--prompts", "0"], "the prompt limit is 0"),
+        (["calibrate", "cost", "--repeats", "0"], "repeats is 0"),
+        (["calibrate", "cost", "--rows", "0", "4"], "rows"),
+        (["calibrate", "cost", "--depths", "4", "1"], "depths"),
+        (["calibrate", "gates", "--seed", "-1"], "seed >= 0"),
     ],
 )
 def test_errors_are_one_line_on_stderr_and_exit_code_2(arguments, message, capsys):
@@ -150,6 +155,15 @@ def test_bench_writes_the_result_and_resumes(served, capsys, tmp_path):
     assert served.steps == steps
     assert main([*bench_arguments(tmp_path), "--seed", "1"]) == 2
     assert "another seed" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_is_a_file_is_an_error_line(served, capsys, tmp_path):
+    taken = tmp_path / "taken"
+    taken.touch()
+    for out in (taken, taken / "below"):
+        assert main(bench_arguments(out)) == 2
+        (line,) = [line for line in lines(capsys.readouterr().err) if line.startswith("error")]
+        assert str(taken) in line
 
 
 def test_demo_says_that_outputs_are_equal(served, capsys, tmp_path):

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,15 @@ class Grid:
     draft_context: int = 256
     """Context of the drafting measurements; its effect on a one-layer drafter is below the noise."""
     repeats: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("batches", "rows", "contexts", "widths", "depths"):
+            axis: Axis = getattr(self, name)
+            if not axis or axis[0] < 1 or any(b <= a for a, b in pairwise(axis)):
+                raise ConfigError(f"{name} of the grid are {list(axis)}; give rising numbers from 1")
+        for name in ("draft_context", "repeats"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
 
     @property
     def verify_rows(self) -> Axis:

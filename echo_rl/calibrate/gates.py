@@ -49,8 +49,8 @@ class GateOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.price < 1.0 or self.least < 1 or self.resamples < 20:
-            raise ConfigError(f"gate options need 0 < price < 1, least >= 1 and resamples >= 20, not {self}")
+        if not 0.0 < self.price < 1.0 or self.least < 1 or self.resamples < 20 or self.seed < 0:
+            raise ConfigError(f"gate options need 0 < price < 1, least >= 1, resamples >= 20 and seed >= 0, not {self}")
 
 
 def best_paths(forest: Forest, tokens: Sequence[Sequence[int]]) -> Iterator[GateObservation]:

@@ -16,7 +16,7 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Errors of this package become one line on stderr and exit code 2."""
+    """Runs one command. Errors of this package and of files become one line on stderr and exit code 2."""
     from echo_rl.cli.app import parse
 
     try:
@@ -30,3 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        said = f"{error.filename}: {error.strerror}" if error.filename is not None else error
+        print(f"error: {said}", file=sys.stderr)
+        return USER_ERROR
