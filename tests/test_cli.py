@@ -155,6 +155,8 @@ def test_bench_writes_the_result_and_resumes(served, capsys, tmp_path):
     assert served.steps == steps
     assert main([*bench_arguments(tmp_path), "--seed", "1"]) == 2
     assert "another seed" in capsys.readouterr().err
+    assert main([*bench_arguments(tmp_path), "--max-nodes", "8"]) == 2
+    assert "another engine" in capsys.readouterr().err
 
 
 def test_an_output_folder_that_is_a_file_is_an_error_line(served, capsys, tmp_path):
@@ -218,6 +220,9 @@ def test_calibrate_cost_writes_a_profile_that_echo_can_use(tiny_model, tmp_path,
     profile = CostProfile.load(tmp_path / "made" / "profile.json")
     assert profile.batches == (1, 2)
     assert "K_max" in capsys.readouterr().out
+    for setting in (["--block-size", "8"], ["--drafter-weights", "model"]):
+        assert main(["calibrate", "cost", "--out", str(tmp_path / "made"), *grid, *tiny_model, *setting]) == 2
+        assert "another engine; delete it to measure anew" in " ".join(capsys.readouterr().err.split())
     arm = f"echo:profile={tmp_path / 'made' / 'profile.json'}"
     assert main(["generate", "hello", "--max-new-tokens", "4", "--controller", arm, *tiny_model]) == 0
 

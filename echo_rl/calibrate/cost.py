@@ -10,7 +10,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ from echo_rl.calibration_files import read_record, write_record
 from echo_rl.errors import ConfigError
 from echo_rl.grid import Axis, Surface
 from echo_rl.profile import CostProfile
+from echo_rl.results import differing
 
 SAMPLES_VERSION = 1
 SAVE_EVERY = 2.0  # seconds between writes of the samples file
@@ -83,15 +84,18 @@ def measure(
     samples: Path | None = None,
     console: Console | None = None,
     provenance: str = "",
+    environment: Mapping[str, str] | None = None,
 ) -> CostProfile:
     """Time every point `grid.repeats` times and fit the profile; overheads are left at 0.
 
     Every repetition visits all points in a new order, so a slow minute of the machine touches all of
     them a little and none a lot. `samples` is rewritten as the measurement goes; a later call with
-    the same file continues it. Raises `ConfigError` when that file belongs to another machine or grid.
+    the same file continues it, and measures nothing where it has all. Raises `ConfigError` when that file belongs to
+    another machine, grid or `environment` (what else times depend on: processor, release, drafter, settings).
     """
     points = grid.points()
-    taken = _resume(samples, machine, grid)
+    identity = _identity(machine, grid, environment or {})
+    taken = _resume(samples, identity)
     rounds = [point for r in range(grid.repeats) for point in _shuffled(points, r) if len(taken.get(point, [])) <= r]
     saved = time.monotonic()
     for point in _shown(rounds, console):
@@ -99,10 +103,10 @@ def measure(
         seconds = time_verify(a, b, c) if kind == "verify" else time_draft(a, b, c, grid.draft_context)
         taken.setdefault(point, []).append(_checked(seconds, point))
         if samples is not None and time.monotonic() - saved > SAVE_EVERY:
-            _save(samples, machine, grid, taken)
+            _save(samples, identity, taken)
             saved = time.monotonic()
     if samples is not None:
-        _save(samples, machine, grid, taken)
+        _save(samples, identity, taken)
     return fit(taken, machine, grid, provenance)
 
 
@@ -193,24 +197,27 @@ def _shown(points: Sequence[Point], console: Console | None) -> Iterator[Point]:
         yield from progress.track(points, description="measuring")
 
 
-def _save(path: Path, machine: Machine, grid: Grid, taken: dict[Point, list[float]]) -> None:
+def _save(path: Path, identity: Mapping[str, object], taken: dict[Point, list[float]]) -> None:
     listed = [[*point, seconds] for point, seconds in taken.items()]
-    write_record(path, "cost samples", SAMPLES_VERSION, {**_identity(machine, grid), "samples": listed})
+    write_record(path, "cost samples", SAMPLES_VERSION, {**identity, "samples": listed})
 
 
-def _resume(path: Path | None, machine: Machine, grid: Grid) -> dict[Point, list[float]]:
+def _resume(path: Path | None, identity: Mapping[str, object]) -> dict[Point, list[float]]:
     if path is None or not path.exists():
         return {}
     body = read_record(path, "cost samples", SAMPLES_VERSION)
-    if any(body.get(key) != value for key, value in _identity(machine, grid).items()):
-        raise ConfigError(f"{path} holds samples of another machine or grid; delete it or name another file")
+    changed = differing({key: body.get(key) for key in identity}, identity)
+    if changed:
+        raise ConfigError(
+            f"{path} holds samples with another {', '.join(changed)}; delete it to measure anew, or give another folder"
+        )
     try:
         return {(kind, a, b, c): list(seconds) for kind, a, b, c, seconds in body["samples"]}
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} holds no usable samples ({error}); delete it and measure again") from error
 
 
-def _identity(machine: Machine, grid: Grid) -> dict[str, object]:
+def _identity(machine: Machine, grid: Grid, environment: Mapping[str, str]) -> dict[str, object]:
     """What must be equal to continue a measurement, in JSON's own types; the repetitions may grow."""
     axes = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(grid).items() if key != "repeats"}
-    return {"machine": asdict(machine), "grid": axes}
+    return {"machine": asdict(machine), "grid": axes, "environment": dict(environment)}

@@ -7,7 +7,7 @@ judged by later.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -85,9 +85,17 @@ def calibrate_gates(
 
 
 def calibrate_cost(
-    engine: Engine, machine: Machine, grid: Grid, samples: Path | None, console: Console | None, provenance: str
+    engine: Engine,
+    machine: Machine,
+    grid: Grid,
+    samples: Path | None,
+    console: Console | None,
+    provenance: str,
+    environment: Mapping[str, str] | None = None,
 ) -> CostProfile:
     """The machine's cost profile: single passes on the grid, corrected by what live steps took.
+
+    `environment` is what else the passes depend on; see `measure`.
 
     Both are timed as the engine serves. Where that is on the device, so say the provenance and the name of the
     file of samples, which eager passes must not continue.
@@ -103,7 +111,7 @@ def calibrate_cost(
         )
 
     probe = passes(engine)
-    profile = measure(probe.verify, probe.draft, machine, grid, samples, console, provenance)
+    profile = measure(probe.verify, probe.draft, machine, grid, samples, console, provenance, environment)
     concurrencies = [batch for batch in grid.batches if batch <= MOST_LIVE]
     with Progress(console=console, disable=console is None) as progress:
         task = progress.add_task("serving under random plans", total=len(concurrencies))

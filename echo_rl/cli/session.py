@@ -37,41 +37,59 @@ def run_and_show(engine_config: EngineConfig, config: BenchConfig, out: Path, co
 
 def load_engine(config: EngineConfig) -> tuple[Engine, dict[str, str]]:
     """The engine, and what its timings depend on. Raises what `Engine.load` raises."""
+    from echo_rl.runtime.engine import Engine
+
+    return Engine.load(config), environment_of(config)
+
+
+def environment_of(config: EngineConfig) -> dict[str, str]:
+    """What the timings of such an engine depend on, told without loading it.
+
+    Raises `ConfigError` for a device or format that isn't here, `WeightsError` for a drafter that isn't.
+    """
     import torch
 
     from echo_rl import __version__
     from echo_rl.calibration_files import own_or_packaged
     from echo_rl.results import digest, machine
     from echo_rl.runtime.device import resolve
-    from echo_rl.runtime.engine import Engine
     from echo_rl.runtime.weights import resolve_drafter
 
     device, dtype = resolve(config.device, config.dtype)
-    engine = Engine.load(config)
     drafter = resolve_drafter(config.drafter, config.model)
-    environment = machine(
+    return machine(
         version=__version__,
         torch=torch.__version__,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         dtype=str(dtype).removeprefix("torch."),
-        threads=str(torch.get_num_threads()),
+        threads=str(config.threads or torch.get_num_threads()),
         model=config.model,
         drafter=digest(drafter / "model.safetensors") if drafter else "none",
+        engine=_settings(config),
         calibration=digest(own_or_packaged("profile.json"), own_or_packaged("gates.json")),
     )
-    return engine, environment
+
+
+def _settings(config: EngineConfig) -> str:
+    """The settings that aren't the default's, in words; without those that an environment gives as they came out."""
+    told = ("model", "drafter", "device", "dtype", "threads")
+    own = {name: value for name, value in vars(config).items() if name not in told}
+    return ", ".join(f"{k} {v}" for k, v in own.items() if v != getattr(EngineConfig, k)) or "default"
 
 
 def measured_profile(
     engine: Engine, environment: Mapping[str, str], grid: Grid, folder: Path, console: Console
 ) -> CostProfile:
-    """This machine's costs, kept in `folder` with the samples so far. Raises `ConfigError` for samples of another."""
+    """This machine's costs, kept in `folder` with the samples so far. Raises `ConfigError` for samples of another
+    machine, engine or grid."""
     from echo_rl.calibrate.cost import Machine
     from echo_rl.calibrate.live import calibrate_cost
 
     machine = Machine(environment["device"], environment["dtype"], environment["model"], int(environment["threads"]))
+    others = ("calibration", *vars(machine))  # passes don't read the first, and the rest is said already
+    of = {name: value for name, value in environment.items() if name not in others}
     folder.mkdir(parents=True, exist_ok=True)
     provenance = f"{environment['cpu']}, torch {environment['torch']}"
-    profile = calibrate_cost(engine, machine, grid, folder / "samples.json", console, provenance)
+    profile = calibrate_cost(engine, machine, grid, folder / "samples.json", console, provenance, of)
     profile.save(folder / "profile.json")
     return profile

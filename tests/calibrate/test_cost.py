@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -84,8 +85,19 @@ def test_an_interrupted_measurement_is_continued(tmp_path, monkeypatch):
 def test_samples_of_another_machine_are_refused(tmp_path):
     samples = tmp_path / "samples.json"
     measured(FakeMachine(), samples=samples)
-    with pytest.raises(ConfigError, match="another machine or grid"):
+    with pytest.raises(ConfigError, match="another device; delete it to measure anew"):
         measure(FakeMachine().verify, FakeMachine().draft, Machine("cuda", "float32", "fake", 1), GRID, samples)
+    with pytest.raises(ConfigError, match="another widths"):
+        measure(FakeMachine().verify, FakeMachine().draft, MACHINE, replace(GRID, widths=(1, 5)), samples)
+
+
+def test_samples_of_another_drafter_are_refused(tmp_path):
+    samples = tmp_path / "samples.json"
+    measured(FakeMachine(), samples=samples, environment={"drafter": "a", "cpu": "fast"})
+    measured(FakeMachine(), samples=samples, environment={"drafter": "a", "cpu": "fast"})
+    for environment in ({"drafter": "b", "cpu": "fast"}, {"cpu": "fast"}, {}):
+        with pytest.raises(ConfigError, match="another drafter|another environment"):
+            measured(FakeMachine(), samples=samples, environment=environment)
 
 
 def test_a_timer_that_returns_no_time_is_refused():
