@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from echo_rl.cli.session import load_engine
+from echo_rl.cli.session import environment_of, load_engine
 from echo_rl.config import EngineConfig
 from echo_rl.errors import EchoError
 from echo_rl.ledger import Ledger as Cells
@@ -61,4 +61,4 @@ def main(script: Callable[[], None]) -> None:
         sys.exit("interrupted; the same command goes on from here")
 
 
-__all__ = ["CONSOLE", "RESULTS", "EngineOptions", "Ledger", "Place", "load_engine", "main"]
+__all__ = ["CONSOLE", "RESULTS", "EngineOptions", "Ledger", "Place", "environment_of", "load_engine", "main"]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from common import CONSOLE, EngineOptions, Ledger, Place, load_engine, main
+from common import CONSOLE, EngineOptions, Ledger, Place, environment_of, load_engine, main
 from echo_rl.bench import chat_requests
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller, Request, SamplingParams
@@ -93,13 +93,8 @@ class Comparison:
         self.prompts = load_prompts("all", limit=args.requests, seed=args.seed)
 
     @cached_property
-    def loaded(self) -> tuple[Engine, dict[str, str]]:
-        """The engine and its environment."""
-        return load_engine(replace(self.args.engine, dtype=self.dtype))
-
-    @property
     def engine(self) -> Engine:
-        return self.loaded[0]
+        return load_engine(replace(self.args.engine, dtype=self.dtype))[0]
 
     def requests(self, temperature: float) -> list[Request]:
         def params(index: int) -> SamplingParams:
@@ -177,13 +172,14 @@ def quantiles(values: Sequence[float]) -> dict[str, float] | None:
 def script() -> None:
     args = tyro.cli(Args).sized()
     place = Place("losslessness", args.quick)
-    ledger = Ledger(place.work, {**asdict(args), "engine": asdict(args.engine), "controllers": controllers()})
+    environments = {dtype: environment_of(replace(args.engine, dtype=dtype)) for dtype in args.dtypes}
+    ledger = Ledger(place.work, {**asdict(args), "environment": environments, "controllers": controllers()})
     result: dict[str, Any] = {"settings": asdict(args), "dtypes": {}}
     for dtype in args.dtypes:
         comparison = Comparison(args, dtype, ledger)
         cells = list(comparison.cells())
         gaps = [gap for t in args.temperatures if t == 0 for g in comparison.reference(t)["gaps"].values() for gap in g]
-        result["dtypes"][dtype] = {**totals(cells, gaps), "environment": comparison.loaded[1], "cells": cells}
+        result["dtypes"][dtype] = {**totals(cells, gaps), "environment": environments[dtype], "cells": cells}
     write_json(place.result, result)
     for dtype, found in result["dtypes"].items():
         CONSOLE.print(

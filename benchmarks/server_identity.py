@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from common import Ledger, Place, load_engine
+from common import Ledger, Place, environment_of, load_engine
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import RequestOutput
 from echo_rl.controllers import registry
@@ -40,7 +40,7 @@ def identity(setting: Identity, engine: EngineConfig, place: Place) -> dict[str,
     """In float32, in which the engine gives the same tokens in every batch."""
     engine = replace(engine, dtype="float32")
     prompts = load_prompts("all", limit=setting.requests, seed=setting.seed)
-    ledger = Ledger(place.work, {**asdict(setting), "engine": asdict(engine)})
+    ledger = Ledger(place.work, {**asdict(setting), "engine": asdict(engine), "environment": environment_of(engine)})
     expected = ledger.cell({"part": "engine"}, partial(by_itself, setting, engine, prompts))
 
     def served() -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-from common import Ledger, Place, load_engine
+from common import Ledger, Place, environment_of, load_engine
 from echo_rl import intervals
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller
@@ -49,8 +49,8 @@ class Sides:
         self.ready: dict[tuple[str, str], Controller | None] = {}
 
     @cached_property
-    def loaded(self) -> tuple[Engine, dict[str, str]]:
-        return load_engine(self.config)
+    def engine(self) -> Engine:
+        return load_engine(self.config)[0]
 
     @cached_property
     def server(self) -> Server:
@@ -92,11 +92,10 @@ class Sides:
         self, controller: Controller | None, config: LoadConfig, prompts: Sequence[Prompt]
     ) -> dict[str, Any]:
         assert controller is not None
-        engine, _ = self.loaded
-        source = Rotation(tokenised(engine, config.requests_for(prompts), prompts), config.seed)
+        source = Rotation(tokenised(self.engine, config.requests_for(prompts), prompts), config.seed)
         requests = [source("") for _ in prompts]
         requests = [replace(r, params=replace(r.params, ignore_eos=True)) for r in requests]
-        run = serve(engine, controller, requests, self.setting.concurrency)
+        run = serve(self.engine, controller, requests, self.setting.concurrency)
         busy = sum(step.seconds for step in run.steps)
         return {"tokens": run.output_tokens, "seconds": run.seconds, "steps": len(run.steps), "busy": busy}
 
@@ -124,7 +123,8 @@ class Sides:
 
 def overhead(setting: Overhead, engine: EngineConfig, place: Place) -> dict[str, Any]:
     """Both sides are measured in blocks that alternate, so that the machine's drift falls on both alike."""
-    ledger = Ledger(place.work, {**asdict(setting), "engine": asdict(engine)})
+    environment = environment_of(engine)
+    ledger = Ledger(place.work, {**asdict(setting), "engine": asdict(engine), "environment": environment})
     cells: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     with ExitStack() as stack:
         sides = Sides(setting, engine, place, stack)
@@ -133,7 +133,6 @@ def overhead(setting: Overhead, engine: EngineConfig, place: Place) -> dict[str,
                 for side in arm_order((ENGINE, HTTP), block):
                     key = {"controller": controller, "block": block, "side": side}
                     cells[controller, side].append(ledger.cell(key, partial(sides.measured, controller, side, block)))
-        environment = ledger.cell({"part": "environment"}, lambda: sides.loaded[1])
     entries = [overhead_of(name, cells[name, ENGINE], cells[name, HTTP]) for name in setting.controllers]
     return {"settings": asdict(setting), "environment": environment, "entries": entries}
 

@@ -248,6 +248,20 @@ def test_losslessness_finds_no_difference_in_float32(scripts):
     assert {cell["controller"] for cell in found["cells"]} == set(losslessness.controllers())
 
 
+def test_losslessness_goes_on_in_the_same_environment_alone(scripts, monkeypatch):
+    import losslessness
+
+    monkeypatch.setattr(losslessness, "controllers", lambda: ["none"])
+    monkeypatch.setattr(losslessness.Comparison, "cells", lambda comparison: iter([]))
+    monkeypatch.setattr(losslessness, "totals", lambda *_: {"diverged_requests": 0, "requests": 0, "tokens": 0})
+    found = scripts(losslessness, "--dtypes", "float32")["dtypes"]["float32"]["environment"]
+    assert found["dtype"] == "float32" and found["engine"] == "kv_tokens 8192"
+    scripts(losslessness, "--dtypes", "float32")
+    monkeypatch.setattr(losslessness, "environment_of", lambda config: {"cpu": "another"})
+    with pytest.raises(ConfigError, match="other settings"):
+        scripts(losslessness, "--dtypes", "float32")
+
+
 def test_losslessness_reports_a_divergence_with_its_gap():
     import losslessness
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 
 import pytest
 
+import common
+import server_identity
+import server_overhead
 from echo_rl.config import EngineConfig
-from echo_rl.errors import EchoError
+from echo_rl.errors import ConfigError, EchoError
 from server import as_in_a_bench
 from server_identity import compare
 from server_overhead import overhead_of
@@ -44,6 +48,23 @@ def test_overhead_is_the_ratio_of_throughputs_and_says_where_it_comes_from():
     assert found["step_seconds"] == {"engine": pytest.approx(0.09), "http": pytest.approx(0.1)}
     assert (found["engine_busy"], found["client_cpu_share"]) == (pytest.approx(0.8), pytest.approx(0.08))
     assert found["front_cpu_share"] == pytest.approx(0.04) and found["steps"] == {"engine": 30, "http": 30}
+
+
+@pytest.mark.parametrize("part", [server_identity.identity, server_overhead.overhead])
+def test_measurements_of_another_environment_are_not_gone_on_with(part, monkeypatch, tmp_path):
+    def stops(*_):
+        raise KeyboardInterrupt
+
+    for module in (server_identity, server_overhead):
+        monkeypatch.setattr(module, "load_prompts", lambda *_, **__: [])
+    monkeypatch.setattr(server_identity, "by_itself", stops)
+    monkeypatch.setattr(server_overhead.Sides, "measured", stops)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    setting = {"identity": server_identity.Identity, "overhead": server_overhead.Overhead}[part.__name__]()
+    for cpu, outcome in (("this", KeyboardInterrupt), ("this", KeyboardInterrupt), ("other", ConfigError)):
+        monkeypatch.setattr(inspect.getmodule(part), "environment_of", lambda config, cpu=cpu: {"cpu": cpu})
+        with pytest.raises(outcome):
+            part(setting, EngineConfig(), common.Place("part", False))
 
 
 def test_a_cell_of_a_load_test_is_one_of_a_bench():
