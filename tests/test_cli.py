@@ -239,7 +239,48 @@ def test_groups_check_their_options(capsys):
     assert main(["calibrate", "gates", "--price", "2"]) == 2
     assert main(["drafter", "synthesize", "--out", "x", "--greedy-share", "7"]) == 2
     assert main(["drafter", "synthesize", "--out", "x", "--model", "/other"]) == 2
-    assert [line.split(":")[0] for line in lines(capsys.readouterr().err)] == ["error"] * 3
+    assert main(["drafter", "synthesize", "--out", "x", "--drafter", "default"]) == 2
+    assert [line.split(":")[0] for line in lines(capsys.readouterr().err)] == ["error"] * 4
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--taps", "1", "2", "3"], "taps layer 3; the target allows 0..2"),
+        (["--taps", "1", "2", "30"], "taps layer 30"),
+        (["--taps", "2", "1", "0"], "rising order"),
+        (["--max-positions", "8"], "raise max_positions"),
+        (["--validation", "0"], "validation"),
+        (["--lr", "-1"], "lr"),
+        ([], "the target's are 0..255"),
+    ],
+)
+def test_drafter_train_refuses_before_it_runs_the_target(tiny_model, tmp_path, capsys, monkeypatch, more, message):
+    from echo_rl.drafting.conversations import Conversations
+
+    (tmp_path / "data").mkdir()
+    talk = [([70] * 20, 4, True), ([70] * 10 + [71 if more else 256], 4, True)]
+    Conversations.of(talk).save(tmp_path / "data" / "shard_0000.npz")
+    folders = [f for name in ("data", "features", "out") for f in (f"--{name}", str(tmp_path / name))]
+    sizes = ["--kv-heads", "4", "--draft-vocab", "64", "--taps", "0", "1", "2", "--model", str(tmp_path / "target")]
+    monkeypatch.setattr("echo_rl.drafting.features.cache_features", None)
+    assert main(["drafter", "train", *folders, *sizes, *more]) == 2
+    (line,) = lines(capsys.readouterr().err)
+    assert message in line
+
+
+def test_a_drafter_is_trained_from_conversations(tiny_model, tmp_path, capsys):
+    from echo_rl.drafting.conversations import Conversations
+
+    (tmp_path / "data").mkdir()
+    Conversations.of([([70 + i] * 20, 4, True) for i in range(8)]).save(tmp_path / "data" / "shard_0000.npz")
+    folders = [f for name in ("data", "features", "out") for f in (f"--{name}", str(tmp_path / name))]
+    sizes = ["--kv-heads", "4", "--draft-vocab", "64", "--taps", "0", "1", "2", "--model", str(tmp_path / "target")]
+    sizes += ["--updates", "2", "--intermediate", "48", "--columns", "32", "--regression-rows", "0"]
+    assert main(["drafter", "train", *folders, *sizes]) == 0
+    assert "chain MAT" in capsys.readouterr().out
+    arguments = ["generate", "hi", "--max-new-tokens", "4", *tiny_model, "--drafter", str(tmp_path / "out")]
+    assert main(arguments) == 0
 
 
 def test_the_engine_generator_completes_tokens_and_drops_the_stop(tiny_model, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +31,9 @@ class Synthesize:
 
         if self.engine.model != "smollm2":
             raise ConfigError("conversations are synthesised in SmolLM2's chat format only; leave out --model")
-        engine = Engine.load(replace(self.engine, drafter=None))
+        if self.engine.drafter is not None:
+            raise ConfigError("conversations are synthesised by plain decoding; leave out --drafter")
+        engine = Engine.load(self.engine)
         complete = EngineGenerator(engine, self.concurrency)
         paths = synthesize(self.options, SMOLLM2_CHAT, lambda text: list(engine.tokenizer.encode(text)), complete)
         print(f"{len(paths)} shards in {self.options.out}")
@@ -51,13 +53,18 @@ class Train:
     def run(self) -> int:
         from echo_rl.cli.live_drafting import features_of, target_parts
         from echo_rl.drafting.features import cache_features
-        from echo_rl.drafting.train import train
+        from echo_rl.drafting.train import check, train
+        from echo_rl.results import digest
+        from echo_rl.runtime.architecture import read_architecture
         from echo_rl.runtime.weights import resolve_model
 
         folder: Path = resolve_model(self.model)
-        cache_features(self.options.data, self.options.features, features_of(folder, self.taps), self.taps)
-        run = train(self.options, target_parts(folder))
-        print(f"{self.options.out}: chain MAT {max(point['chain_mat'] for point in run.curve):.2f}")
+        parts, options = target_parts(folder), self.options
+        check(options, self.taps, parts, read_architecture(folder).layers)
+        model = digest(folder / "config.json", *sorted(folder.glob("*.safetensors")))
+        cache_features(options.data, options.features, features_of(folder, self.taps), self.taps, model)
+        run = train(options, parts)
+        print(f"{options.out}: chain MAT {max(point['chain_mat'] for point in run.curve):.2f}")
         return 0
 
 

@@ -7,9 +7,11 @@ A shard is one ``.npz`` with ``tokens`` (all conversations end to end), ``offset
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -62,14 +64,17 @@ class Conversations:
 
     @classmethod
     def load(cls, path: Path) -> Conversations:
-        """Read one shard. Raises `ConfigError` where a field is missing or the offsets do not add up."""
-        with np.load(path) as data:
-            missing = {"tokens", "offsets", "starts"} - set(data.files)
-            if missing:
-                raise ConfigError(f"{path} lacks {sorted(missing)}; it is not a conversation shard")
-            greedy = data["greedy"].astype(bool) if "greedy" in data.files else np.ones(len(data["starts"]), bool)
-            tokens, offsets, starts = (data[name].astype(np.int64) for name in ("tokens", "offsets", "starts"))
-        out = cls(tokens, offsets, starts, greedy)
+        """Read one shard. Raises `ConfigError` where it is damaged, a field is missing or offsets do not add up."""
+        try:
+            with np.load(path) as data:
+                arrays = {name: data[name] for name in data.files}
+        except (BadZipFile, EOFError, ValueError, zlib.error) as error:
+            raise ConfigError(f"{path} is damaged ({error}); delete it and generate it again") from error
+        missing = {"tokens", "offsets", "starts"} - arrays.keys()
+        if missing:
+            raise ConfigError(f"{path} lacks {sorted(missing)}; it is not a conversation shard")
+        tokens, offsets, starts = (arrays[name].astype(np.int64) for name in ("tokens", "offsets", "starts"))
+        out = cls(tokens, offsets, starts, arrays.get("greedy", np.ones(len(starts))).astype(bool))
         if len(out.offsets) != len(out) + 1 or out.offsets[-1] != len(out.tokens):
             raise ConfigError(f"{path} is damaged: its offsets do not match its tokens; generate it again")
         return out
@@ -81,6 +86,22 @@ def shards(folder: str | Path) -> list[Path]:
     if not found:
         raise ConfigError(f"no conversation shards (*.npz) in {folder}; run the synthesis first")
     return found
+
+
+def check_conversations(conversations: Iterable[Conversations], vocab: int, positions: int) -> None:
+    """Raise `ConfigError` for a token that is none of the target's `vocab`, or more tokens than `positions` in one."""
+    for shard in conversations:
+        low, high = shard.tokens.min(initial=0), shard.tokens.max(initial=0)
+        if low < 0 or high >= vocab:
+            raise ConfigError(
+                f"the conversations hold token {low if low < 0 else high}, the target's are 0..{vocab - 1}; train on "
+                "conversations that this target wrote"
+            )
+        longest = shard.lengths.max(initial=0)
+        if longest > positions:
+            raise ConfigError(
+                f"a conversation has {longest} tokens; raise max_positions, which is {positions}, to that"
+            )
 
 
 def token_counts(conversations: Iterable[Conversations], vocab: int) -> NDArray[np.int64]:

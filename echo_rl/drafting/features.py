@@ -7,7 +7,6 @@ gives the logits, which is all that the soft labels need. Knows the target only 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -24,7 +23,9 @@ from torch import Tensor
 
 from echo_rl.drafting.conversations import Conversations, shards
 from echo_rl.errors import ConfigError
+from echo_rl.results import claim, read_json
 
+CLAIM = "features.json"
 Target = Callable[[Tensor], tuple[Sequence[Tensor], Tensor]]
 """[B, T] ids, right-padded -> (one [B, T, hidden] a tap, [B, T, hidden] after the final norm), causal attention."""
 
@@ -79,20 +80,15 @@ def _cache_shard(
 
 
 def cache_features(
-    data: str | Path, cache: str | Path, target: Target, taps: Sequence[int], tokens_per_batch: int = 4096
+    data: str | Path, cache: str | Path, target: Target, taps: Sequence[int], model: str, tokens_per_batch: int = 4096
 ) -> Path:
     """Run the target once over every shard in `data`; finished shards are kept, so a rerun resumes.
 
-    Raises `ConfigError` where the cache was made with other taps.
+    `model` tells this target from others, such as a digest of its weights. Raises `ConfigError` where the cache was
+    made with other taps or of another model, or doesn't say (it was written before that was kept).
     """
     cache = Path(cache)
-    cache.mkdir(parents=True, exist_ok=True)
-    meta = cache / "taps.json"
-    if meta.exists() and json.loads(meta.read_text()) != list(taps):
-        raise ConfigError(
-            f"{cache} holds features of taps {meta.read_text().strip()}; use another folder for {list(taps)}"
-        )
-    meta.write_text(json.dumps(list(taps)) + "\n")
+    claim(cache / CLAIM, {"taps": list(taps), "model": model}, "features", cache.glob("*/final.npy"))
     with Progress() as progress:
         for path in shards(data):
             shard, done = Conversations.load(path), cache / path.stem
@@ -105,6 +101,15 @@ def cache_features(
                 os.replace(part, done)
             progress.update(task, completed=len(shard.tokens))
     return cache
+
+
+def features_claim(cache: str | Path) -> dict[str, Any]:
+    """`taps` and `model` of the features in a folder. Raises `ConfigError` where it doesn't say."""
+    path = Path(cache) / CLAIM
+    if not path.is_file():
+        raise ConfigError(f"{cache} doesn't say what its features are of ({CLAIM} is missing); cache them in a new one")
+    found: dict[str, Any] = read_json(path)
+    return found
 
 
 def open_features(data: str | Path, cache: str | Path) -> list[FeatureShard]:

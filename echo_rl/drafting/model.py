@@ -96,7 +96,8 @@ class Unroll:
         hidden, own_keys, own_values = self.features[batch.rows], [], []
         for step in range(count):
             index = (batch.rows + step).clamp_max(len(batch.tokens) - 1)
-            positions = batch.positions[batch.rows] + step
+            last = len(self.rotary.cos) - 1  # steps past the longest context have no label
+            positions = (batch.positions[batch.rows] + step).clamp_max(last)
             pairs = torch.cat([self.embedded[index], self._norm(hidden, "midlayer.hidden_norm")], -1)
             if step:
                 keys, values = self._keys_values(pairs, positions)

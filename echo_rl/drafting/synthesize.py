@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from rich.progress import Progress
 
 from echo_rl.drafting.conversations import Conversations
 from echo_rl.errors import ConfigError
+from echo_rl.results import claim
 
 Encode = Callable[[str], list[int]]
 
@@ -61,7 +62,7 @@ class SynthesizeConfig:
     out: str
     """Folder for the shards; shards already there are kept, so a rerun resumes."""
     shards: int = 16
-    """Number of shards."""
+    """Number of shards; a rerun may ask for more."""
     per_shard: int = 256
     """Conversations a shard."""
     user_tokens: int = 96
@@ -134,9 +135,15 @@ def _shard(config: SynthesizeConfig, chat: ChatFormat, encode: Encode, complete:
 
 
 def synthesize(config: SynthesizeConfig, chat: ChatFormat, encode: Encode, complete: Generator) -> list[Path]:
-    """Write the shards that are still missing; returns the paths of all."""
+    """Write the shards that are still missing; returns the paths of all.
+
+    The settings are kept beside the shards, whose number alone may grow. Raises `ConfigError` where those that are
+    there were made with others, or with unknown ones (written before settings were kept): nothing tells whether a
+    shard of theirs would be this run's.
+    """
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "shards")}
+    claim(out / "synthesis.json", settings, "conversations", out.glob("shard_*.npz"))
     paths = [out / f"shard_{number:04d}.npz" for number in range(config.shards)]
     with Progress() as progress:
         task = progress.add_task("conversations", total=config.shards * config.per_shard)

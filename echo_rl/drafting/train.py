@@ -11,9 +11,10 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from echo_rl.drafting.batches import Batch, Document, collate, documents, plan_epoch
 from echo_rl.drafting.continued import continue_from
-from echo_rl.drafting.conversations import choose_vocabulary, token_counts
+from echo_rl.drafting.conversations import Conversations, check_conversations, choose_vocabulary, shards, token_counts
 from echo_rl.drafting.evaluate import Acceptance, measure
-from echo_rl.drafting.features import FeatureShard, open_features
+from echo_rl.drafting.features import FeatureShard, features_claim, open_features
 from echo_rl.drafting.loss import Columns, soft_cross_entropy, soft_labels
 from echo_rl.drafting.model import DrafterNet, Rotary, Unroll
 from echo_rl.drafting.train_config import TrainConfig
@@ -42,6 +43,7 @@ class Corpus:
     """Shards, their documents split in two, and the draft vocabulary."""
 
     shards: list[FeatureShard]
+    features: Mapping[str, Any]  # taps and model, as `features_claim` has them
     training: list[Document]
     validation: list[Document]
     vocabulary: Tensor  # [draft_vocab] ascending target ids
@@ -49,13 +51,17 @@ class Corpus:
     coverage: float
 
     @property
-    def identity(self) -> dict[str, str]:
-        """Digest of each shard, by name. With the config it settles the vocabulary and what is held out."""
-        return {shard.name: shard.conversations.digest for shard in self.shards}
+    def identity(self) -> dict[str, Any]:
+        """Digest of each shard, by name, and what the features are of, in JSON's types.
+
+        With the config it settles the draft vocabulary and which documents are held out.
+        """
+        return {"shards": {shard.name: shard.conversations.digest for shard in self.shards}, **self.features}
 
     @classmethod
     def open(cls, config: TrainConfig, vocab: int) -> Corpus:
         shards = open_features(config.data, config.features)
+        check_conversations((shard.conversations for shard in shards), vocab, config.max_positions)
         found = documents(shards)
         greedy = [item for item in found if shards[item.shard].conversations.greedy[item.index]]
         held = set(random.Random(config.seed).sample(greedy, min(config.validation, len(greedy) // 2)))
@@ -64,7 +70,8 @@ class Corpus:
             raise ConfigError(f"{len(found)} usable conversations are too few; generate more")
         ids, coverage = choose_vocabulary(token_counts([s.conversations for s in shards], vocab), config.draft_vocab)
         to_draft = torch.full((vocab,), -1).index_copy(0, ids, torch.arange(len(ids)))
-        return cls(shards, training, sorted(held, key=lambda d: (d.shard, d.index)), ids, to_draft, coverage)
+        validation = sorted(held, key=lambda d: (d.shard, d.index))
+        return cls(shards, features_claim(config.features), training, validation, ids, to_draft, coverage)
 
 
 def make_optimizers(net: DrafterNet, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -119,7 +126,8 @@ class Run:
         self.embedding = parts.embedding.to(getattr(torch, config.precision))
         self.corpus = Corpus.open(config, len(parts.embedding))
         self.output = parts.output[self.corpus.vocabulary].to(self.embedding.dtype)
-        self.net = DrafterNet(drafter_config(config, self.corpus, parts), self.corpus.vocabulary)
+        taps = tuple(self.corpus.features["taps"])
+        self.net = DrafterNet(drafter_config(config, taps, parts), self.corpus.vocabulary)
         self.optimizers = make_optimizers(self.net, config)
         self.update, self.epoch, self.batch_in_epoch, self.seconds = 0, 0, 0, 0.0
         self.curve: list[dict[str, Any]] = []
@@ -137,7 +145,13 @@ class Run:
             )  # fmt: skip
 
     def _restore(self) -> None:
-        state = torch.load(self.state_path, weights_only=True)
+        try:
+            state = torch.load(self.state_path, weights_only=True)
+        except (UnpicklingError, RuntimeError, EOFError) as error:
+            raise ConfigError(
+                f"{self.state_path} is damaged; delete it to train anew, with --start and another out folder to go on "
+                "from the best drafter so far"
+            ) from error
         ignored = ("out", "updates", "evaluate_every")
         theirs, ours = (
             {k: v for k, v in c.items() if k not in ignored} for c in (state["config"], asdict(self.config))
@@ -149,8 +163,9 @@ class Run:
             )
         if state.get("data") != self.corpus.identity:
             raise ConfigError(
-                f"{self.state_path} was trained on other conversations than {self.config.data} holds now; give another "
-                f"out folder, and --start {self.config.out} to go on from its drafter"
+                f"{self.state_path} was trained on other conversations or features than {self.config.data} and "
+                f"{self.config.features} hold now; give another out folder, and --start {self.config.out} to go on "
+                "from its drafter"
             )
         self.net.load_state_dict(state["net"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -197,16 +212,25 @@ class Run:
         return measure(self.net, self.corpus.shards, self.corpus.validation, self.embedding, self.corpus.to_draft)
 
 
-def drafter_config(config: TrainConfig, corpus: Corpus, parts: TargetParts) -> DrafterConfig:
+def drafter_config(config: TrainConfig, taps: tuple[int, ...], parts: TargetParts) -> DrafterConfig:
     """The drafter's sizes: the target's width and heads, the config's vocabulary, kv heads and MLP."""
     hidden = parts.embedding.shape[1]
-    taps = tuple(int(tap) for tap in json.loads((Path(config.features) / "taps.json").read_text()))
     return DrafterConfig(
         hidden=hidden, target_hidden=hidden, target_vocab=len(parts.embedding), taps=taps,
         heads=parts.q.shape[0] // parts.head_dim, kv_heads=config.kv_heads, head_dim=parts.head_dim,
-        intermediate=config.intermediate, draft_vocab=len(corpus.vocabulary),
+        intermediate=config.intermediate, draft_vocab=config.draft_vocab,
         rope_theta=config.rope_theta, eps=config.eps, max_positions=config.max_positions,
     )  # fmt: skip
+
+
+def check(config: TrainConfig, taps: tuple[int, ...], parts: TargetParts, layers: int) -> None:
+    """Refuse what training would stumble over, before hours go into features. `layers` are the target's.
+
+    Raises `ConfigError`; `WeightsError` for sizes or taps that no drafter of this target can have.
+    """
+    vocab, hidden = parts.embedding.shape
+    drafter_config(config, taps, parts).check_target(hidden=hidden, vocab=vocab, layers=layers)
+    check_conversations(map(Conversations.load, shards(config.data)), vocab, config.max_positions)
 
 
 def write_manifest(run: Run, best: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,6 +73,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if min(self.updates, self.batch_tokens, self.unroll, self.final_unroll, self.columns, self.evaluate_every) < 1:
             raise ConfigError("updates, batch_tokens, unroll, final_unroll, columns, evaluate_every must be at least 1")
+        if min(self.validation, self.draft_vocab, self.kv_heads, self.intermediate, self.max_positions) < 1:
+            raise ConfigError("validation, draft_vocab, kv_heads, intermediate, max_positions must be at least 1")
+        if min(self.self_heads, self.warmup, self.output_levels, self.regression_rows) < 0:
+            raise ConfigError("self_heads, warmup, output_levels and regression_rows must not be negative")
+        if not all(0 < value < math.inf for value in (self.lr, self.output_lr, self.rope_theta, self.eps)):
+            raise ConfigError("lr, output_lr, rope_theta and eps must be positive and finite")
         if self.precision not in ("bfloat16", "float32"):
             raise ConfigError(f"precision is {self.precision}; it must be bfloat16 or float32")
         if not (0 <= self.final_share <= 1 and 0 <= self.hard_share <= 1 and self.level_decay > 0):

@@ -56,7 +56,7 @@ def world(tmp_path: Path, target: Callable[[Tensor], tuple[list[Tensor], Tensor]
             first, length = shard * 10 + number, 14 + number
             items.append(([(first + 7 * step) % VOCAB for step in range(length)], 4 + number % 3, number != 0))
         Conversations.of(items).save(data / f"shard_{shard}.npz")
-    cache_features(data, tmp_path / "features", target, TAPS, tokens_per_batch=64)
+    cache_features(data, tmp_path / "features", target, TAPS, "counting", tokens_per_batch=64)
     return TrainConfig(
         data=str(data), features=str(tmp_path / "features"), out=str(tmp_path / "out"), draft_vocab=36, kv_heads=2,
         self_heads=2, intermediate=INTER, updates=6, batch_tokens=80, unroll=2, final_unroll=3, columns=30, warmup=2,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from echo_rl.drafting.conversations import Conversations, choose_vocabulary, shards, token_counts
-from echo_rl.drafting.features import batches_by_length, cache_features, open_features
+from echo_rl.drafting.features import CLAIM, batches_by_length, cache_features, features_claim, open_features
 from echo_rl.drafting.synthesize import SMOLLM2_CHAT, SynthesizeConfig, opening, synthesize
 from echo_rl.drafting.train_config import TrainConfig
 from echo_rl.errors import ConfigError
@@ -29,12 +30,18 @@ def test_shard_round_trip(tmp_path: Path) -> None:
 def test_bad_shards(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run the synthesis"):
         shards(tmp_path)
+    Conversations.of([([999, 2, 3], 1, True)]).save(tmp_path / "a.npz")
+    whole = (tmp_path / "a.npz").read_bytes()
     np.savez(tmp_path / "a.npz", tokens=np.zeros(3))
     with pytest.raises(ConfigError, match="lacks"):
         Conversations.load(tmp_path / "a.npz")
     np.savez(tmp_path / "a.npz", tokens=np.zeros(3), offsets=np.array([0, 2]), starts=np.array([1]))
     with pytest.raises(ConfigError, match="damaged"):
         Conversations.load(tmp_path / "a.npz")
+    for damaged in (b"", b"nonsense", whole[: len(whole) // 2], whole.replace(b"\xe7\x03", b"\xe7\x04")):
+        (tmp_path / "a.npz").write_bytes(damaged)
+        with pytest.raises(ConfigError, match="a.npz is damaged"):
+            Conversations.load(tmp_path / "a.npz")
 
 
 def test_vocabulary_is_the_most_frequent_tokens() -> None:
@@ -66,9 +73,18 @@ def test_features_are_the_targets_and_resume(world: TrainConfig, target: TargetC
     def forbidden(ids: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         raise AssertionError("a cached shard must not be computed again")
 
-    cache_features(world.data, world.features, forbidden, (1, 3, 4))
-    with pytest.raises(ConfigError, match="other folder|another folder"):
-        cache_features(world.data, world.features, target, (0, 3, 4))
+    cache_features(world.data, world.features, forbidden, (1, 3, 4), "counting")
+    for taps, model, changed in (((0, 3, 4), "counting", "taps"), ((1, 3, 4), "other", "model")):
+        with pytest.raises(ConfigError, match=f"with another {changed}; choose another folder"):
+            cache_features(world.data, world.features, target, taps, model)
+
+
+def test_features_of_an_unknown_model_are_refused(world: TrainConfig, target: TargetCall) -> None:
+    (Path(world.features) / CLAIM).unlink()
+    with pytest.raises(ConfigError, match="of unknown settings"):
+        cache_features(world.data, world.features, target, (1, 3, 4), "counting")
+    with pytest.raises(ConfigError, match="doesn't say what its features are of"):
+        features_claim(world.features)
 
 
 def test_features_of_other_conversations_are_refused(world: TrainConfig) -> None:
@@ -112,6 +128,18 @@ def test_synthesis(tmp_path: Path) -> None:
     paths[1].unlink()
     synthesize(config, SMOLLM2_CHAT, encode, engine)
     assert len(engine.calls) == calls + 3 and paths[0].read_bytes() == saved
+
+
+def test_synthesis_goes_on_with_the_same_settings_alone(tmp_path: Path) -> None:
+    config = SynthesizeConfig(str(tmp_path), shards=1, per_shard=4, user_tokens=5, answer_tokens=20)
+    synthesize(config, SMOLLM2_CHAT, lambda text: [ord(letter) for letter in text], Scripted())
+    for change in ({"seed": 1}, {"per_shard": 5}, {"answer_tokens": 30}):
+        with pytest.raises(ConfigError, match=f"with another {next(iter(change))}; choose another folder"):
+            synthesize(replace(config, **change), SMOLLM2_CHAT, lambda text: [1], Scripted())
+    assert len(synthesize(replace(config, shards=2), SMOLLM2_CHAT, lambda text: [1], Scripted())) == 2
+    (tmp_path / "synthesis.json").unlink()
+    with pytest.raises(ConfigError, match="of unknown settings"):
+        synthesize(config, SMOLLM2_CHAT, lambda text: [1], Scripted())
 
 
 def test_openings_are_seeded_and_varied() -> None:

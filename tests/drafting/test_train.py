@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from echo_rl.drafting.conversations import Conversations
-from echo_rl.drafting.features import cache_features
-from echo_rl.drafting.train import Run, train
+from echo_rl.drafting.features import CLAIM, cache_features
+from echo_rl.drafting.train import STATE_FILE, Run, check, train
 from echo_rl.drafting.train_config import TrainConfig
 from echo_rl.drafting.warm_start import TargetParts
-from echo_rl.errors import ConfigError
+from echo_rl.errors import ConfigError, WeightsError
 from echo_rl.results import digest
 from echo_rl.runtime.drafter_model import load_drafter
 
@@ -69,7 +69,7 @@ def test_a_drafter_of_other_sizes_is_not_gone_on_from(world: TrainConfig, parts:
         Run(replace(on, rope_theta=9.0), parts)
     features = tmp_path / "others"
     shutil.copytree(world.features, features)
-    (features / "taps.json").write_text("[0, 3, 4]")
+    (features / CLAIM).write_text('{"taps": [0, 3, 4], "model": "counting"}')
     with pytest.raises(ConfigError, match="taps"):
         Run(replace(on, features=str(features)), parts)
 
@@ -119,9 +119,54 @@ def test_other_conversations_do_not_resume(world: TrainConfig, parts: TargetPart
     train(world, parts)
     talk = [([30] * 20, 4, True)] * 8
     Conversations.of(talk).save(Path(world.data) / "shard_2.npz")
-    cache_features(world.data, world.features, target, (1, 3, 4))
+    cache_features(world.data, world.features, target, (1, 3, 4), "counting")
     with pytest.raises(ConfigError, match=f"other conversations .* another out folder, and --start {world.out}"):
         train(replace(world, updates=9), parts)
+
+
+def test_other_features_do_not_resume(world: TrainConfig, parts: TargetParts, target: TargetCall) -> None:
+    train(world, parts)
+    shutil.rmtree(world.features)
+    cache_features(world.data, world.features, target, (1, 3, 4), "another")
+    with pytest.raises(ConfigError, match="other conversations or features"):
+        train(replace(world, updates=9), parts)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 2000])
+def test_a_damaged_state_is_named(world: TrainConfig, parts: TargetParts, keep: int) -> None:
+    train(world, parts)
+    state = Path(world.out) / STATE_FILE
+    state.write_bytes(state.read_bytes()[:keep])
+    with pytest.raises(ConfigError, match=f"{STATE_FILE} is damaged; delete it"):
+        train(world, parts)
+
+
+def test_a_state_of_no_known_conversations_does_not_resume(world: TrainConfig, parts: TargetParts) -> None:
+    """As earlier releases saved it."""
+    train(world, parts)
+    state = torch.load(Path(world.out) / STATE_FILE, weights_only=True)
+    torch.save({key: value for key, value in state.items() if key != "data"}, Path(world.out) / STATE_FILE)
+    with pytest.raises(ConfigError, match="other conversations"):
+        train(world, parts)
+
+
+def test_what_training_would_stumble_over_is_refused_before_features(world: TrainConfig, parts: TargetParts) -> None:
+    check(world, (1, 3, 4), parts, 6)
+    for taps in ((1, 3, 5), (1, 3, 60), (3, 1, 4), (-1, 3, 4), (3, 3, 4), ()):
+        with pytest.raises(WeightsError, match="tap"):
+            check(world, taps, parts, 6)
+    with pytest.raises(ConfigError, match="a conversation has 23 tokens; raise max_positions"):
+        check(replace(world, max_positions=22), (1, 3, 4), parts, 6)
+    Conversations.of([([1, 2, 40], 1, True)]).save(Path(world.data) / "shard_9.npz")
+    with pytest.raises(ConfigError, match="hold token 40, the target's are 0..39"):
+        check(world, (1, 3, 4), parts, 6)
+
+
+def test_the_longest_conversation_may_fill_the_context(world: TrainConfig, parts: TargetParts) -> None:
+    whole, tight = train(world, parts), train(replace(world, out=f"{world.out}-tight", max_positions=23), parts)
+    assert [{**point, "seconds": 0} for point in tight.curve] == [{**point, "seconds": 0} for point in whole.curve]
+    with pytest.raises(ConfigError, match="raise max_positions"):
+        train(replace(world, out=f"{world.out}-short", max_positions=22), parts)
 
 
 def test_bfloat16_learns_too(world: TrainConfig, parts: TargetParts) -> None:
@@ -138,7 +183,13 @@ def test_schedule() -> None:
     assert rates[0] < rates[9] and rates[10:] == sorted(rates[10:], reverse=True) and 0 < rates[-1] < 0.05
 
 
-@pytest.mark.parametrize("change", [{"updates": 0}, {"hard_share": 1.5}, {"level_decay": 0.0}, {"precision": "half"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"updates": 0}, {"hard_share": 1.5}, {"level_decay": 0.0}, {"precision": "half"}),
+        *({"lr": -1.0}, {"output_lr": 0.0}, {"lr": float("nan")}, {"validation": 0}, {"warmup": -1}, {"kv_heads": 0}),
+    ],
+)
 def test_bad_settings(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="must"):
         TrainConfig("d", "f", "o", **change)
