@@ -163,7 +163,8 @@ def test_what_training_would_stumble_over_is_refused_before_features(world: Trai
 
 
 def test_the_longest_conversation_may_fill_the_context(world: TrainConfig, parts: TargetParts) -> None:
-    whole, tight = train(world, parts), train(replace(world, out=f"{world.out}-tight", max_positions=23), parts)
+    deep = replace(world, unroll=6, final_unroll=6)  # the last steps stand past the end of the conversation
+    whole, tight = train(deep, parts), train(replace(deep, out=f"{world.out}-tight", max_positions=23), parts)
     assert [{**point, "seconds": 0} for point in tight.curve] == [{**point, "seconds": 0} for point in whole.curve]
     with pytest.raises(ConfigError, match="raise max_positions"):
         train(replace(world, out=f"{world.out}-short", max_positions=22), parts)
