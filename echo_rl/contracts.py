@@ -50,7 +50,7 @@ class SamplingParams:
     seed: int = 0
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()
-    """Strings that end the output; the stop string itself is not returned."""
+    """Strings that end the output, the first in the text counting; the stop string itself is not returned."""
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -64,6 +64,8 @@ class SamplingParams:
             raise RequestError(f"max_new_tokens is {self.max_new_tokens}; give at least 1")
         if not 0 <= self.seed < 2**63:
             raise RequestError(f"seed is {self.seed}; give an integer in [0, 2**63)")
+        if "" in self.stop:
+            raise RequestError("a stop string is empty; give at least one character, or no stop string at all")
 
 
 @dataclass(frozen=True)

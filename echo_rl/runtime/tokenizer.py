@@ -66,27 +66,37 @@ def _refuse(message: str) -> None:
     raise TemplateError(message)
 
 
+SETTLE = 16
+"""Tokens after which text that ends in a whole character is settled."""
+
+UNFINISHED = "\ufffd"
+"""What an unfinished character shows as."""
+
+
 class TextStream:
-    """Turns tokens into text as they come: holds back unfinished characters and possible stop strings."""
+    """Turns tokens into text as they come: holds back unfinished characters and possible stop strings.
+
+    Only the newest tokens are decoded, behind a few settled ones: some decoders drop the space that begins a text.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()) -> None:
         self._tokenizer = tokenizer
         self._stops = stops
-        self._tokens: list[int] = []
-        self._settled = 0  # tokens whose text can no longer change
-        self._settled_text = ""
+        self._recent: list[int] = []  # the settled tokens decoded again, then those not settled
+        self._settled = 0  # how many of `_recent` are settled
+        self._known = 0  # length of what these decode to by themselves
+        self._settled_text = ""  # of all settled tokens
         self._sent = 0
         self._stopped = False
 
     def push(self, token: int) -> tuple[str, bool]:
         """Returns (text that became certain, whether a stop string ended the output)."""
-        self._tokens.append(token)
+        self._recent.append(token)
         text = self._text()
-        for stop in self._stops:
-            at = text.find(stop, max(0, self._sent - len(stop)))
-            if at >= 0:
-                self._stopped = True
-                return self._send(text[:at]), True
+        found = [at for at in (text.find(stop, self._sent) for stop in self._stops) if at >= 0]
+        if found:
+            self._stopped = True
+            return self._send(text[: min(found)]), True
         return self._send(text[: len(text) - self._held_back(text)]), False
 
     def flush(self) -> str:
@@ -94,16 +104,17 @@ class TextStream:
         return "" if self._stopped else self._send(self._text())
 
     def _text(self) -> str:
-        tail = self._tokenizer.decode(self._tokens[self._settled :])
+        tail = self._tokenizer.decode(self._recent)[self._known :]
         text = self._settled_text + tail
-        if len(self._tokens) - self._settled >= 16 and not tail.endswith("\ufffd"):
-            self._settled, self._settled_text = len(self._tokens), text
+        if len(self._recent) - self._settled >= SETTLE and tail and not tail.endswith(UNFINISHED):
+            self._recent = self._recent[self._settled :]
+            self._settled, self._settled_text = len(self._recent), text
+            self._known = len(self._tokenizer.decode(self._recent))
         return text
 
     def _held_back(self, text: str) -> int:
-        if text.endswith("\ufffd"):
-            return len(text) - len(text.rstrip("\ufffd"))
-        return max((_overlap(text, stop) for stop in self._stops), default=0)
+        whole = text.rstrip(UNFINISHED)
+        return len(text) - len(whole) + max((_overlap(whole, stop) for stop in self._stops), default=0)
 
     def _send(self, text: str) -> str:
         new = text[self._sent :]

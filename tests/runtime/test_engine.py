@@ -187,6 +187,7 @@ def test_a_request_larger_than_the_cache_is_refused(tmp_path):
         {"top_k": -1},
         {"max_new_tokens": 0},
         {"seed": -1},
+        {"stop": ("a", "")},
     ],
 )
 def test_bad_sampling_parameters_are_refused(values):

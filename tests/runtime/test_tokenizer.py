@@ -1,0 +1,88 @@
+"""Text as it streams: the same as decoding everything at once, and nothing of a stop string."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from echo_rl.runtime.tokenizer import TextStream, Tokenizer
+
+BYTES = range(256)
+
+
+def byte_level() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fast = FastTokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    return Tokenizer(fast, None, {})
+
+
+def sentencepiece() -> Tokenizer:
+    """As Llama 2 has it: words begin with a mark, rare characters are bytes, a text's first space is dropped."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in BYTES), "▁", "a", "b", ".", "▁a", "▁b"]
+    merges = [("▁", "a"), ("▁", "b")]
+    fast = FastTokenizer(
+        models.BPE(
+            vocab={word: i for i, word in enumerate(words)}, merges=merges, unk_token="<unk>", byte_fallback=True
+        )
+    )
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return Tokenizer(fast, None, {})
+
+
+KINDS = {"byte_level": byte_level(), "sentencepiece": sentencepiece()}
+TEXTS = st.text(st.sampled_from("ab. é答🙂\n"), max_size=80)
+
+
+def streamed(tokenizer: Tokenizer, tokens: tuple[int, ...], *stops: str) -> str:
+    stream = TextStream(tokenizer, stops)
+    text = ""
+    for token in tokens:
+        new, stopped = stream.push(token)
+        text += new
+        if stopped:
+            break
+    return text + stream.flush()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=TEXTS)
+def test_streamed_text_is_the_text_of_all_tokens(kind, text):
+    tokenizer = KINDS[kind]
+    tokens = tokenizer.encode(text)
+    assert streamed(tokenizer, tokens) == tokenizer.decode(tokens)
+
+
+@given(tokens=st.lists(st.sampled_from(BYTES), max_size=80))
+def test_bytes_that_are_no_text_stream_as_they_decode(tokens):
+    tokenizer = KINDS["byte_level"]
+    assert streamed(tokenizer, tuple(tokens)) == tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=TEXTS, stops=st.lists(st.text(st.sampled_from("ab. é答\n"), min_size=1, max_size=3), max_size=3))
+def test_text_ends_before_the_stop_string_that_is_complete_first(kind, text, stops):
+    tokenizer = KINDS[kind]
+    tokens = tokenizer.encode(text)
+    grown = [tokenizer.decode(tokens[:count]) for count in range(len(tokens) + 1)]
+    stopped = next((part for part in grown if any(stop in part for stop in stops)), None)
+    expected = grown[-1] if stopped is None else stopped[: min(stopped.index(s) for s in stops if s in stopped)]
+    assert streamed(tokenizer, tokens, *stops) == expected
+
+
+@pytest.mark.parametrize(("text", "stop", "before"), [("hello\n答 b", "\n答", "hello"), ("a END€ b", " END€", "a")])
+def test_stop_strings_hold_back_what_precedes_an_unfinished_character(text, stop, before):
+    tokenizer = KINDS["byte_level"]
+    assert streamed(tokenizer, tokenizer.encode(text), stop) == before
+
+
+def test_the_first_stop_string_in_the_text_counts():
+    fast = FastTokenizer(models.WordLevel({'").': 0}, unk_token='").'))
+    assert streamed(Tokenizer(fast, None, {}), (0,), ".", ")") == '"'
