@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import zipfile
@@ -125,6 +126,16 @@ def test_corrupt_gguf_files_are_refused(tmp_path, keep):
     (tmp_path / "m.gguf").write_bytes(content[:keep])
     with pytest.raises(WeightsError, match="fetch the model again"):
         read_gguf(tmp_path / "m.gguf")
+
+
+def test_gguf_files_with_a_damaged_byte_are_read_or_refused(tmp_path):
+    path = tmp_path / "m.gguf"
+    _gguf(path)
+    content = path.read_bytes()
+    for at in range(content.index(b"general.architecture"), content.index(b"tokenizer.chat_template"), 3):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        with contextlib.suppress(WeightsError):
+            read_gguf(path)
 
 
 def test_drafters_that_do_not_fit_are_refused(tmp_path):
