@@ -5,18 +5,18 @@ Knows Llama, Qwen2 and Qwen3; everything else is refused by name rather than run
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from echo_rl.errors import WeightsError
+from echo_rl.runtime.documents import Document, read_document
 
 SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,21 @@ class Architecture:
     head_dim: int
     eps: float
     rope_theta: float
-    rope_scaling: Mapping[str, Any] | None
+    rope_scaling: Mapping[str, float] | None
+    """`LLAMA3_ROPE`, or None for plain rotary positions."""
     max_positions: int
     tied: bool
     eos: tuple[int, ...]
+
+    @property
+    def biased(self) -> bool:
+        """Whether queries, keys and values always have a bias."""
+        return self.name == "Qwen2ForCausalLM"
+
+    @property
+    def normed(self) -> bool:
+        """Whether queries and keys are normed, head by head."""
+        return self.name == "Qwen3ForCausalLM"
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -44,57 +55,54 @@ def read_architecture(folder: Path) -> Architecture:
     path = folder / "config.json"
     if not path.is_file():
         raise WeightsError(f"{folder} has no config.json; give a Hugging Face model folder or 'smollm2'")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as e:
-        raise WeightsError(f"{path} is not valid JSON ({e}); download the model again") from e
-    name = (config.get("architectures") or ["none"])[0]
+    document = read_document(path)
+    config, name = document.values, _name(document)
     if name not in SUPPORTED:
         raise WeightsError(f"architecture '{name}' is not supported; use a model of {', '.join(SUPPORTED)}")
     if config.get("use_sliding_window"):
         raise WeightsError(f"{name} with use_sliding_window is not supported; set it to false for full attention")
     if config.get("hidden_act", "silu") != "silu":
         raise WeightsError(f"activation '{config['hidden_act']}' is not supported; use a model with silu")
-    try:
-        return _architecture(name, config, _eos_ids(folder, config))
-    except KeyError as e:
-        raise WeightsError(f"{path} lacks the key {e}; download the model again") from e
+    return _architecture(name, document, _eos_ids(folder, document))
 
 
-def _architecture(name: str, config: Mapping[str, Any], eos: tuple[int, ...]) -> Architecture:
-    rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or rope
-    kind = (scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default"
+def _name(config: Document) -> str:
+    names = config.values.get("architectures")
+    return str(names[0]) if names and isinstance(names, list) else "none"
+
+
+def _architecture(name: str, config: Document, eos: tuple[int, ...]) -> Architecture:
+    rope, scaling = config.section("rope_parameters"), config.section("rope_scaling", "rope_parameters")
+    kind = scaling.values.get("rope_type") or scaling.values.get("type") or "default"
     if kind not in ("default", "llama3"):
         raise WeightsError(f"rope type '{kind}' is not supported; use a model with default or llama3 rope")
-    heads = config["num_attention_heads"]
+    hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
     return Architecture(
         name=name,
-        vocab=config["vocab_size"],
-        hidden=config["hidden_size"],
-        intermediate=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
+        vocab=config.count("vocab_size"),
+        hidden=hidden,
+        intermediate=config.count("intermediate_size"),
+        layers=config.count("num_hidden_layers"),
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta", 10_000.0)),
-        rope_scaling=scaling if kind == "llama3" else None,
-        max_positions=config.get("max_position_embeddings", 2_048),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        kv_heads=config.count("num_key_value_heads", heads),
+        head_dim=config.count("head_dim", hidden // heads),
+        eps=config.number("rms_norm_eps", 1e-6),
+        rope_theta=rope.number("rope_theta", config.number("rope_theta", 10_000.0)),
+        rope_scaling={key: scaling.number(key) for key in LLAMA3_ROPE} if kind == "llama3" else None,
+        max_positions=config.count("max_position_embeddings", 2_048),
+        tied=bool(config.values.get("tie_word_embeddings", False)),
         eos=eos,
     )
 
 
-def _eos_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+def _eos_ids(folder: Path, config: Document) -> tuple[int, ...]:
     generation = folder / "generation_config.json"
-    eos = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
-    eos = config.get("eos_token_id") if eos is None else eos
-    return () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
+    eos = read_document(generation).ids("eos_token_id") if generation.is_file() else None
+    return (config.ids("eos_token_id") or ()) if eos is None else eos
 
 
 def rope_table(
-    head_dim: int, theta: float, positions: int, scaling: Mapping[str, Any] | None = None
+    head_dim: int, theta: float, positions: int, scaling: Mapping[str, float] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine tables, each [positions, head_dim] float32, half-split layout."""
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
@@ -105,10 +113,9 @@ def rope_table(
     return angles.cos(), angles.sin()
 
 
-def _llama3_scaled(inverse: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:
+def _llama3_scaled(inverse: torch.Tensor, scaling: Mapping[str, float]) -> torch.Tensor:
     """Llama 3.1's frequency scaling: long wavelengths are divided by `factor`, middle ones blended."""
-    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-    old = scaling["original_max_position_embeddings"]
+    factor, low, high, old = (scaling[key] for key in LLAMA3_ROPE)
     wavelength = 2 * math.pi / inverse
     blend = ((old / wavelength - low) / (high - low)).clamp(0, 1)
     return inverse / factor * (1 - blend) + inverse * blend

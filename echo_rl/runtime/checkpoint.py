@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from echo_rl.errors import WeightsError
+from echo_rl.runtime.documents import read_document
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -29,11 +29,10 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _shards(index: Path) -> list[str]:
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise WeightsError(f"{index} is damaged ({e!r}); download the model again") from e
-    return sorted(names)
+    names = list(read_document(index).section("weight_map").values.values())
+    if not names or not all(isinstance(name, str) for name in names):
+        raise WeightsError(f"{index} is damaged (weight_map names no files); download the model again")
+    return sorted(set(names))
 
 
 def read_file(path: Path) -> dict[str, torch.Tensor]:

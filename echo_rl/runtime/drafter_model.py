@@ -31,6 +31,7 @@ from torch import Tensor
 
 from echo_rl.errors import DrafterMismatch, WeightsError
 from echo_rl.runtime.checkpoint import read_tensors
+from echo_rl.runtime.documents import Document, read_document
 from echo_rl.runtime.drafter_variants import WEIGHTS_FILE, canonical, refuse_variants, require_safetensors
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
@@ -137,51 +138,44 @@ class DrafterConfig:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], *, target_layers: int | None = None) -> DrafterConfig:
+    def from_json(cls, config: Document, *, target_layers: int | None = None) -> DrafterConfig:
         """Read a ``config.json``. `target_layers` is needed only where the file names no taps.
 
         Raises `WeightsError` for another architecture, a missing key, or a feature that this layout has not.
         """
+        data = config.values
         if data.get("architectures") != [ARCHITECTURE]:
             raise WeightsError(f"architectures is {data.get('architectures')}; EAGLE-3 has [{ARCHITECTURE!r}]")
         if data.get("num_hidden_layers", 1) != 1:
             raise WeightsError(f"num_hidden_layers is {data['num_hidden_layers']}; an EAGLE-3 drafter has 1 layer")
         if data.get("attention_bias") or data.get("mlp_bias"):
             raise WeightsError("attention_bias and mlp_bias must be false: the drafter's projections have no bias")
-        refuse_variants(data)
-        taps = (data.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
-        if taps is None:
-            taps = default_taps(target_layers)
-        try:
-            hidden, heads = int(data["hidden_size"]), int(data["num_attention_heads"])
-            return cls(
-                hidden=hidden,
-                target_hidden=int(data.get("target_hidden_size") or hidden),
-                target_vocab=int(data["vocab_size"]),
-                taps=tuple(int(tap) for tap in taps),
-                heads=heads,
-                kv_heads=int(data.get("num_key_value_heads") or heads),
-                head_dim=int(data.get("head_dim") or hidden // heads),
-                intermediate=int(data["intermediate_size"]),
-                draft_vocab=int(data["draft_vocab_size"] or data["vocab_size"]),
-                rope_theta=_rope_theta(data),
-                eps=float(data.get("rms_norm_eps", 1e-5)),
-                max_positions=int(data.get("max_position_embeddings", 2048)),
-            )
-        except KeyError as missing:
-            raise WeightsError(f"{CONFIG_FILE} has no {missing}; copy it from the drafter's original folder") from None
-        except WeightsError:
-            raise
-        except (TypeError, ValueError) as broken:
-            raise WeightsError(f"{CONFIG_FILE} holds a value of the wrong type: {broken}") from None
+        refuse_variants(config)
+        taps = config.section("eagle_config").ids("eagle_aux_hidden_state_layer_ids")
+        hidden, heads, vocab = (config.count(key) for key in ("hidden_size", "num_attention_heads", "vocab_size"))
+        same_vocab = data.get("draft_vocab_size", 0) is None
+        return cls(
+            hidden=hidden,
+            target_hidden=config.count("target_hidden_size", hidden),
+            target_vocab=vocab,
+            taps=default_taps(target_layers) if taps is None else taps,
+            heads=heads,
+            kv_heads=config.count("num_key_value_heads", heads),
+            head_dim=config.count("head_dim", hidden // heads),
+            intermediate=config.count("intermediate_size"),
+            draft_vocab=vocab if same_vocab else config.count("draft_vocab_size"),
+            rope_theta=_rope_theta(config),
+            eps=config.number("rms_norm_eps", 1e-5),
+            max_positions=config.count("max_position_embeddings", 2048),
+        )
 
 
-def _rope_theta(data: Mapping[str, Any]) -> float:
+def _rope_theta(config: Document) -> float:
     """Rotary base from either place that it is kept in. Scaled variants are refused, not ignored."""
-    scaling = data.get("rope_scaling") or data.get("rope_parameters") or {}
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise WeightsError(f"rope scaling {scaling} is not supported; use a drafter with plain rotary positions")
-    return float(data.get("rope_theta") or scaling.get("rope_theta") or 10000.0)
+    scaling = config.section("rope_scaling", "rope_parameters")
+    if scaling.values.get("rope_type", scaling.values.get("type", "default")) != "default":
+        raise WeightsError(f"rope scaling {scaling.values} is not supported; use a drafter with plain rotary positions")
+    return config.number("rope_theta", scaling.number("rope_theta", 10000.0))
 
 
 def default_taps(target_layers: int | None) -> tuple[int, ...]:
@@ -260,11 +254,7 @@ def load_drafter(folder: str | Path, *, target_layers: int | None = None) -> tup
     if not (folder / CONFIG_FILE).is_file():
         raise WeightsError(f"no {CONFIG_FILE} in {folder}; point to an EAGLE-3 drafter folder")
     require_safetensors(folder)
-    try:
-        data = json.loads((folder / CONFIG_FILE).read_text())
-    except ValueError as broken:
-        raise WeightsError(f"{folder / CONFIG_FILE} is not valid JSON ({broken}); fetch it again") from None
-    config = DrafterConfig.from_json(data, target_layers=target_layers)
+    config = DrafterConfig.from_json(read_document(folder / CONFIG_FILE), target_layers=target_layers)
     tensors = canonical(read_tensors(folder), config.shapes(), (config.target_vocab, config.hidden))
     check_tensors(config, tensors)
     return config, tensors

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from echo_rl.errors import WeightsError
+from echo_rl.runtime.documents import Document
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
@@ -30,9 +30,9 @@ VARIANTS: Mapping[str, str] = {
 """Config flags of drafters that compute something else, some of them without a tensor to tell by."""
 
 
-def refuse_variants(data: Mapping[str, Any]) -> None:
+def refuse_variants(config: Document) -> None:
     """Raises `WeightsError` where a ``config.json`` asks for another computation than the plain EAGLE-3 drafter's."""
-    eagle = data.get("eagle_config") or {}
+    data, eagle = config.values, config.section("eagle_config").values
     for flag, what in VARIANTS.items():
         if data.get(flag) or eagle.get(flag):
             raise WeightsError(f"{flag} is set: the drafter {what}, which isn't supported; use a plain EAGLE-3 drafter")

@@ -110,13 +110,13 @@ def _read_layer(arch: Architecture, reader: TensorReader, index: int) -> Layer:
 
     heads = (("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv))
     gates = (("mlp.gate_proj", arch.intermediate), ("mlp.up_proj", arch.intermediate))
-    biases = [reader.take_if_there(f"{p}{name}.bias", rows) for name, rows in heads]
-    bias = torch.cat(biases) if all(b is not None for b in biases) else None  # type: ignore[arg-type]
+    biased = arch.biased or any(f"{p}{name}.bias" in reader for name, _ in heads)
+    bias = torch.cat([reader.take(f"{p}{name}.bias", rows) for name, rows in heads]) if biased else None
     return Layer(
         input_norm=reader.take(f"{p}input_layernorm.weight", arch.hidden),
         qkv=Linear(fused(heads, arch.hidden), bias),
-        q_norm=reader.take_if_there(f"{p}self_attn.q_norm.weight", arch.head_dim),
-        k_norm=reader.take_if_there(f"{p}self_attn.k_norm.weight", arch.head_dim),
+        q_norm=reader.take(f"{p}self_attn.q_norm.weight", arch.head_dim) if arch.normed else None,
+        k_norm=reader.take(f"{p}self_attn.k_norm.weight", arch.head_dim) if arch.normed else None,
         out=Linear(
             reader.take(f"{p}self_attn.o_proj.weight", arch.hidden, q),
             reader.take_if_there(f"{p}self_attn.o_proj.bias", arch.hidden),

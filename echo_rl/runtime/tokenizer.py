@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
 from echo_rl.errors import RequestError, WeightsError
+from echo_rl.runtime.documents import Document, read_document, read_text
 
 
 class Tokenizer:
     """The tokenizer of a Hugging Face folder (`tokenizer.json`), without importing `transformers`."""
 
-    def __init__(self, fast: FastTokenizer, template: str | None, special: dict[str, str]) -> None:
+    def __init__(self, fast: FastTokenizer, template: object, special: dict[str, str]) -> None:
+        """`template` is the chat template as the folder has it: looked at only when a conversation comes."""
         self._fast = fast
         self._special = special
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        self._template = environment.from_string(template) if template else None
+        self._source = template
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Raises `WeightsError` if `tokenizer.json` is missing or damaged."""
+        """Raises `WeightsError` if `tokenizer.json` is missing, or a file is damaged."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise WeightsError(f"{folder} has no tokenizer.json; save the fast tokenizer of the model there")
@@ -35,9 +34,9 @@ class Tokenizer:
         except Exception as e:  # the tokenizers package raises bare Exception
             raise WeightsError(f"{path} is damaged ({e}); download the model again") from e
         config_path, template_path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-        config = json.loads(config_path.read_text()) if config_path.is_file() else {}
-        template = template_path.read_text() if template_path.is_file() else config.get("chat_template")
-        special = {key: _text(config[key]) for key in ("bos_token", "eos_token") if config.get(key)}
+        config = read_document(config_path) if config_path.is_file() else Document(str(config_path), {})
+        template = read_text(template_path) if template_path.is_file() else config.values.get("chat_template")
+        special = {key: _special(config, key) for key in ("bos_token", "eos_token") if config.values.get(key)}
         return cls(fast, template, special)
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -49,17 +48,37 @@ class Tokenizer:
 
     def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         """Prompt ids of a conversation, ending where the assistant answers. Raises `RequestError`."""
-        if self._template is None:
-            raise RequestError("this model has no chat template; send a plain prompt instead")
+        template = self._template
         try:
-            text = self._template.render(messages=list(messages), add_generation_prompt=True, **self._special)
+            text = template.render(messages=list(messages), add_generation_prompt=True, **self._special)
         except (TemplateError, KeyError, TypeError) as e:
             raise RequestError(f"the chat template refuses these messages: {e}") from e
         return self.encode(text)
 
+    @cached_property
+    def _template(self) -> Template:
+        if not self._source:
+            raise RequestError("this model has no chat template; send a plain prompt instead")
+        if not isinstance(self._source, str):
+            raise RequestError(
+                "this model's chat_template is not one text; save the one to use as chat_template.jinja in its folder"
+            )
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        try:
+            return environment.from_string(self._source)
+        except TemplateError as e:
+            raise RequestError(
+                f"this model's chat template is damaged ({e.message}); send a plain prompt instead"
+            ) from e
 
-def _text(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else str(token)
+
+def _special(config: Document, key: str) -> str:
+    token = config.values[key]
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise config.refusal(key, "a token's text")
+    return text
 
 
 def _refuse(message: str) -> None:

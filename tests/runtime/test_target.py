@@ -9,6 +9,7 @@ import operator
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from echo_rl.errors import WeightsError
 from echo_rl.runtime.architecture import SUPPORTED, rope_table
@@ -115,6 +116,22 @@ def test_models_that_would_run_wrongly_are_refused(tmp_path, change, words):
     (folder / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(WeightsError, match=words):
         Target.load(folder, 128, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "lost"),
+    [
+        ("Qwen3ForCausalLM", "self_attn.q_norm.weight"),
+        ("Qwen3ForCausalLM", "self_attn.k_norm.weight"),
+        ("Qwen2ForCausalLM", "self_attn.k_proj.bias"),
+        ("Qwen2ForCausalLM", "proj.bias"),
+    ],
+)
+def test_lost_norms_and_biases_are_refused(tmp_path, architecture, lost):
+    path = tiny.target_folder(tmp_path, architecture) / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if not name.endswith(lost)}, path)
+    with pytest.raises(WeightsError, match=f"no tensor .*{lost}"):
+        Target.load(tmp_path, 128, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
