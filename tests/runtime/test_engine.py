@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,6 +78,26 @@ def test_any_controller_gives_the_tokens_of_plain_decoding(tiny_engine, batch, t
         assert run(tiny_engine, erratic, todo) == plain
     accepted = sum(r.accepted for erratic in controllers for r in erratic.reports)
     assert accepted > 0, "nothing was ever accepted: the test shows nothing"
+
+
+def test_rejected_drafts_leave_no_trace_in_what_the_drafter_reads(tiny_engine):
+    def features(controller: BaseController) -> dict[str, torch.Tensor]:
+        """[tokens in the cache, F] of every request, as they were before its last step."""
+        found = {}
+        for request in requests(6, 0.8):
+            tiny_engine.add(request)
+        while tiny_engine.has_work:
+            tiny_engine.step(controller)
+            for sequence in tiny_engine._sequences.values():
+                positions = np.arange(sequence.kv_len)
+                slots = tiny_engine.runner.layout([sequence]).host_slots(np.zeros_like(positions), positions)
+                found[sequence.id] = tiny_engine.runner.cache.features[slots]
+        return found
+
+    plain, erratic = features(Plain()), Erratic(6)
+    for name, found in features(erratic).items():
+        torch.testing.assert_close(found, plain[name][: len(found)], atol=1e-4, rtol=1e-4)
+    assert any(0 < report.accepted < report.verified for report in erratic.reports)
 
 
 def test_tokens_do_not_depend_on_the_batch(tiny_engine):
