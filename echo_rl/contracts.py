@@ -34,12 +34,17 @@ MAX_LOGPROBS = 20
 """Most alternatives that a request may ask for with every token."""
 
 
+LEAST_TEMPERATURE = 1e-5
+"""Below it logits over the temperature would leave float32."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request's tokens are drawn.
 
     The token at position p is ``argmax(logits / temperature + Gumbel(seed, p))`` after top-k and
-    top-p filtering; temperature 0 is the plain argmax. Raises `RequestError` on values out of range.
+    top-p filtering; a temperature below `LEAST_TEMPERATURE` counts as 0, which is the plain argmax.
+    Raises `RequestError` on values out of range.
     """
 
     temperature: float = 0.0
@@ -66,6 +71,11 @@ class SamplingParams:
             raise RequestError(f"seed is {self.seed}; give an integer in [0, 2**63)")
         if "" in self.stop:
             raise RequestError("a stop string is empty; give at least one character, or no stop string at all")
+
+    @property
+    def drawn_at(self) -> float:
+        """The temperature that counts: 0 for the plain argmax."""
+        return self.temperature if self.temperature >= LEAST_TEMPERATURE else 0.0
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ def draw(logits: torch.Tensor, rows: Seq[int], params: Seq[SamplingParams], posi
     """Draw the token that belongs at each row's position. `logits` is [N, V] of any float dtype, R rows of it count."""
     ops, at = ops_for(logits.device), torch.tensor(rows, device=logits.device)
     tokens, best = ops.best_token(logits, at)
-    noisy = [i for i, p in enumerate(params) if p.temperature > 0]
+    noisy = [i for i, p in enumerate(params) if p.drawn_at > 0]
     if noisy:
         chosen = [params[i] for i in noisy]
-        temperatures = torch.tensor([[p.temperature] for p in chosen], device=logits.device)
+        temperatures = torch.tensor([[p.drawn_at] for p in chosen], device=logits.device)
         scaled = logits[at[noisy]].float() / temperatures
         seeds = torch.tensor([p.seed for p in chosen], device=logits.device)
         keys = torch.tensor([positions[i] for i in noisy], device=logits.device)

@@ -124,6 +124,12 @@ def test_filters_and_mixed_requests(engines):
     assert run(device, Ruled(3), free) != outputs, "the filters changed nothing"
 
 
+def test_the_smallest_temperatures_are_greedy(engines):
+    todo = [*requests(2, 1e-40), *(replace(r, id=f"k{r.id}") for r in requests(2, 1e-50, top_k=3))]
+    greedy = [replace(r, params=replace(r.params, temperature=0.0)) for r in todo]
+    assert run(engines[1], Ruled(0), todo) == run(engines[0], Ruled(0), greedy)
+
+
 def test_as_many_prompts_end_as_a_chunk_holds(engines):
     """One-token prompts, a whole chunk of them in one step, beside requests that decode."""
     outputs = []

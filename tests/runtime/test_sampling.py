@@ -45,6 +45,14 @@ def test_a_draw_depends_on_its_own_row_alone():
     assert together[0] == int(logits[0].argmax())
 
 
+@pytest.mark.parametrize("temperature", [1e-50, 1e-40, 9e-6])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3, "top_p": 0.9}])
+def test_the_smallest_temperatures_are_greedy(temperature, filters):
+    logits = 40 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    params = SamplingParams(temperature=temperature, **filters)
+    assert draw(logits, range(4), [params] * 4, range(4)).tokens.tolist() == logits.argmax(1).tolist()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_rows_that_are_not_finite_are_flagged(bad):
     logits = torch.zeros(2, 8)

@@ -110,7 +110,7 @@ class Inputs:
         for i, sequence in enumerate(batch.decodes):
             params = sequence.request.params
             whole[:, i] = sequence.kv_len, sequence.tokens[-1], i < len(batch.drafting), params.seed, _top_k(params)
-            real[:, i] = params.temperature, _top_p(params)
+            real[:, i] = params.drawn_at, _top_p(params)
             self._write_table(i, sequence)
         for i, chunk in enumerate(batch.chunks):
             self._write_table(bucket.requests + 1 + i, chunk.sequence)
@@ -147,7 +147,7 @@ class Inputs:
              [c.sequence.kv_len for c in chunks], ends[last], [p.seed for p in params],
              [s.next_position for s in drawn], [_top_k(p) for p in params]],
         )  # fmt: skip
-        temperatures, top_p = self._send(self._draws, [[p.temperature for p in params], [_top_p(p) for p in params]])
+        temperatures, top_p = self._send(self._draws, [[p.drawn_at for p in params], [_top_p(p) for p in params]])
         tokens_, rotary, slots, within, sizes, context, last_rows, seeds, keys, top_k = parts
         drawing = Drawing(DrawKeys(temperatures, seeds, keys), top_k, top_p)
         return Prompts(tokens_, rotary, slots, within, sizes, context, last_rows, drawing, max(counts))
@@ -173,7 +173,7 @@ class Inputs:
 
 def filters(params: SamplingParams) -> bool:
     """Whether top-k or top-p can change what is drawn: the plain argmax passes every filter."""
-    return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1.0)
+    return params.drawn_at > 0 and (params.top_k > 0 or params.top_p < 1.0)
 
 
 def _top_k(params: SamplingParams) -> int:
