@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,6 +12,10 @@ from typing import Any, TypeVar
 from echo_rl.errors import ConfigError
 
 T = TypeVar("T")
+
+MOST = 2**31 - 1
+"""Largest count that a setting may give: block tables are int32."""
+MOST_THREADS = 1_024
 
 
 def from_mapping(record: type[T], values: Mapping[str, Any]) -> T:
@@ -33,7 +38,7 @@ class EngineConfig:
     drafter: str | None = "default"
     """``default`` (the shipped drafter of the embedded model), the path of an EAGLE-3 folder, or None."""
     device: str = "auto"
-    """``auto``, ``cpu`` or ``cuda``."""
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` (the GPU of that number)."""
     dtype: str = "auto"
     """``auto`` (bf16 on CUDA and on CPUs that compute in it, else fp32), ``bfloat16``, ``float16`` or ``float32``."""
     block_size: int = 16
@@ -61,9 +66,11 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "kv_tokens", "max_batch_size", "max_context", "prefill_chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
-        if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give 1 to {MOST}")
+        if not 0 <= self.threads <= MOST_THREADS:
+            raise ConfigError(f"threads is {self.threads}; give 0 (torch's choice) to {MOST_THREADS}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"device is '{self.device}'; give auto, cpu, cuda or cuda:N")
         if self.dtype not in ("auto", "bfloat16", "float32", "float16"):
             raise ConfigError(f"dtype is '{self.dtype}'; give auto, bfloat16, float16 or float32")
@@ -71,9 +78,9 @@ class EngineConfig:
             raise ConfigError(f"step is '{self.step}'; give auto, eager or device")
         if self.drafter_weights not in ("auto", "model"):
             raise ConfigError(f"drafter_weights is '{self.drafter_weights}'; give auto or model")
-        if self.max_nodes < 1 or self.max_expanded < 1:
+        if not 1 <= min(self.max_nodes, self.max_expanded) <= max(self.max_nodes, self.max_expanded) <= MOST:
             raise ConfigError(
-                "max_nodes and max_expanded must be at least 1; use the controller 'none' not to speculate"
+                f"max_nodes and max_expanded must be 1 to {MOST}; use the controller 'none' not to speculate"
             )
 
     @property

@@ -61,8 +61,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
             raise RequestError(f"temperature is {self.temperature}; give a finite number >= 0 (0 is greedy)")
-        if self.top_k < 0:
-            raise RequestError(f"top_k is {self.top_k}; give 0 (off) or a positive count")
+        if not 0 <= self.top_k < 2**63:
+            raise RequestError(f"top_k is {self.top_k}; give 0 (off) or a positive count below 2**63")
         if not 0.0 < self.top_p <= 1.0:
             raise RequestError(f"top_p is {self.top_p}; give a number in (0, 1]")
         if self.max_new_tokens < 1:

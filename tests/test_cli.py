@@ -65,6 +65,10 @@ def test_a_usage_error_exits_with_2():
         (["generate", "hi", "--temperature", "-1"], "temperature is -1.0"),
         (["generate", "hi", "--dtype", "int3"], "dtype is 'int3'"),
         (["generate", "  "], "the prompt is empty"),
+        (["generate", "hi", "--threads", "-1"], "threads is -1"),
+        (["generate", "hi", "--kv-tokens", str(10**14)], "kv_tokens is 1"),
+        (["generate", "hi", "--max-context", str(10**14)], "max_context is 1"),
+        (["generate", "hi", "--top-k", str(2**63)], "top_k is 9"),
         (["generate", "hi", "--controller", "nonsense"], "nonsense"),
         (["generate", "hi", "--controller", "none:x"], "cannot read 'x'"),
         (["generate", "hi", "--model", "/no/such/folder"], "/no/such/folder"),
@@ -125,6 +129,13 @@ def test_generate_reads_standard_input(served, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
     assert main(["generate", "--raw", "--max-new-tokens", "2", "--controller", "none"]) == 0
     assert capsys.readouterr().out == "de\n"
+
+
+def test_standard_input_that_is_no_text_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    assert main(["generate"]) == 2
+    (line,) = lines(capsys.readouterr().err)
+    assert "encode the prompt as UTF-8" in line
 
 
 def test_a_refused_prompt_is_an_error(served, capsys):

@@ -58,10 +58,13 @@ class Generate:
 
 
 def read_prompt(argument: str | None) -> str:
-    """The argument, or standard input up to its end. Raises `RequestError` where there is neither."""
+    """The argument, or standard input up to its end. Raises `RequestError` where there is neither, or no UTF-8."""
     if argument is None and sys.stdin.isatty():
         raise RequestError("there is no prompt; give one as an argument or on standard input")
-    prompt = sys.stdin.read() if argument is None else argument
+    try:
+        prompt = sys.stdin.read() if argument is None else argument
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input is not text ({error}); encode the prompt as UTF-8") from error
     if not prompt.strip():
         raise RequestError("the prompt is empty; give at least one word")
     return prompt

@@ -14,6 +14,7 @@ import torch
 
 from echo_rl.errors import WeightsError
 from echo_rl.runtime.documents import Document, read_document
+from echo_rl.runtime.memory import allocating
 
 SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -104,13 +105,17 @@ def _eos_ids(folder: Path, config: Document) -> tuple[int, ...]:
 def rope_table(
     head_dim: int, theta: float, positions: int, scaling: Mapping[str, float] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine tables, each [positions, head_dim] float32, half-split layout."""
+    """Cosine and sine tables, each [positions, head_dim] float32, half-split layout.
+
+    Raises `ConfigError` where they don't fit the memory.
+    """
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     if scaling is not None:
         inverse = _llama3_scaled(inverse, scaling)
-    angles = torch.outer(torch.arange(positions, dtype=torch.float32), inverse)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    with allocating("the table of rotary positions", "max_context"):
+        angles = torch.outer(torch.arange(positions, dtype=torch.float32), inverse)
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
 
 
 def _llama3_scaled(inverse: torch.Tensor, scaling: Mapping[str, float]) -> torch.Tensor:

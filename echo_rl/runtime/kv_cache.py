@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from echo_kernels import ops_for
+from echo_rl.runtime.memory import allocating
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> KVCache:
-        """`target` is (layers, kv heads, head dim); `drafter` is (kv heads, head dim, feature width)."""
+        """`target` is (layers, kv heads, head dim); `drafter` is (kv heads, head dim, feature width).
+
+        Raises `ConfigError` where they don't fit the memory.
+        """
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
@@ -39,10 +43,9 @@ class KVCache:
         layers, kv, dim = target
         draft_kv, draft_dim, width = drafter or (0, 0, 0)
         pool = (layers, slots, kv, dim)
-        return cls(
-            zeros(*pool), zeros(*pool), zeros(slots, draft_kv, draft_dim), zeros(slots, draft_kv, draft_dim),
-            zeros(slots, width),
-        )  # fmt: skip
+        drafts = (slots, draft_kv, draft_dim)
+        with allocating("the KV cache", "kv_tokens"):
+            return cls(zeros(*pool), zeros(*pool), zeros(*drafts), zeros(*drafts), zeros(slots, width))
 
     def compact(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Move accepted rows (slots `source` [K]) to their final slots `target` [K]."""

@@ -40,7 +40,11 @@ class Tokenizer:
         return cls(fast, template, special)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._fast.encode(text, add_special_tokens=False).ids)
+        """Ids without special tokens around them. Raises `RequestError` for text that UTF-8 can't hold."""
+        try:
+            return tuple(self._fast.encode(text, add_special_tokens=False).ids)
+        except (UnicodeEncodeError, TypeError) as e:
+            raise RequestError("the text is not valid Unicode; send it encoded as UTF-8") from e
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens; an unfinished character shows as U+FFFD."""

@@ -206,6 +206,7 @@ def test_a_request_larger_than_the_cache_is_refused(tmp_path):
         {"temperature": float("nan")},
         {"top_p": 0.0},
         {"top_k": -1},
+        {"top_k": 2**63},
         {"max_new_tokens": 0},
         {"seed": -1},
         {"stop": ("a", "")},

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
+from echo_rl.errors import RequestError
 from echo_rl.runtime.tokenizer import TextStream, Tokenizer
 
 BYTES = range(256)
@@ -81,6 +82,11 @@ def test_text_ends_before_the_stop_string_that_is_complete_first(kind, text, sto
 def test_stop_strings_hold_back_what_precedes_an_unfinished_character(text, stop, before):
     tokenizer = KINDS["byte_level"]
     assert streamed(tokenizer, tokenizer.encode(text), stop) == before
+
+
+def test_text_that_is_not_unicode_is_refused():
+    with pytest.raises(RequestError, match="UTF-8"):
+        KINDS["byte_level"].encode("caf\udce9")
 
 
 def test_the_first_stop_string_in_the_text_counts():

@@ -9,13 +9,16 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 
 from echo_rl.config import EngineConfig
 from echo_rl.errors import ConfigError, DrafterMismatch, WeightsError
 from echo_rl.packages import Archive, PackageUnavailable
 from echo_rl.runtime import weights
+from echo_rl.runtime.architecture import rope_table
 from echo_rl.runtime.checkpoint import read_tensors
 from echo_rl.runtime.gguf_reader import read_gguf
+from echo_rl.runtime.kv_cache import KVCache
 from tests import tiny
 
 
@@ -25,10 +28,35 @@ def test_unknown_config_keys_name_the_nearest():
     assert EngineConfig.from_dict({"block_size": 8}).block_size == 8
 
 
-@pytest.mark.parametrize("values", [{"device": "tpu"}, {"dtype": "int4"}, {"block_size": 0}, {"max_nodes": 0}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"device": "tpu"},
+        {"device": "cuda:x"},
+        {"dtype": "int4"},
+        {"block_size": 0},
+        {"kv_tokens": 2**31},
+        {"max_nodes": 0},
+        {"max_expanded": 2**31},
+        {"threads": -1},
+        {"threads": 10**6},
+    ],
+)
 def test_bad_settings_are_refused(values):
     with pytest.raises(ConfigError, match="give|must"):
         EngineConfig.from_dict(values)
+
+
+def test_settings_that_the_memory_cannot_hold_are_named(monkeypatch):
+    def refuse(*args: object, **kw: object) -> None:
+        raise RuntimeError("can't allocate memory\nat some place")
+
+    monkeypatch.setattr(torch, "zeros", refuse)
+    monkeypatch.setattr(torch, "outer", refuse)
+    with pytest.raises(ConfigError, match=r"can't allocate memory\); lower kv_tokens"):
+        KVCache.allocate(8, (1, 1, 4), None, torch.device("cpu"), torch.float32)
+    with pytest.raises(ConfigError, match=r"can't allocate memory\); lower max_context"):
+        rope_table(4, 1e4, 8)
 
 
 def test_missing_folders_say_what_to_give():
