@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from echo_rl.contracts import AUTOREGRESSIVE, OFF_PATH, Forest, LoadView, Selection, SpecPlan
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.picking import global_top_k, pack
@@ -53,8 +55,8 @@ class Oracle(BaseController):
 
     def select(self, forest: Forest, plan: SpecPlan) -> Selection:
         """Raises `PlanViolation` on a live forest, which tells nothing of what the target will say."""
-        off = forest.tokens == OFF_PATH
-        if not bool(off.any()):
+        on = forest.exists & (forest.tokens != OFF_PATH)
+        levels = torch.zeros(forest.batch_size, MAX_DEPTH, dtype=torch.int64).index_add_(1, forest.depths, on.long())
+        if bool((levels > 1).any()):  # a path has one node a level
             raise PlanViolation("the oracle needs a replay: a live forest doesn't say what will be accepted")
-        on = forest.exists & ~off
         return pack(forest, on & global_top_k(forest, forest.scores.numel(), self._node_cap))

@@ -30,6 +30,16 @@ def test_only_the_path_is_verified():
     assert selection.size <= plan.budget == 4
 
 
+def test_a_step_in_which_all_is_accepted_is_no_live_one():
+    """One node a level, every one on the path."""
+    lucky = Forest(
+        tokens=torch.tensor([[7, 9]]), parents=torch.tensor([[-1, 0]]), depths=torch.tensor([0, 1]),
+        scores=torch.tensor([[-1.0, -1.5]]), stop_depth=torch.tensor([1]),
+    )  # fmt: skip
+    oracle = make("oracle", depth=2, width=1)
+    assert oracle.select(lucky, oracle.plan(replace(LOAD, batch_size=1))).tokens.tolist() == [7, 9]
+
+
 def test_dear_drafting_is_left_out():
     assert not make("oracle", depth=8, width=6).plan(replace(LOAD, batch_size=64)).speculates
 
