@@ -211,10 +211,8 @@ def deciding(test: Trace, profile: CostProfile) -> dict[str, dict[str, Any]]:
     for batch in (1, 32):
         for name in TIMED:
             arm = Arm.parse(name)
-            timed, backend = (
-                Timed(registry.make(arm.controller, **arm.options)),
-                ReplayBackend(test, CostArrays(profile)),
-            )
+            timed = Timed(registry.make(arm.controller, **arm.options))
+            backend = ReplayBackend(test, CostArrays(profile))
             run = serve(backend, timed, test.requests(), batch, clock=backend.clock)
             took = {"microseconds": 1e6 * timed.seconds / len(run.steps), "share_of_step": timed.seconds / run.seconds}
             found.setdefault(name, {})[str(batch)] = took

@@ -25,6 +25,7 @@ from echo_rl.controllers.network import Activation, Policy
 from echo_rl.errors import ConfigError
 from echo_rl.learning.callbacks import Bar, Keeper, Schedules, Telemetry
 from echo_rl.learning.export import ACTIVATIONS
+from echo_rl.results import differing
 
 STATE_FILE = "training_state.pt"
 POLICY_FOLDER = "policy"
@@ -176,7 +177,7 @@ def read_state(path: Path, claim: Mapping[str, Any]) -> dict[str, Any] | None:
         theirs = state["claim"]
     except Exception as error:  # torch.load promises no particular one
         raise ConfigError(f"{path} is damaged; delete it to begin anew") from error
-    changed = sorted(k for k in {*theirs, *claim} if theirs.get(k) != claim.get(k))
+    changed = sorted(differing(theirs, claim))
     if changed:
         raise ConfigError(f"{path} was trained with another {', '.join(changed)}; use another out folder")
     return state
