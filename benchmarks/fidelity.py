@@ -1,16 +1,17 @@
 """How well a replay stands for the live loop: accepted tokens (must be equal), throughput, ranking, and speed.
 
-Predicted times are as good as their profile, so each block measures the machine's costs first. Needs a trace of the
-benchmark's prompts: ``echo-rl record --width 10 --out benchmarks/results/work/trace``.
+Predicted times are as good as their profile, and machines drift: the costs are measured right before and right after
+the arms of each load, and a replay is charged the mean of the two. Needs a trace of the benchmark's prompts:
+``echo-rl record --width 10 --out benchmarks/results/work/trace``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from common import CONSOLE, RESULTS, EngineOptions, Ledger, Place, load_engine, 
 from echo_rl.calibrate.cost import Grid
 from echo_rl.cli.session import measured_profile
 from echo_rl.config import EngineConfig
-from echo_rl.contracts import Request
+from echo_rl.contracts import Backend, Request
 from echo_rl.controllers import registry
 from echo_rl.controllers.gates import GateCalibration
-from echo_rl.costs import CostArrays
+from echo_rl.costs import SCALARS, CostArrays
 from echo_rl.env.replay import ReplayBackend
 from echo_rl.env.trace import Trace
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
+from echo_rl.grid import monotone
 from echo_rl.intervals import kendall
 from echo_rl.loop import serve
 from echo_rl.profile import CostProfile
@@ -69,20 +71,23 @@ def script() -> None:
     engine, environment = load_engine(args.engine)
     ledger = Ledger(place.work, {"environment": environment, "quick": args.quick})
     grid = QUICK_GRID if args.quick else Grid(batches=(1, 2, 4, 8, 16, 32))
-    cells = []
-    for block in range(args.blocks):
-        measured = place.work / f"block{block}" / "profile.json"
-        costs = CostArrays(
-            CostProfile.load(measured)
-            if measured.is_file()
-            else measured_profile(engine, environment, grid, measured.parent, CONSOLE)
-        )
-        for concurrency in args.concurrency:
-            arms = ARMS if block % 2 == 0 else ARMS[::-1]
-            for arm in arms:
-                place_in_run = (arm, concurrency, block)
-                key = dict(zip(("arm", "concurrency", "block"), place_in_run, strict=True))
-                cells.append(key | ledger.cell(key, partial(throughput, engine, trace, costs, *place_in_run)))
+    cells: list[dict[str, Any]] = []
+
+    def costs_at(turn: int) -> CostProfile:
+        measured = place.work / f"costs{turn}" / "profile.json"
+        if measured.is_file():
+            return CostProfile.load(measured)
+        return measured_profile(engine, environment, grid, measured.parent, CONSOLE)
+
+    before = costs_at(0)
+    for turn, (block, concurrency) in enumerate(product(range(args.blocks), args.concurrency)):
+        arms = [Comparison(arm, concurrency, block, before) for arm in (ARMS if block % 2 == 0 else ARMS[::-1])]
+        live = [ledger.cell(arm.key | {"side": "live"}, partial(arm.live, engine, trace)) for arm in arms]
+        after = costs_at(turn + 1)
+        costs = CostArrays(mean_profile(before, after))
+        replayed = [ledger.cell(arm.key | {"side": "replay"}, partial(arm.replayed, trace, costs)) for arm in arms]
+        cells += [arm.key | {"live": x, "replay": y} for arm, x, y in zip(arms, live, replayed, strict=True)]
+        before = after
     result = {
         "environment": environment,
         "cells": cells,
@@ -94,23 +99,42 @@ def script() -> None:
     CONSOLE.print({name: value for name, value in result.items() if name not in ("cells", "environment")})
 
 
-def throughput(
-    engine: Engine, trace: Trace, costs: CostArrays, arm: str, concurrency: int, block: int
-) -> dict[str, float]:
-    """Tokens a second of the same requests, live and replayed. Both controllers serve a warm-up first."""
-    count = max(6, 2 * concurrency)
-    requests = [
-        r for i, r in enumerate(trace.requests()) if i // count == block % max(1, len(trace.responses) // count)
-    ]
-    parsed, make = Arm.parse(arm), registry.planning_by(costs.profile)
-    rates = {}
-    backend = ReplayBackend(trace, costs, seed=block)
-    for name, server, clock in (("live", engine, time.perf_counter), ("replay", backend, backend.clock)):
-        controller = make(parsed.controller, **parsed.options)
-        serve(server, controller, requests[: min(4, concurrency)], concurrency, clock=clock)
-        run = serve(server, controller, requests, concurrency, clock=clock)
-        rates[name] = run.output_tokens / run.seconds
-    return rates
+@dataclass(frozen=True)
+class Comparison:
+    """An arm's throughput (tokens a second) on the same requests, live and replayed. Both serve a warm-up first, and
+    both plan by the costs from before."""
+
+    arm: str
+    concurrency: int
+    block: int
+    costs: CostProfile
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {"arm": self.arm, "concurrency": self.concurrency, "block": self.block}
+
+    def live(self, engine: Engine, trace: Trace) -> float:
+        return self._throughput(engine, trace, time.perf_counter)
+
+    def replayed(self, trace: Trace, costs: CostArrays) -> float:
+        backend = ReplayBackend(trace, costs, seed=self.block)
+        return self._throughput(backend, trace, backend.clock)
+
+    def _throughput(self, server: Backend, trace: Trace, clock: Callable[[], float]) -> float:
+        count, parsed = max(6, 2 * self.concurrency), Arm.parse(self.arm)
+        part = self.block % max(1, len(trace.responses) // count)
+        requests = [r for i, r in enumerate(trace.requests()) if i // count == part]
+        controller = registry.planning_by(self.costs)(parsed.controller, **parsed.options)
+        serve(server, controller, requests[: min(4, self.concurrency)], self.concurrency, clock=clock)
+        run = serve(server, controller, requests, self.concurrency, clock=clock)
+        return run.output_tokens / run.seconds
+
+
+def mean_profile(a: CostProfile, b: CostProfile) -> CostProfile:
+    """The mean of two measurements of a machine on the same grid."""
+    scalars: dict[str, Any] = {name: (getattr(a, name) + getattr(b, name)) / 2.0 for name in SCALARS}
+    verify, draft = ((np.asarray(x) + np.asarray(y)) / 2.0 for x, y in ((a.verify, b.verify), (a.draft, b.draft)))
+    return replace(a, verify=monotone(verify), draft=monotone(draft), **scalars)
 
 
 def agreement(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
