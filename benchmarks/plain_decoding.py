@@ -87,6 +87,7 @@ def llama_cpp(args: Args) -> Generate | None:
     try:
         from llama_cpp import Llama
     except ImportError:
+        CONSOLE.print("llama.cpp is left out: install llama-cpp-python (the extra `bench`)", highlight=False)
         return None
     model = Llama(str(gguf_file()), n_ctx=args.engine.max_context, n_threads=torch.get_num_threads(), verbose=False)
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,11 @@ def cache_root() -> Path:
 
 
 def shipped_checkpoints() -> Path:
-    """``$ECHO_RL_CHECKPOINTS``, or the `checkpoints` folder of the source tree."""
-    return Path(os.environ.get("ECHO_RL_CHECKPOINTS") or Path(__file__).resolve().parents[1] / "checkpoints")
+    """``$ECHO_RL_CHECKPOINTS``, or the `checkpoints` of the source tree, or the installed ones without one."""
+    if told := os.environ.get("ECHO_RL_CHECKPOINTS"):
+        return Path(told)
+    source = Path(__file__).resolve().parents[1] / "checkpoints"
+    return source if source.is_dir() else Path(sysconfig.get_path("data"), "share", "echo-rl", "checkpoints")
 
 
 @dataclass(frozen=True)
