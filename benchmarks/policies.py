@@ -56,7 +56,7 @@ SEEDS = {f"seed{s}": replace(BASE, learner=replace(BASE.learner, seed=s)) for s 
 
 SHORT = replace(BASE, learner=replace(BASE.learner, steps=150_000))
 ABLATIONS = {
-    "half the steps, as all that follow": SHORT,
+    "150,000 steps, as all that follow": SHORT,
     "on the profile's own machine alone": replace(SHORT, randomise=0.0),
     "on another machine each episode": replace(SHORT, randomise=1.0),
     "no reference plan in the reward": replace(SHORT, reference=False),
@@ -87,7 +87,7 @@ class Args:
     workloads: tuple[str, ...] = WORKLOADS
     """Of the comparison."""
     ablations: tuple[str, ...] = tuple(ABLATIONS)
-    """Which to train; each takes half as long as a seed."""
+    """Which to train; each takes a sixth of a seed's time."""
 
 
 def script() -> None:

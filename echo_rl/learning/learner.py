@@ -38,7 +38,7 @@ Score = Callable[[Policy], Mapping[str, float]]
 class LearnerOptions:
     """PPO's settings."""
 
-    steps: int = 300_000
+    steps: int = 900_000
     """Env steps in all, over all lanes."""
     lr: tuple[float, float] = (1e-3, 1e-4)
     """Adam's rate at the start and at the end, linear in between."""
