@@ -94,7 +94,18 @@ def rivals(result: Result) -> str:
         ]
         for row in result["ranking"]
     ]
-    return table(["rank", "controller, tuned", "all loads", *map(str, loads), f"deciding at {loads[0]}"], rows)
+    heads = ["rank", "controller, tuned", "all loads", *map(str, loads), f"deciding at {loads[0]}"]
+    return table(heads, rows) + _bound(result, loads)
+
+
+def _bound(result: Result, loads: list[int]) -> str:
+    """What the clairvoyant controller gains over the reference."""
+    cells = [cell for cell in result["cells"] if cell["arm"].split(":")[0] == "oracle"]
+    over = {cell["concurrency"]: cell["over_reference"] for cell in cells}
+    if not over:
+        return ""
+    gains = ", ".join(f"{over[load]['estimate'] - 1:.0%}" for load in loads)
+    return f"\nOver `{result['reference']}`, knowing what will be accepted gains {gains} at these loads.\n"
 
 
 def winners(result: Result) -> str:
