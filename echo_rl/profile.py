@@ -200,6 +200,16 @@ class CostProfile:
         return cls.load(own_or_packaged("profile.json"))
 
 
+def half_octave(context: float) -> int:
+    """A mean context in steps of a factor of the square root of 2."""
+    return round(2.0 * math.log2(context + 1.0))
+
+
+def context_of(halves: int) -> float:
+    """The context that so many half octaves stand for."""
+    return float(2.0 ** (halves / 2.0)) - 1.0
+
+
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
 

@@ -93,10 +93,11 @@ def _ratio(measured: Measured, arm: str, against: str, load: int) -> intervals.I
 
 
 def _winner(measured: Measured, load: int) -> dict[str, Any]:
-    """The fastest arm at a load, and the arms that can't be told from it."""
+    """The fastest arm at a load, and the arms that can't be told from it: all of them where there is one block."""
     arms = sorted(filter(_competes, measured), key=lambda arm: -pooled(measured[arm][load]))
     ends = {arm: _ratio(measured, arm, arms[0], load).high for arm in arms[1:]}
-    return {"concurrency": load, "arm": arms[0], "tied": [arm for arm, high in ends.items() if high and high >= 1.0]}
+    tied = [arm for arm, high in ends.items() if high is None or high >= 1.0]
+    return {"concurrency": load, "arm": arms[0], "tied": tied}
 
 
 def _ranking(measured: Measured, winners: Sequence[str]) -> list[dict[str, Any]]:

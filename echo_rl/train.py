@@ -17,7 +17,7 @@ from rich.console import Console
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 
-from echo_rl.codec import GROUPS, ActionTable, Gates
+from echo_rl.codec import ActionTable, Gates, visible
 from echo_rl.controllers.echo import Echo, EchoOptions
 from echo_rl.controllers.gates import GateCalibration
 from echo_rl.controllers.network import Policy
@@ -30,7 +30,7 @@ from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
 from echo_rl.errors import ConfigError, TraceError
 from echo_rl.evaluate import fingerprint
 from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, clone, demonstrate
-from echo_rl.learning.export import commit, export_policy, visible
+from echo_rl.learning.export import commit, export_policy
 from echo_rl.learning.learner import POLICY_FOLDER, LearnerOptions, Score, fit
 from echo_rl.learning.play import HeldOut, MakeController, World
 from echo_rl.profile import CostProfile
@@ -92,12 +92,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if min(self.lanes, self.horizon, self.repeat, self.evaluation_steps) < 1:
             raise ConfigError("training needs lanes, horizon, repeat and evaluation_steps of at least 1")
+        if self.lanes * self.learner.n_steps < 2:
+            raise ConfigError("training needs two env steps an update; raise lanes or learner.n_steps")
         if not self.workloads or not self.evaluate_on:
             raise ConfigError("training needs at least one workload to serve and one to evaluate on")
         if min(self.seed, self.learner.seed) < 0:
             raise ConfigError(f"seed is {self.seed}, learner.seed {self.learner.seed}; give whole numbers >= 0")
-        if set(self.hidden) - GROUPS.keys():
-            raise ConfigError(f"hidden is {self.hidden}; the observation groups are {', '.join(GROUPS)}")
+        visible(self.hidden)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,12 @@ def test_a_constructed_case_is_ranked():
     assert cell["deciding"] == pytest.approx(0.025)
 
 
+def test_one_block_tells_nobody_apart():
+    measured = {"none": blocks({1: [100]}), "echo": blocks({1: [200]}), "tall": blocks({1: [900]})}
+    (winner,) = report((1,), measured)["winners"]
+    assert (winner["arm"], winner["tied"]) == ("tall", ["echo", "none"])
+
+
 def test_the_interval_over_loads_knows_that_small_loads_serve_the_same_prompts():
     """An arm that is the faster the harder a block's prompts are, at both loads alike: no narrower than at one load."""
     g = np.random.default_rng(0)

@@ -175,3 +175,6 @@ def test_the_command_writes_what_it_found(trace, tmp_path, capsys, monkeypatch):
     assert command.run() == 0
     assert "chain" in capsys.readouterr().out
     assert load_tuned(tmp_path / "out" / "tuned.json")["chain"].startswith("chain")
+    assert (
+        replace(command, held_out=0.0, out=tmp_path / "all").run() == 0
+    )  # every prompt, as the other commands take it

@@ -6,7 +6,7 @@ plain floats; both say the same. Knows nothing of rewards, networks or where ste
 """
 
 from echo_rl.codec.actions import CALIBRATED, ActionTable, Gates, Knobs, gates_asked, planned_gates
-from echo_rl.codec.features import CODEC_VERSION, CONFIDENCE, DEPTHS, FEATURES, GROUPS
+from echo_rl.codec.features import CODEC_VERSION, CONFIDENCE, DEPTHS, FEATURES, GROUPS, visible
 from echo_rl.codec.lane import Lane
 from echo_rl.codec.loads import Loads, Outcomes
 from echo_rl.codec.tracker import Tracker, quantiles
@@ -28,4 +28,5 @@ __all__ = [
     "gates_asked",
     "planned_gates",
     "quantiles",
+    "visible",
 ]

@@ -91,7 +91,8 @@ def planned_gates(gates: Gates, depth: int, gate: float, floor: float) -> Gates:
     """The thresholds of a plan of `depth` levels, in order of depth; `gates` are the calibrated ones.
 
     Nodes below the floor are never verified and nothing below them is likelier, so with a floor every
-    depth has a gate of at least that: it saves drafting and costs nothing.
+    depth has a gate of at least that, which saves drafting. (Floors are of calibrated probabilities, gates of drafted
+    ones: where the two differ, a node just above the floor may not be drafted on.)
     """
     asked = {d: tau for d, tau in gates if d < depth - 1} if gate == CALIBRATED else {}
     least = max(gate, floor)

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from echo_rl.errors import ConfigError
+
 CODEC_VERSION = 3
 DEPTHS = 8
 """Deepest level that is observed and planned."""
@@ -40,3 +47,13 @@ FEATURES: tuple[tuple[str, float, float], ...] = (
 
 GROUPS: dict[str, tuple[int, int]] = {"load": (0, 6), "speculation": (6, 23), "cost": (23, 30)}
 """Observation entries by group, [begin, end): what the ablations switch off."""
+
+
+def visible(hidden: Sequence[str]) -> NDArray[np.float32]:
+    """[F] 1 for every feature that is shown. Raises `ConfigError` on an unknown group."""
+    mask = np.ones(len(FEATURES), dtype=np.float32)
+    for group in hidden:
+        if group not in GROUPS:
+            raise ConfigError(f"no observation group is called {group!r}; there are {', '.join(GROUPS)}")
+        mask[slice(*GROUPS[group])] = 0.0
+    return mask

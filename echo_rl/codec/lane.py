@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from echo_rl.codec.features import CONFIDENCE, COST_NODES, DEPTHS, FEATURES, FIRST, RATE, SPARSE_RATE
 from echo_rl.contracts import LoadView, StepReport
 from echo_rl.pace import Pace, hats
-from echo_rl.profile import CostProfile
+from echo_rl.profile import CostProfile, context_of, half_octave
 
 Floats = NDArray[np.float64]
 
@@ -28,7 +28,7 @@ class Lane:
 
     def __init__(self, costs: CostProfile) -> None:
         self._costs = costs
-        self._menus: dict[tuple[int, int], _Menu] = {}  # by (batch, context octave half)
+        self._menus: dict[tuple[int, int], _Menu] = {}  # by (batch, half octave of context)
         self.reset()
 
     def reset(self) -> None:
@@ -96,10 +96,9 @@ class Lane:
         return [*(np.log2(seconds / base) / 4.0).tolist(), menu.level * pace.draft / base]
 
     def _menu(self, load: LoadView) -> _Menu:
-        octave = round(2.0 * math.log2(load.mean_context + 1.0))
-        key = (load.batch_size, octave)
+        key = (load.batch_size, half_octave(load.mean_context))
         if key not in self._menus:
-            self._menus[key] = _menu(self._costs, max(1, load.batch_size), 2.0 ** (octave / 2.0) - 1.0)
+            self._menus[key] = _menu(self._costs, max(1, load.batch_size), context_of(key[1]))
         return self._menus[key]
 
 

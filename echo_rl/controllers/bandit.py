@@ -31,7 +31,8 @@ class BanditOptions:
     explore: float = 0.1
     """UCB: width of the confidence bound, as a share of the slowest arm's loss. EXP3: share of uniform choices."""
     memory: float = 200.0
-    """Choices in a context over which losses are remembered, so that a change is noticed."""
+    """Choices in a context after which one has faded, from the counts that UCB explores by and from EXP3's regret. An
+    arm's mean loss is over its last eight or so, so that a change is noticed."""
     hold: int = 4
     """Steps for which a choice stands."""
     switching: float = 0.02

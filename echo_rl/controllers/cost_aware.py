@@ -25,7 +25,7 @@ from echo_rl.controllers.fixed import Eagle3
 from echo_rl.controllers.picking import MISSING, likeliest, pack, per_request_top_k
 from echo_rl.costs import CostArrays
 from echo_rl.errors import ConfigError
-from echo_rl.profile import CostProfile
+from echo_rl.profile import CostProfile, context_of, half_octave
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class CostAware(Eagle3):
         return super().propose(load)
 
     def _costs_of(self, load: LoadView) -> Costs:
-        key, batch = (load.batch_size, half_octave(load)), load.batch_size
+        key, batch = (load.batch_size, half_octave(load.mean_context)), load.batch_size
         if key not in self._known:
             context, options = context_of(key[1]), self.options
             nodes = np.arange(options.total * batch + 1)
@@ -262,13 +262,3 @@ class Cast(CostAware):
 def _running(values: Tensor, start: float) -> Tensor:
     """[..., K + 1]: the start, then the start and the sum of the first 1, 2, ... values."""
     return torch.nn.functional.pad(values.cumsum(-1), (1, 0)) + start
-
-
-def half_octave(load: LoadView) -> int:
-    """The mean context in steps of a factor of the square root of 2."""
-    return round(2.0 * math.log2(load.mean_context + 1.0))
-
-
-def context_of(halves: int) -> float:
-    """The mean context that so many half octaves stand for."""
-    return float(2.0 ** (halves / 2.0)) - 1.0

@@ -6,6 +6,7 @@ root's children) lets a request keep drafting iff its best path's probability is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -71,8 +72,8 @@ class GateCalibration:
         if missing:
             raise ConfigError(f"chosen gate depths {sorted(missing)} have no threshold")
         powers = self.score_power
-        if any(p <= 0.0 for p in powers) or any(b < a for a, b in pairwise(powers)):
-            raise ConfigError(f"score_power {powers} must be positive and must not fall with depth")
+        if any(not 0.0 < p < math.inf for p in powers) or any(b < a for a, b in pairwise(powers)):
+            raise ConfigError(f"score_power {powers} must be positive, finite, and must not fall with depth")
 
     def sparse(self, max_depth: int) -> tuple[tuple[int, float], ...]:
         """Gates of a plan at the chosen depths; the last level needs none, nothing is drafted past it."""
@@ -101,7 +102,7 @@ class GateCalibration:
                 score_power=tuple(body["score_power"]),
                 provenance=body["provenance"],
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} is not a usable gate calibration ({error}); calibrate again") from error
 
     @classmethod

@@ -19,7 +19,7 @@ from echo_rl.controllers.clock import PlainLooks, ProbeLedger, PromptShare
 from echo_rl.controllers.shapes import affordable_trees
 from echo_rl.errors import ConfigError
 from echo_rl.pace import Pace, hats
-from echo_rl.profile import BREAK_EVEN_ACCEPTANCE, CostProfile
+from echo_rl.profile import BREAK_EVEN_ACCEPTANCE, CostProfile, context_of, half_octave
 
 Floats = NDArray[np.float64]
 
@@ -236,11 +236,10 @@ class BudgetPlanner:
         return bool(fastest > load.batch_size / self._plain_seconds(load))
 
     def _menu(self, load: LoadView) -> Menu:
-        """The ladder cut at K_max and at the load's node limit; built once a batch size and context octave half."""
-        octave = round(2.0 * math.log2(load.mean_context + 1.0))
-        key = (load.batch_size, octave, load.max_nodes)
+        """The ladder cut at K_max and at the load's node limit; built once a batch size and half octave of context."""
+        key = (load.batch_size, half_octave(load.mean_context), load.max_nodes)
         if key not in self._menus:
-            self._menus[key] = self._build_menu(load, 2.0 ** (octave / 2.0) - 1.0)
+            self._menus[key] = self._build_menu(load, context_of(key[1]))
         return self._menus[key]
 
     def _build_menu(self, load: LoadView, context: float) -> Menu:

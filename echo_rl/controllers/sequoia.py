@@ -10,13 +10,13 @@ import numpy as np
 
 from echo_rl.contracts import AUTOREGRESSIVE, Forest, LoadView, Selection, SpecPlan
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.cost_aware import CostAwareOptions, context_of, half_octave
+from echo_rl.controllers.cost_aware import CostAwareOptions
 from echo_rl.controllers.dynamic import Values
 from echo_rl.controllers.fixed import Path, Static, StaticOptions
 from echo_rl.controllers.shapes import REFERENCE_HIT, likeliest_tree
 from echo_rl.costs import CostArrays
 from echo_rl.errors import ConfigError
-from echo_rl.profile import CostProfile
+from echo_rl.profile import CostProfile, context_of, half_octave
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Sequoia(BaseController):
         self._tree: Static | None = None
 
     def propose(self, load: LoadView) -> SpecPlan:
-        key = (load.batch_size, half_octave(load), min(load.max_nodes, self.options.total))
+        key = (load.batch_size, half_octave(load.mean_context), min(load.max_nodes, self.options.total))
         if key not in self._known:
             paths = self._optimum(*key)
             self._known[key] = Static(StaticOptions(paths)) if paths else None

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from echo_rl.codec import FEATURES, GROUPS, ActionTable, Tracker
+from echo_rl.codec import ActionTable, Tracker, visible
 from echo_rl.costs import CostArrays
 from echo_rl.env.fleet import Fleet, FleetStep, Gates, Plans
 from echo_rl.env.lane import LaneOptions
@@ -57,9 +57,7 @@ class FleetOptions:
             raise ConfigError("a fleet needs horizon >= 1, repeat >= 1 and at least one workload")
         if not 0 <= self.randomise <= 1:
             raise ConfigError(f"randomise is {self.randomise}; it is a share of the episodes, in [0, 1]")
-        unknown = set(self.hidden) - GROUPS.keys()
-        if unknown:
-            raise ConfigError(f"no observation group is called {sorted(unknown)}; there are {', '.join(GROUPS)}")
+        visible(self.hidden)
 
 
 class ReplayVecEnv(VecEnv):
@@ -88,9 +86,7 @@ class ReplayVecEnv(VecEnv):
             options.noise,
             options.reference if options.reward.form in ("relative", "goodput") else (),
         )
-        self._visible = np.ones(len(FEATURES), dtype=np.float32)
-        for group in options.hidden:
-            self._visible[slice(*GROUPS[group])] = 0.0
+        self._visible = visible(options.hidden)
         self._actions = np.zeros((lanes, len(options.table.sizes)), dtype=np.int64)
         self._start(seed)
 

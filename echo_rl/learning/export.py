@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from echo_rl.codec import FEATURES, GROUPS, ActionTable
+from echo_rl.codec import ActionTable, visible
 from echo_rl.controllers.network import Activation, Layer, Policy
-from echo_rl.errors import ConfigError
 
 ACTIVATIONS: dict[Activation, type[torch.nn.Module]] = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}
 
@@ -25,16 +23,6 @@ def export_policy(policy: ActorCriticPolicy, table: ActionTable, repeat: int, hi
     layers = [_layer(module) for module in modules if isinstance(module, torch.nn.Linear)]
     layers[0] = Layer(layers[0].weight * visible(hidden), layers[0].bias)
     return Policy(tuple(layers), table, repeat, names[policy.activation_fn])
-
-
-def visible(hidden: Sequence[str]) -> NDArray[np.float32]:
-    """[F] 1 for every feature that is shown. Raises `ConfigError` on an unknown group."""
-    mask = np.ones(len(FEATURES), dtype=np.float32)
-    for group in hidden:
-        if group not in GROUPS:
-            raise ConfigError(f"no observation group is called {group!r}; there are {', '.join(GROUPS)}")
-        mask[slice(*GROUPS[group])] = 0.0
-    return mask
 
 
 def commit() -> str | None:

@@ -5,6 +5,7 @@ Knows nothing of traces, workloads or how a policy is scored.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -77,15 +78,18 @@ class LearnerOptions:
 
     def __post_init__(self) -> None:
         counts = (self.steps, self.n_steps, self.n_epochs, self.evaluate_every, self.checkpoint_every, self.threads)
-        if min(counts, default=0) < 1 or self.batch_size < 2 or self.critic_updates < 0 or self.seed < 0:
+        if min(counts) < 1 or self.batch_size < 2 or self.critic_updates < 0 or not 0 <= self.seed < 2**31:
             raise ConfigError(
                 "training needs steps, n_steps, n_epochs, evaluate_every, checkpoint_every and threads >= 1, "
-                "batch_size >= 2, critic_updates and seed >= 0"
+                "batch_size >= 2, critic_updates >= 0 and a seed from 0 to 2**31 - 1"
             )
         if not (0.0 <= self.gamma < 1.0 and 0.0 <= self.gae_lambda <= 1.0 and self.clip > 0.0):
             raise ConfigError("training needs gamma in [0, 1), gae_lambda in [0, 1] and clip > 0")
-        if min(self.lr) < 0.0 or max(self.lr) <= 0.0 or min(self.entropy) < 0.0 or self.value_weight < 0.0:
-            raise ConfigError("lr and entropy are (start, end), none below 0; value_weight is at least 0")
+        weights = (*self.lr, *self.entropy, self.value_weight)
+        if not all(0.0 <= weight < math.inf for weight in weights) or max(self.lr) <= 0.0:
+            raise ConfigError("lr and entropy are (start, end), none below 0; value_weight is at least 0; all finite")
+        if self.target_kl is not None and not self.target_kl > 0.0:
+            raise ConfigError(f"target_kl is {self.target_kl}; give a positive number, or None for no limit")
         if any(width < 1 for width in self.net) or self.activation not in ACTIVATIONS:
             raise ConfigError(f"net is {self.net}, activation {self.activation!r}; give widths >= 1, tanh or relu")
 

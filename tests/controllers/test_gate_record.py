@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -49,13 +50,17 @@ def test_foreign_files_are_refused(tmp_path, damage):
         GateCalibration.load(path)
 
 
-def test_missing_fields_are_refused(tmp_path):
+@pytest.mark.parametrize("field, damage", [("chosen", None), ("depths", [[0, 0.3]])])
+def test_damaged_fields_are_refused(tmp_path, field, damage):
     path = tmp_path / "gates.json"
     CALIBRATION.save(path)
     record = json.loads(path.read_text())
-    del record["body"]["chosen"]
+    if damage is None:
+        del record["body"][field]
+    else:
+        record["body"][field] = damage
     path.write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match="chosen"):
+    with pytest.raises(ConfigError, match="not a usable gate calibration"):
         GateCalibration.load(path)
 
 
@@ -67,6 +72,8 @@ def test_missing_fields_are_refused(tmp_path):
         lambda: GateCalibration((DepthGate(1, 0.1), DepthGate(0, 0.1)), ()),
         lambda: GateCalibration((DepthGate(0, 0.1),), (2,)),
         lambda: GateCalibration((), (), (1.0, 0.9)),
+        lambda: GateCalibration((), (), (1.0, math.nan)),
+        lambda: GateCalibration((), (), (math.inf,)),
     ],
 )
 def test_impossible_gates_are_refused(build):

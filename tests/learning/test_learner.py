@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -208,7 +209,8 @@ def test_torch_threads_are_given_back():
     "wrong",
     [
         {"steps": 0}, {"gamma": 1.0}, {"clip": 0.0}, {"batch_size": 1}, {"net": (64, 0)}, {"activation": "sine"},
-        {"lr": (0.0, 0.0)}, {"entropy": (0.1, -0.1)}, {"threads": 0}, {"seed": -1},
+        {"lr": (0.0, 0.0)}, {"entropy": (0.1, -0.1)}, {"threads": 0}, {"seed": -1}, {"seed": 2**31},
+        {"target_kl": -1.0}, {"lr": (math.nan, 0.1)}, {"entropy": (0.1, math.nan)}, {"value_weight": math.nan},
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(wrong):

@@ -216,7 +216,10 @@ def test_evaluation_never_sees_a_prompt_of_training(config):
     assert all(parts) and not any(a & b for a, b in combinations(parts, 2))
 
 
-@pytest.mark.parametrize("wrong", [{"lanes": 0}, {"workloads": ()}, {"hidden": ("cots",)}, {"seed": -1}])
+ONE_STEP = {"lanes": 1, "learner": LearnerOptions(n_steps=1)}
+
+
+@pytest.mark.parametrize("wrong", [{"lanes": 0}, {"workloads": ()}, {"hidden": ("cots",)}, {"seed": -1}, ONE_STEP])
 def test_bad_settings_are_refused(wrong):
     with pytest.raises(ConfigError):
         TrainConfig(**wrong)
