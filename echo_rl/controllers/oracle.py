@@ -10,7 +10,7 @@ import torch
 
 from echo_rl.contracts import AUTOREGRESSIVE, OFF_PATH, Forest, LoadView, Selection, SpecPlan
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.picking import global_top_k, pack
+from echo_rl.controllers.picking import pack
 from echo_rl.controllers.shapes import MAX_DEPTH
 from echo_rl.errors import ConfigError, PlanViolation
 from echo_rl.profile import CostProfile
@@ -59,4 +59,4 @@ class Oracle(BaseController):
         levels = torch.zeros(forest.batch_size, MAX_DEPTH, dtype=torch.int64).index_add_(1, forest.depths, on.long())
         if bool((levels > 1).any()):  # a path has one node a level
             raise PlanViolation("the oracle needs a replay: a live forest doesn't say what will be accepted")
-        return pack(forest, on & global_top_k(forest, forest.scores.numel(), self._node_cap))
+        return pack(forest, on & (forest.depths < (self._node_cap or MAX_DEPTH)))

@@ -4,15 +4,14 @@ A backend tells a step's load to the controller alone, in the middle of `step`. 
 a thread of its own, which stops when it asks for the plan and goes on once it is given. Exactly one
 of the two threads runs at any time, so nothing depends on their timing.
 
-A step's seconds are those of its two parts; how long the plan took to come is left out, except from
-the live engine's own `PhaseTimes.plan`.
+A step's seconds are those of its two parts; how long the plan took to come is left out, of the report's times too.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -106,7 +105,9 @@ def _serve(backend: Backend, controller: Steerable, clock: Clock, link: _Link) -
         seat.waited, begin = 0.0, clock()
         try:
             report = backend.step(seat)
-            link.replies.put(Served(report, clock() - begin - seat.waited))
+            seconds = clock() - begin - seat.waited
+            times = replace(report.times, plan=max(0.0, report.times.plan - seat.waited))
+            link.replies.put(Served(replace(report, times=times), seconds))
         except BaseException as error:
             link.replies.put(error)
 

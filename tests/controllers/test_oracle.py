@@ -30,6 +30,20 @@ def test_only_the_path_is_verified():
     assert selection.size <= plan.budget == 4
 
 
+def test_an_unlikely_node_of_the_path_is_verified_in_a_large_tree():
+    """The cap on a request's nodes is of verified ones; the path is the last of ten nodes."""
+    tokens = torch.full((1, 10), OFF_PATH)
+    tokens[0, 9] = 7
+    wide = Forest(
+        tokens=tokens, parents=torch.full((1, 10), -1), depths=torch.zeros(10, dtype=torch.int64),
+        scores=-torch.arange(1.0, 11.0)[None], stop_depth=torch.tensor([0]),
+    )  # fmt: skip
+    oracle = make("oracle", depth=1, width=10)
+    assert oracle.select(wide, oracle.plan(replace(LOAD, batch_size=1))).tokens.tolist() == [7]
+    low = oracle.plan(replace(LOAD, max_nodes=1))
+    assert oracle.select(FOREST, low).tokens.tolist() == [7]
+
+
 def test_a_step_in_which_all_is_accepted_is_no_live_one():
     """One node a level, every one on the path."""
     lucky = Forest(

@@ -7,6 +7,7 @@ import re
 import threading
 import warnings
 import weakref
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -77,7 +78,9 @@ class FakeBackend:
         )
         self._arrived = 0
         self.loads.append(load)
+        begin = self.now
         plan = controller.plan(load) if decoding else AUTOREGRESSIVE
+        planned = self.now - begin
         if self.fail:
             raise ValueError("out of order")
         depth = plan.max_depth if plan.speculates else 0
@@ -88,7 +91,8 @@ class FakeBackend:
         accepted = sum(gains) - len(gains)
         report = StepReport(
             load, plan, tuple(outputs), plan.budget, min(plan.budget, depth * len(decoding)), accepted, sum(gains),
-            (len(decoding),) * depth, (sum(g > 1 for g in gains),) * depth, PhaseTimes(verify=1 / 16, draft=depth / 64),
+            (len(decoding),) * depth, (sum(g > 1 for g in gains),) * depth,
+            PhaseTimes(plan=planned, verify=1 / 16, draft=depth / 64),
         )  # fmt: skip
         controller.observe(report)
         return report
@@ -137,11 +141,14 @@ def requests(tokens: tuple[int, ...] = (5, 9, 14)) -> list[Request]:
     return [Request(f"{s}/{n}", (1, 2, n), SamplingParams(max_new_tokens=n)) for s in ("a", "b") for n in tokens]
 
 
-def make(backend: FakeBackend | None = None, *workloads: str | Workload, tokens=(5, 9, 14), **options) -> SpecEnv:
+def make(
+    backend: FakeBackend | None = None, *workloads: str | Workload, tokens=(5, 9, 14), overhead=0.0, **options
+) -> SpecEnv:
     backend = backend or FakeBackend()
     loads = tuple(parse(w) if isinstance(w, str) else w for w in workloads) or (closed(3),)
     chosen = SpecEnvOptions(workloads=loads, **{"horizon": 10} | options)
-    return SpecEnv(backend, FakeSteered(), requests(tokens), costs(), chosen, backend.clock, backend.idle)
+    machine = CostArrays(replace(costs().profile, step_overhead=overhead))
+    return SpecEnv(backend, FakeSteered(), requests(tokens), machine, chosen, backend.clock, backend.idle)
 
 
 @pytest.mark.parametrize("check", [check_env, sb3_check_env])
@@ -264,6 +271,14 @@ def test_time_between_calls_does_not_pass_on_the_server():
     for _ in range(5):
         busy._server._backend.now += 1000.0  # somebody learns
         assert busy.step(CHAIN)[4]["seconds"] == steady.step(CHAIN)[4]["seconds"] < 10.0
+
+
+def test_time_between_calls_is_not_observed_as_the_servers():
+    steady, busy = (make(None, "closed:2", overhead=0.01) for _ in range(2))
+    steady.reset(seed=0), busy.reset(seed=0)
+    for _ in range(5):
+        busy._server._backend.now += 1000.0
+        assert np.array_equal(busy.step(CHAIN)[0], steady.step(CHAIN)[0])
 
 
 def test_the_reward_is_what_the_meter_says():
