@@ -123,6 +123,8 @@ class Switch:
 
     def observe(self, report: StepReport) -> None:
         ledger, load, plan = self._ledger, report.load, report.plan
+        if not load.batch_size:  # it read prompts alone
+            return
         if not plan.speculates:
             ledger.plain(report.times.total)
             return

@@ -150,6 +150,8 @@ class BudgetPlanner:
             self._decisions.clear()
         if self._looking or (speculated and ledger.steps) or len(self._unread) >= 2 * self._options.period:
             self._catch_up()
+        if not report.load.batch_size:  # it read prompts alone
+            return
         if speculated and ledger.steps:
             drafting = self._profile.draft_seconds(report.load.batch_size, report.plan.width, report.plan.max_depth)
             ledger.backlog = max(0.0, report.times.draft - drafting * self._pace.draft) / ledger.steps

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from echo_rl.calibration_files import packaged
+from echo_rl.contracts import PhaseTimes, StepReport
 from echo_rl.controllers import make
 from echo_rl.controllers.planner import PlannerOptions
 from echo_rl.errors import ConfigError
@@ -93,6 +95,21 @@ def test_being_off_costs_next_to_nothing(batch, catch_up, make_profile, make_wor
     run(world, make("echo", profile=generous), batch, 4000)
     run(plain, make("none"), batch, 4000)
     assert world.tokens / world.seconds >= 0.98 * plain.tokens / plain.seconds
+
+
+@pytest.mark.parametrize("name", ["echo", "dspark", "turbospec", "adaspec"])
+def test_reading_a_prompt_is_not_held_for_a_plain_steps_backlog(name, make_profile, make_world, make_load, run):
+    """A step after a prompt drafts for longer; once speculation stops paying, probes are made all the same."""
+    world, controller = make_world(make_profile(level=4e-3), hit=0.8), make(name, profile=make_profile(level=4e-3))
+    run(world, controller, 1, 100)
+    reading = replace(make_load(1), batch_size=0, prefill_tokens=150)
+    plan, times = controller.plan(reading), PhaseTimes(verify=0.01)
+    controller.observe(StepReport(reading, plan, (), 0, 0, 0, 0, (), (), times))
+    world.plain_steps, world.catch_up = 1, 0.05
+    run(world, controller, 1, 1)
+    world.hit, world.catch_up = 0.02, 0.0
+    run(world, controller, 1, 400)
+    assert any(r.plan.speculates for r in run(world, controller, 1, 3000))
 
 
 def test_a_slower_machine_than_profiled_is_noticed(make_profile, make_world, run):
