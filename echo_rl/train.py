@@ -20,13 +20,14 @@ from stable_baselines3.common.vec_env import VecEnv
 from echo_rl.codec import ActionTable, Gates, visible
 from echo_rl.controllers.echo import Echo, EchoOptions
 from echo_rl.controllers.gates import GateCalibration
-from echo_rl.controllers.network import Policy
+from echo_rl.controllers.network import Policy, bound
 from echo_rl.controllers.policy import Ppo, PpoOptions
 from echo_rl.costs import CostArrays
 from echo_rl.env.machines import another
 from echo_rl.env.reward import RewardOptions
 from echo_rl.env.trace import Trace
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
+from echo_rl.env.workload import parse
 from echo_rl.errors import ConfigError, TraceError
 from echo_rl.evaluate import fingerprint
 from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, clone, demonstrate
@@ -96,6 +97,8 @@ class TrainConfig:
             raise ConfigError("training needs two env steps an update; raise lanes or learner.n_steps")
         if not self.workloads or not self.evaluate_on:
             raise ConfigError("training needs at least one workload to serve and one to evaluate on")
+        for text in (*self.workloads, *self.evaluate_on):
+            parse(text)
         if min(self.seed, self.learner.seed) < 0:
             raise ConfigError(f"seed is {self.seed}, learner.seed {self.learner.seed}; give whole numbers >= 0")
         visible(self.hidden)
@@ -170,6 +173,8 @@ def train(
     Raises `ConfigError` (a setting, or the folder of another run) and `TraceError`.
     """
     setting = Setting.load(config)
+    for text in config.evaluate_on:
+        parse(text).check(setting.selection.suites)
     against = {"echo": setting.echo} if baselines is None else baselines
     env = make_env(config, setting)
     try:
@@ -212,7 +217,7 @@ def make_score(config: TrainConfig, setting: Setting, baselines: Mapping[str, Ma
 
 def claim(config: TrainConfig, setting: Setting) -> dict[str, Any]:
     """What makes a run this run and no other, as flat JSON."""
-    flat: dict[str, Any] = _provenance(setting)
+    flat: dict[str, Any] = {**_provenance(setting), **bound(setting.table)}
     for name, value in json.loads(json.dumps(asdict(config), default=str)).items():
         nested = {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
         flat |= {key: inner for key, inner in nested.items() if key not in (*FREE, *FILES)}

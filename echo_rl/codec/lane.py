@@ -36,13 +36,16 @@ class Lane:
         self._average, self._pace = list(FIRST), Pace(self._costs)
         self._last = (0.0, 0, 0)  # budget a request, depth and width of the last step that decoded
         self._plain = 0  # plain steps since one speculated
+        self._arrived = 0  # since a step with a decoding request
 
     def update(self, report: StepReport) -> None:
-        """Learn from a step. One without a decoding request changes nothing but the arrivals."""
+        """Learn from a step. Of one without a decoding request the arrivals alone count, with the next one's."""
         load, plan = report.load, report.plan
-        self._follow(0, float(load.arrived))
+        self._arrived += load.arrived
         if not load.batch_size:
             return
+        self._follow(0, float(self._arrived))
+        self._arrived = 0
         if plan.speculates:
             self._plain, self._last = 0, (plan.budget / load.batch_size, plan.max_depth, plan.width)
             self._speculated(report)

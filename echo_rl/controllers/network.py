@@ -107,7 +107,7 @@ class Policy:
         known = {
             "kind": KIND,
             "version": POLICY_VERSION,
-            **_bound(self.table),
+            **bound(self.table),
             "hidden": list(self.hidden),
             "activation": self.activation,
             "repeat": self.repeat,
@@ -184,7 +184,7 @@ def _read_weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Array]
     return tensors
 
 
-def _bound(table: ActionTable) -> dict[str, Any]:
+def bound(table: ActionTable) -> dict[str, Any]:
     """What a policy's inputs and outputs mean, as JSON."""
     values = {name: list(column) for name, column in asdict(table).items()}
     return {"codec_version": CODEC_VERSION, "features": [name for name, *_ in FEATURES], "table": values}
@@ -192,7 +192,7 @@ def _bound(table: ActionTable) -> dict[str, Any]:
 
 def _require_bound(folder: Path, manifest: Mapping[str, Any], table: ActionTable) -> None:
     """Raises `PolicyError` where the policy speaks another language than this release."""
-    wanted = _bound(table)
+    wanted = bound(table)
     version, features = manifest.get("codec_version"), manifest.get("features")
     if version != CODEC_VERSION:
         raise PolicyError(f"{folder} was made for codec version {version}, this release has {CODEC_VERSION}; {AGAIN}")

@@ -61,9 +61,7 @@ class Server:
 
     def check(self, workload: Workload) -> None:
         """Raises `ConfigError` where the workload names a suite of which there are no requests."""
-        missing = {suite for phase in workload.phases for suite in phase.suites} - self._pools.keys()
-        if missing:
-            raise ConfigError(f"workload {workload.name!r} needs requests of {sorted(missing)}; give some")
+        workload.check(self._pools)
 
     def open(self, workload: Workload, generator: np.random.Generator) -> None:
         """Drop everything and begin this workload at time 0; requests are drawn by the generator.

@@ -41,7 +41,8 @@ class FleetOptions:
     """Plans, by batch size, whose reward on the same forests is taken off each step's: a control variate that
     takes the luck of a step out of the reward. At one position it changes no plan's rank; over an episode it favours
     large trees a little, since these leave harder positions behind, where the reference gets less (by 1 to 4 % between
-    no tree and a large one). Empty for the plain reward; only in the forms ``relative`` and ``goodput``."""
+    no tree and a large one). Cut to what the trace holds. Empty for the plain reward; only in the forms ``relative``
+    and ``goodput``."""
     hidden: tuple[str, ...] = ()
     """Groups of observations (`codec.GROUPS`) shown as zeros: for ablations."""
     noise: bool = True
@@ -75,16 +76,21 @@ class ReplayVecEnv(VecEnv):
         self.options, self._costs = options, costs
         self._machines = CostArrays(costs.profile, lanes) if options.randomise else costs
         self._workloads: list[Workload] = [parse(text) for text in options.workloads]
+        for workload in self._workloads:
+            workload.check(trace.suites)
+        most, widest = trace.max_depth, trace.max_width
+        plans = options.reference if options.reward.form in ("relative", "goodput") else ()
+        reference = tuple((size, (n, min(depth, most), min(width, widest))) for size, (n, depth, width) in plans)
         self._fleet = Fleet(
             trace,
             self._machines,
-            options.table.widths,
+            sorted({*options.table.widths, *(width for _, (_, _, width) in reference)}),
             options.gates,
             options.score_power,
             lanes,
             options.limits,
             options.noise,
-            options.reference if options.reward.form in ("relative", "goodput") else (),
+            reference,
         )
         self._visible = visible(options.hidden)
         self._actions = np.zeros((lanes, len(options.table.sizes)), dtype=np.int64)

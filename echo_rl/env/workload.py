@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from echo_rl.errors import ConfigError
@@ -77,6 +77,12 @@ class Workload:
             raise ConfigError(f"workload {self.name!r} brings no request; give it a concurrency or a rate above 0")
         if len(self.phases) > 1 and any(phase.seconds == FOREVER for phase in self.phases):
             raise ConfigError(f"workload {self.name!r} has a phase that never ends; give each finite seconds")
+
+    def check(self, suites: Collection[str]) -> None:
+        """Raises `ConfigError` where it names a suite that is not one of these."""
+        missing = {suite for phase in self.phases for suite in phase.suites} - set(suites)
+        if missing:
+            raise ConfigError(f"workload {self.name!r} needs requests of {sorted(missing)}; give some")
 
 
 def closed(concurrency: int) -> Workload:

@@ -197,6 +197,7 @@ def test_the_fleet_is_the_replay_backend_vectorised(costs):
             running -= sum(o.finish_reason is not None for o in report.outputs)
             top_up(running)
             running = 5
+            one.update(report)
             if report.load.batch_size:
                 break
         report = replace(report, load=replace(report.load, arrived=arrived))
@@ -209,7 +210,6 @@ def test_the_fleet_is_the_replay_backend_vectorised(costs):
         seen = outcomes_of(report)
         for name in ("budget", "depth", "width", "verified", "committed", "reached", "accepted"):
             np.testing.assert_array_equal(getattr(seen, name), getattr(step.outcomes, name), name)
-        one.update(report)
         many.update(step.outcomes)
         np.testing.assert_allclose(one.observe(report.load), many.observe(loads)[0], rtol=1e-5, atol=2e-3)
     assert backend.clock() == pytest.approx(float(fleet.now[0]), rel=1e-9)
@@ -356,6 +356,16 @@ def test_a_seed_begins_everything_anew(costs):
         env.reset()
         seen.append(np.stack([env.step(np.tile([5, 3, 2, 1, 2], (3, 1)))[1] for _ in range(20)]))
     assert np.array_equal(*seen)
+
+
+def test_a_reference_may_have_a_width_that_no_action_has(costs):
+    def rewards(widths):
+        options = FleetOptions(("closed:2",), ActionTable(widths=widths), reference=((64, (3.0, 2, 3)),), noise=False)
+        env = ReplayVecEnv(random_trace(), costs, options, 2, seed=4)
+        env.reset()
+        return [env.step(np.array([[4, 1, 0, 0, 0]] * 2))[1] for _ in range(5)]
+
+    np.testing.assert_array_equal(rewards((1,)), rewards((1, 3)))
 
 
 def test_the_reference_is_what_that_plan_would_have_brought(costs):

@@ -15,7 +15,7 @@ from echo_rl.calibration_files import packaged
 from echo_rl.cli.train import Train
 from echo_rl.codec import FEATURES, ActionTable
 from echo_rl.contracts import SpecPlan
-from echo_rl.controllers import make
+from echo_rl.controllers import make, network
 from echo_rl.controllers.gates import GateCalibration
 from echo_rl.controllers.network import Policy
 from echo_rl.controllers.policy import Ppo, PpoOptions, Steered
@@ -207,6 +207,28 @@ def test_a_rerun_goes_on_and_another_config_is_refused(config):
     assert done.steps == 192 and [point["step"] for point in done.curve] == [0, 64, 128, 192]
     with pytest.raises(ConfigError, match="another learner.gamma; use another out folder"):
         train(replace(config, learner=replace(config.learner, gamma=0.5)), baselines={})
+
+
+def test_a_state_of_another_codec_or_action_table_is_not_continued(config, monkeypatch):
+    train(config, baselines={})
+    longer = replace(config, learner=replace(config.learner, steps=192))
+    monkeypatch.setattr(network, "CODEC_VERSION", network.CODEC_VERSION + 1)
+    with pytest.raises(ConfigError, match="another codec_version; use another out folder"):
+        train(longer, baselines={})
+    monkeypatch.undo()
+    monkeypatch.setattr("echo_rl.train.ActionTable", lambda: ActionTable(floors=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)))
+    with pytest.raises(ConfigError, match="another floors; use another out folder"):
+        train(longer, baselines={})
+
+
+def test_workloads_are_checked_before_anything_is_learned(config, trace, monkeypatch):
+    with pytest.raises(ConfigError, match="close"):
+        replace(config, evaluate_on=("close:8",))
+    monkeypatch.setattr("echo_rl.train._clone_echo", lambda *_: pytest.fail("too late"))
+    trace.subset([i for i, r in enumerate(trace.responses) if r.suite == "gsm8k"][:12]).save(config.trace)
+    for change in ({"evaluate_on": ("shift:5,4",)}, {"workloads": ("shift:5,4",)}):
+        with pytest.raises(ConfigError, match="needs requests of"):
+            train(replace(config, **change), baselines={})
 
 
 def test_evaluation_never_sees_a_prompt_of_training(config):
