@@ -110,7 +110,8 @@ class Pace:
     """Running ratios of measured to predicted seconds, one a phase. Steps that also prefill are left out.
 
     Verify passes are timed in speculative and plain steps alike. Drafting right after plain steps may
-    have a backlog to work off and is not counted.
+    have a backlog to work off and is not counted. Drafting that gates stop early is held against the plan's
+    whole depth: it counts as cheaper drafting, so that the ratio prices the gates in.
     """
 
     def __init__(self, profile: CostProfile) -> None:
