@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,12 @@ from echo_rl.calibration_files import packaged
 from echo_rl.controllers import registry
 from echo_rl.costs import CostArrays
 from echo_rl.errors import ConfigError, PolicyError, TraceError, UnknownController
-from echo_rl.evaluate import EvalConfig, Replayer, best_fixed, evaluate, halving
+from echo_rl.evaluate import EvalConfig, Replayer, best_fixed, evaluate, halving, made_of
 from echo_rl.profile import CostProfile
 from echo_rl.ranking import HINDSIGHT, Block, mean_speedup, report
 from echo_rl.wrapping import Wrapping
 from tests.policies import constant_policy
+from tests.profiles import hinge_profile
 from tests.recorded import random_trace
 
 SHAPES = ((0, 1, 1), (0.5, 1, 1), (1, 1, 1), (2, 2, 1), (3, 3, 2), (7, 4, 3), (15, 5, 4))
@@ -141,6 +142,20 @@ def test_a_policy_that_was_trained_again_is_measured_again(trace, costs, tmp_pat
         replayer = Replayer(CONFIG, trace, costs, registry.make, tmp_path / "cells.jsonl")
         served += replayer.measure(arm, 1, range(1))
     assert served[0].steps > served[1].steps
+
+
+def planning_by_costs() -> list[str]:
+    families = registry.CONTROLLERS.items()
+    return [name for name, family in families if "profile" in {field.name for field in fields(family.options)}]
+
+
+@pytest.mark.parametrize("name", planning_by_costs())
+def test_an_arm_whose_profile_was_measured_again_is_another(name, tmp_path):
+    path, known = tmp_path / "profile.json", []
+    for level in (1e-3, 2e-3, 2e-3):
+        hinge_profile(level=level).save(path)
+        known.append(made_of(registry.make(name, profile=str(path))))
+    assert known[0] != known[1] == known[2]
 
 
 def test_plain_decoding_and_a_good_plan_are_told_apart(trace, costs, tmp_path):

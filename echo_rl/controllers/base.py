@@ -22,13 +22,10 @@ class BaseController(ABC):
 
     name: str = ""
 
-    @property
-    def materials(self) -> tuple[object, ...]:
-        """What it was made of besides its options, such as what was in the files that these name."""
-        return ()
-
     def __init__(self) -> None:
         self._node_cap: int | None = None
+        self.materials: tuple[object, ...] = ()
+        """What it was made of besides its options, such as what was in the files that these name."""
 
     @abstractmethod
     def propose(self, load: LoadView) -> SpecPlan:

@@ -61,6 +61,7 @@ class CostAware(Eagle3):
     def __init__(self, options: CostAwareOptions) -> None:
         super().__init__(options)
         self.profile = CostProfile.of(options.profile)
+        self.materials = (self.profile,)
         self._arrays = CostArrays(self.profile)
         self._known: dict[tuple[int, int], Costs] = {}
         self._gates = every_level(options.depth)

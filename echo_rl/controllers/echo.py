@@ -57,12 +57,9 @@ class CalibratedSelection(BaseController):
     def __init__(self, calibration: GateCalibration | str | Path | None) -> None:
         super().__init__()
         self.calibration = GateCalibration.of(calibration)
+        self.materials = (self.calibration,)
         powers = self.calibration.score_power
         self._powers = np.array(powers, dtype=np.float32) if powers else None
-
-    @property
-    def materials(self) -> tuple[object, ...]:
-        return (self.calibration,)
 
     def select(self, forest: Forest, plan: SpecPlan) -> Selection:
         if self.scheduled:
@@ -82,13 +79,10 @@ class Echo(CalibratedSelection):
     def __init__(self, options: EchoOptions) -> None:
         super().__init__(options.calibration)
         self.profile = CostProfile.of(options.profile)
+        self.materials += (self.profile,)
         self.planner = BudgetPlanner(self.profile, options.planner, pooled=self.scheduled)
         self._nodes = options.nodes
         self._plans: dict[Shape, SpecPlan] = {}
-
-    @property
-    def materials(self) -> tuple[object, ...]:
-        return (*super().materials, self.profile)
 
     def gates(self, max_depth: int) -> Gates:
         return self.calibration.sparse(max_depth)

@@ -245,6 +245,7 @@ class Efficient(BaseController):
         super().__init__()
         self._depth, self._width = depth, width
         self.clock = StepClock(options.profile)
+        self.materials = (self.clock.profile,)
         self.curve = YieldCurve(options.horizon)
         self._switch = Switch(self.clock, options)
         self._depths: Sequence[int] = (depth,)  # levels that a step may end up drafting

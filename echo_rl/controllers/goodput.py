@@ -56,6 +56,7 @@ class TurboSpec(BaseController):
         super().__init__()
         self.options = options
         self.clock = StepClock(options.profile)
+        self.materials = (self.clock.profile,)
         self.acceptance = Acceptance(options.horizon)
         self._switch = Switch(self.clock, options)
 

@@ -45,6 +45,7 @@ class Oracle(BaseController):
     def __init__(self, options: OracleOptions) -> None:
         super().__init__()
         self.options, self._profile = options, CostProfile.of(options.profile)
+        self.materials = (self._profile,)
 
     def propose(self, load: LoadView) -> SpecPlan:
         depth, width = self.options.depth, self.options.width

@@ -85,6 +85,7 @@ class Ppo(CalibratedSelection):
         given = options.path
         self.policy = given if isinstance(given, Policy) else Policy.load(shipped() if given is None else given)
         self.echo = Echo(EchoOptions(options.profile, self.calibration))
+        self.materials = (*self.echo.materials, self.policy)
         self.fallbacks = 0
         self._lane = Lane(self.echo.profile)
         self._unread: deque[StepReport] = deque()  # not yet learned from
@@ -95,10 +96,6 @@ class Ppo(CalibratedSelection):
         self._looks = PlainLooks()
         self._looking = False  # the step in progress is a look at plain decoding
         self._plans: dict[tuple[Action, int], SpecPlan] = {}
-
-    @property
-    def materials(self) -> tuple[object, ...]:
-        return (*self.echo.materials, self.policy)
 
     def propose(self, load: LoadView) -> SpecPlan:
         if not self._left:

@@ -56,6 +56,7 @@ class Sequoia(BaseController):
         super().__init__()
         self.options = options
         self._arrays = CostArrays(CostProfile.of(options.profile))
+        self.materials = (self._arrays.profile,)
         self._grown = [_grow(options, depth) for depth in range(1, options.depth + 1)]
         self._known: dict[tuple[int, int, int], Static | None] = {}
         self._tree: Static | None = None
