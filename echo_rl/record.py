@@ -58,16 +58,18 @@ def record(
 ) -> Trace:
     """The trace of these requests, whose parts lie in the folder `parts`.
 
-    Raises `ConfigError` for stop strings (a trace knows tokens only), where there are no requests, and where `parts`
-    holds those of other requests (prompts, sampling and all), options or provenance.
+    Raises `ConfigError` for stop strings (a trace knows tokens only), for answers of a single token, where there are no
+    requests, and where `parts` holds those of other requests (prompts, sampling and all), options or provenance.
     """
     if any(request.params.stop for request in requests):
         raise ConfigError("a recording cannot end at stop strings; leave `stop` empty")
     if not requests:
         raise ConfigError("there are no requests to record; give at least one")
+    if min(request.params.max_new_tokens for request in requests) < 2:
+        raise ConfigError("a first token is the prompt's, not a step's; record with max_new_tokens of at least 2")
     asked = digest_of(*(repr(request).encode() for request in requests))
     what = {"options": asdict(options), "requests": asked, "provenance": provenance}
-    claim(parts / "recording.json", what, "a recording")
+    claim(parts / "recording.json", what, "a recording", parts.glob("part-*.safetensors"))
     chunks = [requests[i : i + options.batch] for i in range(0, len(requests), options.batch)]
     traces = []
     columns = (TextColumn("recording"), MofNCompleteColumn(), TextColumn("parts"), TimeRemainingColumn())
@@ -139,7 +141,7 @@ def _record_part(
             _on_path(position, response.tokens[t : t + options.depth])
             for t, position in enumerate(recorder.seen[request.id][: response.positions], 1)
         ]
-    levels = tuple(_stack([row[d] for row in rows]) for d in range(options.depth))
+    levels = tuple(_stack([row[d] for row in rows] or [_none(options.width)]) for d in range(options.depth))
     return Trace(tuple(responses), levels, provenance)
 
 
@@ -153,8 +155,8 @@ def _response(request: Request, tokens: tuple[int, ...], eos: frozenset[int], de
 
 def _positions(forest: Forest, options: RecordOptions) -> list[_Position]:
     """The step's forests, one a request, without the expansions that no beam needs."""
-    depths, width = forest.depths.numpy(), options.width
-    scores, parents, tokens = forest.scores.numpy(), forest.parents.numpy(), forest.tokens.numpy()
+    depths, width = forest.depths.cpu().numpy(), options.width
+    scores, parents, tokens = (each.cpu().numpy() for each in (forest.scores, forest.parents, forest.tokens))
     bounds = np.searchsorted(depths, np.arange(options.depth + 1))
     levels, words = [], []
     for d in range(options.depth):
@@ -192,6 +194,11 @@ def _on_path(position: _Position, tokens: Sequence[int]) -> list[Level]:
         above = int(groups[0] * words.shape[1] + hits[0]) if len(hits) else -2
         levels.append(replace(level, path=np.array([max(above, -1)])))
     return levels
+
+
+def _none(width: int) -> Level:
+    """A level of no position: every answer ended with its first token."""
+    return Level(np.zeros((0, 1, width), np.float32), np.zeros((0, 1), np.int64), np.zeros(0, np.int64))
 
 
 def _stack(levels: Sequence[Level]) -> Level:

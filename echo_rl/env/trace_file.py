@@ -69,7 +69,7 @@ def _used(level: Level, depth: int) -> NDArray[np.bool_]:
 
 def _level(tensors: dict[str, NDArray[Any]], depth: int) -> Level:
     counts, scores = tensors[f"{depth}.counts"].astype(np.int64), tensors[f"{depth}.scores"]
-    used = np.arange(int(counts.max())) < counts[:, None]
+    used = np.arange(int(counts.max(initial=1))) < counts[:, None]
     parents = np.full(used.shape, -1, dtype=np.int64)
     full = np.full((*used.shape, scores.shape[1]), -np.inf, dtype=np.float32)
     parents[used], full[used] = tensors[f"{depth}.parents"], scores

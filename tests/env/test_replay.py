@@ -132,11 +132,29 @@ def test_recording_resumes_with_the_missing_parts(engine, trace, requests, tmp_p
     again = record(engine, requests, frozenset({0}), OPTIONS, tmp_path, "tiny")
     assert again.responses == trace.responses
     assert (tmp_path / "part-0000.safetensors").stat().st_mtime_ns == before
+    settings = (tmp_path / "recording.json").read_text()
+    (tmp_path / "recording.json").unlink()
+    with pytest.raises(ConfigError, match="unknown settings"):
+        record(engine, requests, frozenset({0}), OPTIONS, tmp_path, "tiny")
+    (tmp_path / "recording.json").write_text(settings)
     longer = [replace(r, params=replace(r.params, max_new_tokens=21)) for r in requests]
     prompts = [replace(r, prompt=r.prompt[1:]) for r in requests]
     for others in (requests[:4], longer, prompts):
         with pytest.raises(ConfigError, match="another requests"):
             record(engine, others, frozenset({0}), OPTIONS, tmp_path, "tiny")
+
+
+def test_answers_that_end_at_once_are_recorded(engine, requests, tmp_path):
+    """A whole part of them holds no position."""
+    every = frozenset(range(200))
+    mixed = [replace(r, params=replace(r.params, ignore_eos=i >= OPTIONS.batch)) for i, r in enumerate(requests)]
+    recorded = record(engine, mixed, every, OPTIONS, tmp_path)
+    assert [r.length for r in recorded.responses][: OPTIONS.batch] == [1] * OPTIONS.batch
+    assert len(recorded.levels[0].scores) == sum(r.positions for r in recorded.responses) > 0
+    with pytest.raises(ConfigError, match="at least 2"):
+        record(
+            engine, [replace(requests[0], params=SamplingParams(max_new_tokens=1))], every, OPTIONS, tmp_path / "one"
+        )
 
 
 def test_nothing_is_not_recorded(engine, tmp_path):
