@@ -36,6 +36,8 @@ MAX_LOGPROBS = 20
 
 LEAST_TEMPERATURE = 1e-5
 """Below it logits over the temperature would leave float32."""
+MOST_TEMPERATURE = 1e38
+"""Above it the temperature itself would; draws are even from far below."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ class SamplingParams:
 
     @property
     def drawn_at(self) -> float:
-        """The temperature that counts: 0 for the plain argmax."""
-        return self.temperature if self.temperature >= LEAST_TEMPERATURE else 0.0
+        """The temperature that counts: 0 for the plain argmax, and one that float32 holds."""
+        return min(self.temperature, MOST_TEMPERATURE) if self.temperature >= LEAST_TEMPERATURE else 0.0
 
 
 @dataclass(frozen=True)

@@ -37,13 +37,16 @@ class Architecture:
     rope_scaling: Mapping[str, float] | None
     """`LLAMA3_ROPE`, or None for plain rotary positions."""
     max_positions: int
-    tied: bool
+    tied: bool | None
+    """Whether the output head is the embeddings; None: where the weights have no other."""
+    attention_bias: bool
+    """Whether all four attention projections have a bias (Llama's and Qwen3's option)."""
     eos: tuple[int, ...]
 
     @property
     def biased(self) -> bool:
         """Whether queries, keys and values always have a bias."""
-        return self.name == "Qwen2ForCausalLM"
+        return self.name == "Qwen2ForCausalLM" or self.attention_bias
 
     @property
     def normed(self) -> bool:
@@ -91,7 +94,8 @@ def _architecture(name: str, config: Document, eos: tuple[int, ...]) -> Architec
         rope_theta=rope.number("rope_theta", config.number("rope_theta", 10_000.0)),
         rope_scaling={key: scaling.number(key) for key in LLAMA3_ROPE} if kind == "llama3" else None,
         max_positions=config.count("max_position_embeddings", 2_048),
-        tied=bool(config.values.get("tie_word_embeddings", False)),
+        tied=None if (tied := config.values.get("tie_word_embeddings")) is None else bool(tied),
+        attention_bias=name != "Qwen2ForCausalLM" and bool(config.values.get("attention_bias")),
         eos=eos,
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from echo_kernels import ops_for
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import (
     AUTOREGRESSIVE,
@@ -57,8 +58,17 @@ class Engine:
 
     @classmethod
     def load(cls, config: EngineConfig) -> Engine:
-        """Load model, tokenizer and drafter. Raises `ConfigError`, `WeightsError` or `DrafterMismatch`."""
+        """Load model, tokenizer and drafter. Raises `ConfigError`, `WeightsError` or `DrafterMismatch`.
+
+        Makes its GPU the current one of this thread, which must also be the one that steps.
+        """
         device, dtype = resolve(config.device, config.dtype)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        try:
+            ops_for(device)
+        except (ValueError, RuntimeError) as error:  # kernels that were asked for by name and can't be had
+            raise ConfigError(str(error)) from error
         if config.threads:
             torch.set_num_threads(config.threads)
         folder = resolve_model(config.model)

@@ -43,7 +43,7 @@ class Target:
         self.ops = ops_for(device)
         self.embed = reader.take("model.embed_tokens.weight", arch.vocab, arch.hidden)
         self.norm = reader.take("model.norm.weight", arch.hidden)
-        tied = arch.tied or "lm_head.weight" not in reader
+        tied = "lm_head.weight" not in reader if arch.tied is None else arch.tied
         self.lm_head = Linear(self.embed if tied else reader.take("lm_head.weight", arch.vocab, arch.hidden))
         self.layers = [_read_layer(arch, reader, i) for i in range(arch.layers)]
         unknown = {n for n in reader.unread if not n.endswith("rotary_emb.inv_freq") and n != "lm_head.weight"}
@@ -110,6 +110,7 @@ def _read_layer(arch: Architecture, reader: TensorReader, index: int) -> Layer:
 
     heads = (("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv))
     gates = (("mlp.gate_proj", arch.intermediate), ("mlp.up_proj", arch.intermediate))
+    take_out = reader.take if arch.attention_bias else reader.take_if_there
     biased = arch.biased or any(f"{p}{name}.bias" in reader for name, _ in heads)
     bias = torch.cat([reader.take(f"{p}{name}.bias", rows) for name, rows in heads]) if biased else None
     return Layer(
@@ -119,7 +120,7 @@ def _read_layer(arch: Architecture, reader: TensorReader, index: int) -> Layer:
         k_norm=reader.take(f"{p}self_attn.k_norm.weight", arch.head_dim) if arch.normed else None,
         out=Linear(
             reader.take(f"{p}self_attn.o_proj.weight", arch.hidden, q),
-            reader.take_if_there(f"{p}self_attn.o_proj.bias", arch.hidden),
+            take_out(f"{p}self_attn.o_proj.bias", arch.hidden),
         ),
         post_norm=reader.take(f"{p}post_attention_layernorm.weight", arch.hidden),
         gate_up=Linear(fused(gates, arch.hidden)),

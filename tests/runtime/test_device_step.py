@@ -130,6 +130,11 @@ def test_the_smallest_temperatures_are_greedy(engines):
     assert run(engines[1], Ruled(0), todo) == run(engines[0], Ruled(0), greedy)
 
 
+def test_temperatures_past_float32_draw_what_the_filters_leave(engines):
+    todo = requests(2, 1e39, top_k=3)
+    assert run(engines[1], Ruled(0), todo) == run(engines[0], Ruled(0), todo)
+
+
 def test_as_many_prompts_end_as_a_chunk_holds(engines):
     """One-token prompts, a whole chunk of them in one step, beside requests that decode."""
     outputs = []

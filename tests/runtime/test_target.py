@@ -125,12 +125,20 @@ def test_models_that_would_run_wrongly_are_refused(tmp_path, change, words):
         ("Qwen3ForCausalLM", "self_attn.k_norm.weight"),
         ("Qwen2ForCausalLM", "self_attn.k_proj.bias"),
         ("Qwen2ForCausalLM", "proj.bias"),
+        ("LlamaForCausalLM", "lm_head.weight"),
     ],
 )
-def test_lost_norms_and_biases_are_refused(tmp_path, architecture, lost):
+def test_lost_tensors_are_refused(tmp_path, architecture, lost):
     path = tiny.target_folder(tmp_path, architecture) / "model.safetensors"
     save_file({name: tensor for name, tensor in load_file(path).items() if not name.endswith(lost)}, path)
     with pytest.raises(WeightsError, match=f"no tensor .*{lost}"):
+        Target.load(tmp_path, 128, torch.device("cpu"), torch.float32)
+
+
+def test_biases_that_a_config_promises_are_not_left_out(tmp_path):
+    path = tiny.target_folder(tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_bias": True}))
+    with pytest.raises(WeightsError, match=r"no tensor .*q_proj\.bias"):
         Target.load(tmp_path, 128, torch.device("cpu"), torch.float32)
 
 

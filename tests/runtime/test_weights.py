@@ -17,6 +17,8 @@ from echo_rl.packages import Archive, PackageUnavailable
 from echo_rl.runtime import weights
 from echo_rl.runtime.architecture import rope_table
 from echo_rl.runtime.checkpoint import read_tensors
+from echo_rl.runtime.device import resolve
+from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.gguf_reader import read_gguf
 from echo_rl.runtime.kv_cache import KVCache
 from tests import tiny
@@ -45,6 +47,24 @@ def test_unknown_config_keys_name_the_nearest():
 def test_bad_settings_are_refused(values):
     with pytest.raises(ConfigError, match="give|must"):
         EngineConfig.from_dict(values)
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch):
+    with pytest.raises(ConfigError, match="float16 is for GPUs"):
+        resolve("cpu", "float16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve("cuda:1", "float16") == (torch.device("cuda:1"), torch.float16)
+    with pytest.raises(ConfigError, match="there are 2 GPUs"):
+        resolve("cuda:2", "auto")
+
+
+@pytest.mark.parametrize("backend", ["tirton", "triton"])
+def test_kernels_that_cannot_be_had_are_named(tmp_path, monkeypatch, backend):
+    monkeypatch.setenv("ECHO_KERNELS", backend)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="ECHO_KERNELS"):
+        Engine.load(EngineConfig(model=str(tiny.target_folder(tmp_path)), drafter=None))
 
 
 def test_settings_that_the_memory_cannot_hold_are_named(monkeypatch):
