@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def read_lines(path: Path) -> list[Any]:
         return []
     lines = path.read_text().split("\n")
     if lines.pop():
-        path.write_text("".join(f"{line}\n" for line in lines))
+        os.truncate(path, sum(len(line.encode()) + 1 for line in lines))
     return [_parsed(path, number, line) for number, line in enumerate(lines, 1)]
 
 

@@ -30,7 +30,8 @@ OUT = calibrated("")
 class Cost:
     """Measure what verifying and drafting cost on this machine; rerun it to go on where it stopped.
 
-    What has been measured is kept in the folder's ``samples.json``: delete that to measure anew.
+    What has been measured is kept in the folder's ``samples.json``, or of steps on the device in
+    ``samples-device.json``: delete that to measure anew.
 
     Controllers use the result from then on if it lies in the default folder; else name it, as in
     ``echo:profile=FILE``.
