@@ -38,7 +38,7 @@ class Tracker:
         self._paces.reset(lanes)
 
     def update(self, outcomes: Outcomes) -> None:
-        """Learn from a step. Lanes that had no decoding request change nothing but their arrivals."""
+        """Learn from a step. Lanes without a decoding request change nothing: the next one's arrivals hold theirs."""
         loads, on = outcomes.loads, outcomes.budget > 0
         live, batch = loads.batch > 0, np.maximum(loads.batch, 1.0)
         spoken = on & live
@@ -47,6 +47,7 @@ class Tracker:
         reached = outcomes.reached
         measured[:, _ARRIVALS] = loads.arrived
         measured[:, _ACCEPTANCE] = outcomes.accepted / np.maximum(reached, 1.0)
+        rate[:, _ARRIVALS] *= live
         rate[:, _ACCEPTANCE] = SPARSE_RATE * np.minimum(1.0, reached / 4.0)
         measured[:, _CONFIDENCE] = outcomes.confidence
         measured[:, _YIELD] = outcomes.committed / batch

@@ -200,6 +200,7 @@ def test_the_fleet_is_the_replay_backend_vectorised(costs):
             one.update(report)
             if report.load.batch_size:
                 break
+            many.update(outcomes_of(report))  # its arrivals are told again
         report = replace(report, load=replace(report.load, arrived=arrived))
         loads = fleet.loads()
         step = fleet.step(Knobs(*(np.array([x]) for x in (float(nodes), depth, width, CALIBRATED, floor))))
