@@ -216,8 +216,13 @@ def make_score(config: TrainConfig, setting: Setting, baselines: Mapping[str, Ma
 
 
 def claim(config: TrainConfig, setting: Setting) -> dict[str, Any]:
-    """What makes a run this run and no other, as flat JSON."""
-    flat: dict[str, Any] = {**_provenance(setting), **bound(setting.table)}
+    """What makes a run this run and no other, as JSON."""
+    return {**_provenance(setting), **bound(setting.table), **_settings(config)}
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """Those that a resumed run must share, files aside."""
+    flat: dict[str, Any] = {}
     for name, value in json.loads(json.dumps(asdict(config), default=str)).items():
         nested = {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
         flat |= {key: inner for key, inner in nested.items() if key not in (*FREE, *FILES)}
@@ -251,9 +256,8 @@ def _clone_echo(policy: ActorCriticPolicy, config: TrainConfig, setting: Setting
 
 def _manifest(config: TrainConfig, setting: Setting, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What a policy's manifest tells of its training."""
-    described = {name: value for name, value in claim(config, setting).items() if name not in FILES}
     trained = {
         **_provenance(setting), "modelled": setting.profile.modelled, "steps": facts["steps"],
-        "cloned": facts["notes"], "config": described,
+        "cloned": facts["notes"], "config": _settings(config),
     }  # fmt: skip
     return {"trained": trained, "metrics": facts["metrics"], "commit": commit()}
