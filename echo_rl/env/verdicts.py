@@ -55,7 +55,7 @@ class Tables:
 
     def __init__(self, recorded: Sequence[Restricted], score_power: Sequence[float]) -> None:
         self._tables = [_Table(forests, score_power) for forests in recorded]
-        self._place = np.zeros(1 + max(forests.width for forests in recorded), dtype=np.int64)
+        self._place = np.full(1 + max(forests.width for forests in recorded), -1)
         self._place[[forests.width for forests in recorded]] = np.arange(len(recorded))
         self._positions = len(recorded[0].path)
         self._levels = np.concatenate([table.levels for table in self._tables])  # [W * P, 3, D]
@@ -64,6 +64,7 @@ class Tables:
         """`positions` [R], of which `counts` [E] (each at least 1) a server; `limit` is the most nodes of a request."""
         owner, begins = np.repeat(np.arange(len(counts)), counts), counts.cumsum() - counts
         places = self._place[orders.width]
+        assert places.min() >= 0, "a plan of a width that these tables lack"
         levels = self._levels.take(places[owner] * self._positions + positions, axis=0)
         stop = _stops(levels[:, 0], orders.gates[owner], orders.depth[owner])
         drafted = stop[:, None] >= LEVELS

@@ -369,6 +369,13 @@ def test_a_reference_may_have_a_width_that_no_action_has(costs):
     np.testing.assert_array_equal(rewards((1,)), rewards((1, 3)))
 
 
+def test_no_plan_is_decided_on_the_forests_of_another_width(costs):
+    fleet = Fleet(random_trace(), costs, (1, 4), (), (), 1, reference=((64, (3.0, 2, 3)),))
+    fleet.reset(0, closed(2), seed=0)
+    with pytest.raises(AssertionError, match="width"):
+        fleet.step(Knobs(*(np.array([x]) for x in (2.0, 2, 4, CALIBRATED, 0.0))))
+
+
 def test_the_reference_is_what_that_plan_would_have_brought(costs):
     """Taking the reference plan itself leaves a reward of zero, step for step; rewards differ by it alone."""
     table = ActionTable(depths=(1, 2, 3, 4, 5), widths=(1, 2, 3, 4), gates=(CALIBRATED,), floors=(0.0,))
