@@ -36,13 +36,14 @@ def policies(result: Result) -> str:
     rows.append(["all", Interval(**result["over_echo"]).text(3, "×"), "", "", ""])
     rows.append(["other machines", Interval(**result["elsewhere"]["over_echo"]).text(3, "×"), "", "", ""])
     heads = ["workload", "`ppo` over `echo`", "best fixed plan over `echo`", "`ppo` over `none`", "`echo` over `none`"]
-    closed, minutes = result["gap_closed"], [run["seconds"] / 60 for run in result["training"].values()]
+    closed, minutes = result["gap_closed"], [result["training"][seed]["seconds"] / 60 for seed in result["seeds"]]
     words = (
         "\nECHO is nowhere behind the best fixed plan."
         if closed is None
         else f"\nWhere ECHO is behind the best fixed plan, the policies close {closed:.0%} of the gap."
     )
-    return table(heads, rows) + f"{words} Training took {min(minutes):.0f} to {max(minutes):.0f} minutes on one core.\n"
+    took = f"A policy's training took {min(minutes):.0f} to {max(minutes):.0f} minutes, several on the same two cores."
+    return table(heads, rows) + f"{words} {took}\n"
 
 
 def deciding(result: Result) -> str:
