@@ -66,14 +66,14 @@ class Exchange(Response):
         front.engine()
         front.check_model(body.model)
         count = body.copies * (len(body.prompts) if isinstance(body, CompletionRequest) else 1)
-        with front.admission.enter(count):
-            try:
+        try:
+            with front.admission.enter(count):
                 async with asyncio.timeout(front.config.request_timeout):
                     async with aclosing(await self._submit(trail)) as outputs:
                         serve = self._stream if body.stream else self._answer
                         await serve(outputs, trail, scope, receive, send)
-            except Exception as error:
-                await self._fail(self._failure(error), trail, send)
+        except Exception as error:
+            await self._fail(self._failure(error), trail, send)
 
     async def _submit(self, trail: Trail) -> OutputStream:
         prompts = await self._prompts()

@@ -24,20 +24,13 @@ from echo_rl.server.messages import ExperimentReport, Stepped, StepStats
 from echo_rl.server.options import SwitchOptions
 from echo_rl.server.streams import SLOW_READER, Inbox
 from tests.server.front_world import stats
-from tests.server.hosts import collect, fake_host, request_of, running, serve_fake, tiny_host
+from tests.server.hosts import collect, fake_host, request_of, running, serve_fake, tiny_host, until
 
 QUICK = {"backoff": 0.01, "stop_seconds": 5.0}
 
 
 def text_of(outputs) -> str:
     return "".join(output.text for output in outputs)
-
-
-async def until(condition, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        await asyncio.sleep(0.005)
 
 
 # ----------------------------------------------------------------------------- requests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -15,6 +16,7 @@ from echo_rl.server.errors import ApiError
 from echo_rl.server.limits import Admission
 from tests.conftest import FakeClock
 from tests.server.front_world import FakeHost, client_of, listening, make_app, wait_until
+from tests.server.hosts import until
 
 COMPLETION = "/v1/completions"
 
@@ -117,6 +119,35 @@ def test_a_client_that_leaves_frees_the_engine(stream, copies):
             wait_until(lambda: host.in_flight == copies)
         wait_until(lambda: len(host.cancelled) == copies)
     assert host.in_flight == 0 and app.state.front.admission.unfinished == 0
+
+
+def test_a_stream_that_nobody_reads_holds_no_place_after_its_timeout():
+    host = FakeHost()
+    host.pause = 0.01
+    app = make_app(host, request_timeout=0.1)
+    text = json.dumps(body(30, stream=True, n=2)).encode()
+
+    async def main():
+        asked = iter([{"type": "http.request", "body": text, "more_body": False}])
+
+        async def receive():
+            return next(asked, None) or await asyncio.Event().wait()
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()  # the transport takes no more
+
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(text)).encode())]
+        scope = {"type": "http", "method": "POST", "path": COMPLETION, "query_string": b"", "headers": headers}
+        serving = asyncio.create_task(app(scope, receive, send))
+        admission = app.state.front.admission
+        await until(lambda: admission.unfinished == 2)
+        await until(lambda: admission.unfinished == 0)
+        assert host.in_flight == 0 and len(host.cancelled) == 2
+        serving.cancel()
+        await asyncio.wait([serving])
+
+    asyncio.run(main())
 
 
 def test_draining_is_503():
