@@ -43,3 +43,8 @@ class IntegrityError(EchoError, RuntimeError):
 
 class PlanViolation(EchoError, RuntimeError):
     """A controller asked for more than its own plan or the engine's limits allow."""
+
+
+def explain(error: BaseException) -> str:
+    """What went wrong, in one line; with its kind where the message was not written for users."""
+    return str(error) if isinstance(error, EchoError) else f"{type(error).__name__}: {error}"

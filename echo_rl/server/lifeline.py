@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from echo_rl.errors import ConfigError, EchoError
+from echo_rl.errors import ConfigError, EchoError, explain
 from echo_rl.server.channel import FrontChannel
 from echo_rl.server.messages import Event, Failed, Ready, Stop
 from echo_rl.server.options import SwitchOptions
@@ -135,7 +135,12 @@ class Lifeline:
         self.state, self._last_words, self._gone = "loading", None, asyncio.Event()
         self._loading = asyncio.get_running_loop().create_future()
         ours, theirs = socket.socketpair()
-        self.worker = WORKERS[config.isolation](theirs, self._factory, controller, config.switch)
+        try:
+            self.worker = WORKERS[config.isolation](theirs, self._factory, controller, config.switch)
+        except BaseException:
+            ours.close()
+            theirs.close()
+            raise
         atexit.register(self.worker.kill)  # before multiprocessing would wait for it
         channel = self.channel = FrontChannel(self._on_event, lambda: self._on_lost(channel))
         await channel.open(ours)
@@ -193,8 +198,8 @@ class Lifeline:
             await asyncio.sleep(self._config.backoff * 2.0 ** (deaths - 1))
             try:
                 await self._launch(self._owner.controller_for(deaths))
-            except EchoError as error:
-                why = str(error)
+            except Exception as error:
+                why = explain(error)
                 await self._bury(why)
             else:
                 self.restarts += 1

@@ -18,7 +18,7 @@ from echo_rl.controllers.aside import Answer, Aside
 from echo_rl.controllers.guarded import CAUSES, Guarded
 from echo_rl.controllers.soundness import Limits
 from echo_rl.controllers.standby import Standby
-from echo_rl.errors import ConfigError, EchoError
+from echo_rl.errors import ConfigError, explain
 from echo_rl.server.experiment import CONTROL, HARM, TREATMENT, ExperimentOptions, Switchback
 from echo_rl.server.messages import Event, ExperimentReport, Reply, SetController, StartExperiment, StopExperiment
 from echo_rl.server.options import SwitchOptions
@@ -167,7 +167,7 @@ class Switch:
     def _finish(self, job: SetController | StartExperiment, answer: Answer) -> list[Event]:
         if answer.error is not None:
             log.warning("the controller stays '%s': %s", self._main.spec, answer.error)
-            return [Reply(job.ticket, error=_explain(answer.error))]
+            return [Reply(job.ticket, error=explain(answer.error))]
         if isinstance(job, SetController):
             return [self._replace(job, answer.value[0])]
         return self._start(job, answer.value)
@@ -238,7 +238,3 @@ def options_of(job: StartExperiment) -> ExperimentOptions:
 
 def _all(build: MakeController, specs: tuple[str, ...]) -> list[Controller]:
     return [build(spec) for spec in specs]
-
-
-def _explain(error: BaseException) -> str:
-    return str(error) if isinstance(error, EchoError) else f"{type(error).__name__}: {error}"

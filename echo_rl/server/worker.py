@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller
-from echo_rl.errors import EchoError
+from echo_rl.errors import EchoError, explain
 from echo_rl.server.channel import CoreChannel
 from echo_rl.server.heap import settle
 from echo_rl.server.messages import Failed, Ready, Stop
@@ -195,9 +195,8 @@ def serve_core(
 def _tell(channel: CoreChannel, error: BaseException) -> None:
     expected = isinstance(error, EchoError)
     log.log(logging.WARNING if expected else logging.ERROR, "the engine ends: %s", error, exc_info=not expected)
-    message = str(error) if expected else f"{type(error).__name__}: {error}"
     try:
-        channel.send(Failed(message))
+        channel.send(Failed(explain(error)))
     except OSError:
         log.warning("the front is gone, too")
 

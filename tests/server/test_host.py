@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -20,9 +21,11 @@ import pytest
 from echo_rl.errors import ConfigError, EchoError, RequestError
 from echo_rl.server.channel import CoreChannel, FrontChannel
 from echo_rl.server.host import EngineHost, HostConfig, Unavailable
+from echo_rl.server.lifeline import WORKERS
 from echo_rl.server.messages import ExperimentReport, Stepped, StepStats
 from echo_rl.server.options import SwitchOptions
 from echo_rl.server.streams import SLOW_READER, Inbox
+from echo_rl.server.worker import ThreadWorker
 from tests.server.front_world import stats
 from tests.server.hosts import collect, fake_host, request_of, running, serve_fake, tiny_host, until
 
@@ -414,6 +417,40 @@ def test_an_engine_that_keeps_dying_is_given_up():
             assert host.restarts == 2 and not host.ready
             with pytest.raises(Unavailable):
                 host.submit(request_of("abc"))
+
+    asyncio.run(main())
+
+
+def test_a_restart_that_cannot_spawn_is_tried_again(monkeypatch):
+    left = []
+
+    class Refused(ThreadWorker):
+        def __init__(self, sock, *more):
+            if len(left) < 2:
+                left.append(sock)
+                raise OSError(errno.EAGAIN, "no more processes")
+            super().__init__(sock, *more)
+
+    async def main():
+        async with running(fake_host(**QUICK)) as host:
+            monkeypatch.setitem(WORKERS, "thread", Refused)
+            await collect(host, request_of("#"))
+            await until(lambda: host.restarts == 1 and host.ready)
+            assert len(await collect(host, request_of("abc"))) == 8
+            assert [sock.fileno() for sock in left] == [-1, -1]
+
+    asyncio.run(main())
+
+
+def test_a_restart_that_can_never_spawn_is_given_up(monkeypatch):
+    def full():
+        raise OSError(errno.EMFILE, "too many open files")
+
+    async def main():
+        async with running(fake_host(most_restarts=2, **QUICK)) as host:
+            monkeypatch.setattr(socket, "socketpair", full)
+            await collect(host, request_of("#"))
+            await until(lambda: not host.alive)
 
     asyncio.run(main())
 
