@@ -52,9 +52,8 @@ class EngineHost:
         self._tickets = itertools.count(1)
         self._subscriptions: list[Subscription] = []
         self._callbacks: list[Callable[[StepStats], None]] = []
-        self._trees = False
+        self._trees = self._draining = False
         self._good = LastGood(config.controller, config.switch.trial_steps)
-        self._draining = False
         self._fallbacks, self._rollbacks, self._serving = Tally(), Tally(), Tally()
         self.ready_info: Ready | None = None
         """What the engine said of itself when it was last loaded."""
@@ -262,8 +261,9 @@ class EngineHost:
     def _report(self, report: ExperimentReport) -> None:
         if report.state == "running" and not self._experimenting:
             log.info("experiment: '%s' against '%s'", report.value.get("treatment"), report.value.get("control"))
+        if report.state != "running" or not self._experimenting:
+            self._good.swapped(report.value["controller"])
         self.experiment = report
-        self._good.proven(report.value["control"])
         self._spread(report)
 
     def _spread(self, news: News) -> None:

@@ -16,9 +16,6 @@ class LastGood:
     def swapped(self, spec: str) -> None:
         self.current, self._steps = spec, 0
 
-    def proven(self, spec: str) -> None:
-        self.current = self._proven = spec
-
     def stepped(self, spec: str) -> None:
         """A step under this controller: another one than thought means that the core went back to it."""
         if spec != self.current:

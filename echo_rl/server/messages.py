@@ -169,7 +169,7 @@ class ExperimentReport:
     state: str
     """``running``, ``done``, ``stopped`` (by hand) or ``harm``."""
     value: dict[str, Any]
-    """Arms, blocks, tokens/s of each, ratio with its interval, the reason of its end."""
+    """Arms, blocks, tokens/s of each, ratio with its interval, the reason of its end, the controller in force."""
 
 
 @dataclass(frozen=True)

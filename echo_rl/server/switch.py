@@ -205,8 +205,8 @@ class Switch:
         built = zip(specs.items(), controllers, strict=True)
         self._arms = {arm: self._guard(spec, controller) for (arm, spec), controller in built}
         self._experiment = Switchback(options_of(job))
-        report = self._experiment.report()
-        return [ExperimentReport(report["state"], report), Reply(job.ticket, report)]
+        report = _told(self._experiment, self._arms[CONTROL])
+        return [report, Reply(job.ticket, report.value)]
 
     def _count(self, experiment: Switchback, tokens: int, seconds: float) -> list[Event]:
         for arm, seat in self._arms.items():
@@ -217,23 +217,31 @@ class Switch:
             return []
         if experiment.reason is not None:
             return [self._end(experiment.reason)]
-        return [ExperimentReport(experiment.state, experiment.report())]
+        return [_told(experiment, self._arms[CONTROL])]
 
     def _end(self, reason: str, **state: str) -> ExperimentReport:
-        """The control stays in force."""
+        """The control stays in force; where it is retired, who decided before comes back."""
         assert self._experiment is not None
         self._experiment.stop(reason, **state)
-        report = self._experiment.report()
+        control = self._arms[CONTROL]
         self._drop(self._arms[TREATMENT])
-        self._drop(self._main)
-        self._main = self._arms[CONTROL]
-        self._arms, self._experiment, self._trial = {}, None, 0
-        return ExperimentReport(report["state"], report)
+        if control.guard.retired is None:
+            self._drop(self._main)
+            self._main, self._trial = control, 0
+        else:
+            self._drop(control)
+        report = _told(self._experiment, self._main)
+        self._arms, self._experiment = {}, None
+        return report
 
 
 def options_of(job: StartExperiment) -> ExperimentOptions:
     """Raises `ConfigError` on values out of range."""
     return ExperimentOptions(job.control, job.treatment, job.block_seconds, job.blocks, job.harm, job.seed)
+
+
+def _told(experiment: Switchback, in_force: Seat) -> ExperimentReport:
+    return ExperimentReport(experiment.state, {**experiment.report(), "controller": in_force.spec})
 
 
 def _all(build: MakeController, specs: tuple[str, ...]) -> list[Controller]:

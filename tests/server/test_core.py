@@ -414,9 +414,25 @@ def test_a_treatment_that_is_retired_ends_its_experiment():
 
     director = play(scene, make=make_with_bad(fail), spec="chain", switch={"deadline": 5.0})
     last = director.of(ExperimentReport)[-1]
-    if last.value["reason"].startswith("treatment"):
-        assert last.state == "harm"
-    assert director.reply(2).value["controller"] == "none"
+    assert last.value["reason"].startswith("treatment is retired") and last.state == "harm"
+    assert director.reply(2).value["controller"] == last.value["controller"] == "none"
+
+
+def test_a_control_that_is_retired_makes_way_for_who_decided_before():
+    def scene(director):
+        yield [long_request(), start(control="bad", treatment="none", blocks=10**4, harm=0.0)]
+        yield from director.until_reply(1)
+        while director.of(ExperimentReport)[-1].state == "running":
+            yield []
+            assert len(director.events) < 10**5
+        yield [Inspect(2)]
+        yield from quiet(5)
+
+    director = play(scene, make=make_with_bad(fail), spec="chain", switch={"deadline": 5.0})
+    last, held = director.of(ExperimentReport)[-1], director.reply(2).value
+    assert last.value["reason"].startswith("control is retired") and last.state == "stopped"
+    assert held["controller"] == last.value["controller"] == director.stats[-1].controller == "chain"
+    assert held["retired"] is None and director.stats[-1].fallbacks["exception"] == held["fallbacks"]["exception"]
 
 
 def test_an_experiment_is_stopped_by_hand_once():

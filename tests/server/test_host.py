@@ -474,7 +474,32 @@ def test_a_death_ends_the_experiment():
             await collect(host, request_of("#"))
             await until(lambda: host.restarts == 1 and host.ready)
             assert host.experiment.state == "stopped" and "the engine died" in host.experiment.value["reason"]
+            assert host.controller == "none", "the control had not served its trial"
+
+    asyncio.run(main())
+
+
+def test_a_control_serves_its_trial_like_any_other_controller():
+    async def main():
+        async with running(fake_host(switch=SwitchOptions(trial_steps=5, deadline=5.0), **QUICK)) as host:
+            await host.start_experiment("chain", "none", block_seconds=100.0)
+            await host.stop_experiment()
             assert host.controller == "chain"
+            await collect(host, request_of("abc", max_new_tokens=40))
+            await collect(host, request_of("#"))
+            await until(lambda: host.restarts == 1 and host.ready)
+            assert host.controller == "chain"
+
+    asyncio.run(main())
+
+
+def test_a_report_tells_who_decides_after_a_control_that_failed():
+    async def main():
+        async with running(fake_host()) as host:
+            host.on_event(ExperimentReport("running", {"controller": "bad"}))
+            assert host.controller == "bad"
+            host.on_event(ExperimentReport("stopped", {"controller": "none"}))
+            assert host.controller == "none"
 
     asyncio.run(main())
 
