@@ -82,8 +82,8 @@ class Client:
         return str((await self._call("GET", "/admin/controller", key=key)).get("controller", ""))
 
     async def set_controller(self, spec: str, key: str | None) -> None:
-        """See `choice`. Raises `ConfigError` where the server refuses it."""
-        await self._call("PUT", "/admin/controller", choice(spec), key)
+        """Also as the server shows it. Raises `ConfigError` where the server refuses it."""
+        await self._call("PUT", "/admin/controller", {"controller": spec}, key)
 
     async def _call(self, method: str, path: str, body: Any = None, key: str | None = None) -> dict[str, Any]:
         data = b"" if body is None else json.dumps(body).encode()
@@ -101,19 +101,6 @@ class Client:
 
     def close(self) -> None:
         self._endpoint.close()
-
-
-def choice(spec: str) -> dict[str, str]:
-    """What the server is asked for: ``ppo:checkpoint=NAME`` names a policy of its own, beside other options.
-
-    A server shows such a policy as ``path=NAME``, which means the same here.
-    """
-    name, _, tail = spec.partition(":")
-    options = tail.split(",") if tail else []
-    policies = [option for option in options if option.startswith(("checkpoint=", "path="))]
-    others = ",".join(option for option in options if option not in policies)
-    wanted = {"controller": f"{name}:{others}" if others else name}
-    return wanted | ({"checkpoint": policies[-1].partition("=")[2]} if policies else {})
 
 
 def _said(answer: Answer) -> str:

@@ -27,9 +27,9 @@ def create_app(
 ) -> FastAPI:
     """The application; its `Front` is at ``app.state.front``.
 
-    `model` is the engine's model (a name or a path). `config.host` must be the IP address that is really
-    listened on: without an admin key it decides whether there is an /admin at all. Raises `ConfigError`
-    where the keys can't be read.
+    `model` is the engine's model (a name or a path). The controller in force now is the server's first, see
+    `Choices`. `config.host` must be the IP address that is really listened on: without an admin key it decides
+    whether there is an /admin at all. Raises `ConfigError` where the keys can't be read.
     """
     keys = Keys.load(config) if keys is None else keys
     name = config.model_name(model)
@@ -39,7 +39,8 @@ def create_app(
     app.state.front = front
     for_admin = admin_guard(keys, config.host)
     app.include_router(openai.make_router(front, api_guard(keys)))
-    app.include_router(admin.make_router(front, Choices(config.checkpoints or shipped_checkpoints()), for_admin))
+    choices = Choices(config.checkpoints or shipped_checkpoints(), host.controller)
+    app.include_router(admin.make_router(front, choices, for_admin))
     app.include_router(health.make_router(front))
     app.include_router(ui.make_router(host, for_admin))
     errors.install(app)

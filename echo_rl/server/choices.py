@@ -27,6 +27,8 @@ class Choices:
     """What this server offers."""
 
     checkpoints: Path
+    first: str
+    """The spec that the server began with."""
 
     def names(self) -> tuple[str, ...]:
         return tuple(name for name in registry.names() if name not in NEEDS_A_RECORDING)
@@ -48,7 +50,14 @@ class Choices:
         return tuple(folder.name for folder in folders if folder.is_dir() and _holds_policy(folder))
 
     def spec(self, text: str, checkpoint: str | None = None) -> str:
-        """The spec to hand to the engine. Raises `ConfigError` on whatever is not offered."""
+        """The spec to hand to the engine. What is shown of one (`public`) means that very one.
+
+        Raises `ConfigError` on whatever is not offered.
+        """
+        if checkpoint is None:
+            if text == public(self.first):
+                return self.first
+            text, checkpoint = _apart(text)
         arm = Arm.parse(text)
         if arm.controller not in self.names():
             raise ConfigError(f"no controller of that name can be chosen; known: {', '.join(self.names())}")
@@ -62,8 +71,15 @@ class Choices:
             return text
         if not self.takes_checkpoint(arm.controller):
             raise ConfigError(f"{arm.controller} takes no checkpoint")
-        path = f"path={self._folder(checkpoint)}"
-        return f"{text},{path}" if arm.options else f"{arm.controller}:{path}"
+        folder = self._folder(checkpoint)
+        spec = f"{text},path={folder}" if arm.options else f"{arm.controller}:path={folder}"
+        if public(spec) != public(self.first):
+            return spec
+        if Path(str(Arm.parse(self.first).options["path"])).resolve() != folder.resolve():
+            raise ConfigError(
+                f"checkpoint {checkpoint} would look like the policy that this server began with; rename its folder"
+            )
+        return self.first
 
     def _folder(self, checkpoint: str) -> Path:
         names = self.policies()
@@ -73,6 +89,17 @@ class Choices:
         if set(",=") & set(str(folder)):
             raise ConfigError(f"the folder of checkpoint {checkpoint} has ',' or '=' in its path; rename it")
         return folder
+
+
+def _apart(text: str) -> tuple[str, str | None]:
+    """A spec without its policy, and the name of that: ``checkpoint=NAME`` or, as it is shown, ``path=NAME``."""
+    head, _, tail = text.partition(":")
+    options = tail.split(",")
+    policy = next((option for option in options if option.startswith(("checkpoint=", "path="))), None)
+    if policy is None:
+        return text, None
+    options.remove(policy)
+    return f"{head}:{','.join(options)}" if options else head, policy.partition("=")[2]
 
 
 def public(spec: str) -> str:

@@ -56,7 +56,12 @@ def test_a_checkpoint_is_put_in_force_by_its_name(client, host, folder):
     for text, expected in (("ppo", "ppo:path="), ("ppo:seed=3", "ppo:seed=3,path=")):
         reply = client.put("/admin/controller", json={"controller": text, "checkpoint": "night-run"})
         assert host.controller == f"{expected}{folder / 'night-run'}"
-        assert reply.json()["controller"] == f"{expected}night-run"  # no folders go out
+        shown = reply.json()["controller"]
+        assert shown == f"{expected}night-run"  # no folders go out
+        for again in (shown, shown.replace("path=", "checkpoint=")):
+            host.controller = "none"
+            assert client.put("/admin/controller", json={"controller": again}).json()["controller"] == shown
+            assert host.controller == f"{expected}{folder / 'night-run'}"
         assert str(folder) not in client.get("/admin/controller").text
 
 
@@ -64,7 +69,10 @@ def test_a_checkpoint_is_put_in_force_by_its_name(client, host, folder):
     "choice",
     [
         {"controller": "ppo:path=/etc"},
-        {"controller": "ppo:path=night-run"},
+        {"controller": "ppo:path=../night-run"},
+        {"controller": "ppo:path=night-run,path=night-run"},
+        {"controller": "ppo:path=night-run", "checkpoint": "night-run"},
+        {"controller": "echo:path=night-run"},
         {"controller": "ppo:path=1"},
         {"controller": "echo:profile=/etc/passwd"},
         {"controller": "echo:calibration=x"},
@@ -93,11 +101,35 @@ def test_what_is_not_offered_changes_nothing(client, host, choice):
 def test_a_folder_that_would_break_a_spec_is_refused(tmp_path):
     shutil.copytree(shipped(), tmp_path / "a,seed=1")
     with pytest.raises(ValueError, match="rename it"):
-        Choices(tmp_path).spec("ppo", "a,seed=1")
+        Choices(tmp_path, "echo").spec("ppo", "a,seed=1")
 
 
 def test_a_folder_of_checkpoints_that_is_gone_offers_none(tmp_path):
-    assert Choices(tmp_path / "gone").policies() == ()
+    assert Choices(tmp_path / "gone", "echo").policies() == ()
+
+
+@pytest.mark.parametrize(
+    ("first", "shown"),
+    [
+        ("echo:profile=cal/p.json,calibration=cal/gates.json", "echo:profile=p.json,calibration=gates.json"),
+        ("ppo:path=/models/night-run", "ppo:path=night-run"),
+    ],
+)
+def test_the_servers_first_controller_is_put_back_as_it_is_shown(host, folder, first, shown):
+    host.controller = first
+    with client_of(make_app(host, checkpoints=folder)) as client:
+        assert client.get("/admin/controller").json()["controller"] == shown
+        client.put("/admin/controller", json={"controller": "none"})
+        assert client.put("/admin/controller", json={"controller": shown}).json()["controller"] == shown
+    assert host.controller == first
+
+
+def test_a_checkpoint_that_looks_like_the_first_policy_is_that_one_or_refused(folder, monkeypatch):
+    assert Choices(folder, "ppo:path=/models/night-run").spec("ppo:seed=3", "night-run").endswith("night-run")
+    with pytest.raises(ValueError, match="rename its folder"):
+        Choices(folder, "ppo:path=/models/night-run").spec("ppo", "night-run")
+    monkeypatch.chdir(folder)
+    assert Choices(folder, "ppo:path=night-run").spec("ppo", "night-run") == "ppo:path=night-run"
 
 
 def test_specs_without_folders():
