@@ -25,7 +25,7 @@ from echo_rl.server.front import Front
 from echo_rl.server.heap import settle
 from echo_rl.server.host import EngineHost, HostConfig
 from echo_rl.server.turns import give_way
-from echo_rl.server.worker import live
+from echo_rl.server.worker import live, logging_as
 
 if TYPE_CHECKING:
     from echo_rl.runtime.engine import Engine
@@ -49,7 +49,8 @@ def serve(engine: EngineConfig, server: ServerConfig, controller: str, load: Loa
     logs.configure(server.log_format)
     with listen(server.host, server.port) as listener:
         tokenizer = Tokenizer.load(resolve_model(engine.model))
-        host = EngineHost(HostConfig(controller=controller), partial(live, load, engine))
+        factory = partial(logging_as, server.log_format, partial(live, load, engine))
+        host = EngineHost(HostConfig(controller=controller), factory)
         bound = replace(server, host=listener.getsockname()[0])
         app = create_app(host, tokenizer, bound, keys, engine.model)
         config = uvicorn.Config(

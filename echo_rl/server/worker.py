@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller
 from echo_rl.errors import EchoError, explain
+from echo_rl.server import logs
 from echo_rl.server.channel import CoreChannel
 from echo_rl.server.heap import settle
 from echo_rl.server.messages import Failed, Ready, Stop
@@ -74,6 +75,12 @@ def live(
         options=CoreOptions(limits, CostProfile.default(), switch, partial(ways_of, engine)),
         environment=environment,
     )
+
+
+def logging_as(form: str, factory: Factory, switch: SwitchOptions) -> Served:
+    """What `factory` loads, in a process of its own, whose log has this form from now on; see `logs.configure`."""
+    logs.configure(form)
+    return factory(switch)
 
 
 def ways_of(engine: Engine) -> dict[str, int]:

@@ -63,6 +63,14 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_with_0(serve):
     assert line["output_tokens"] == LONG["n"] * LONG["max_tokens"]
 
 
+def test_the_engines_process_logs_in_the_same_form(serve):
+    server = serve("--controller", "none")
+    url = server.ready()
+    assert httpx.put(f"{url}/admin/controller", json={"controller": "chain"}, timeout=60).status_code == 200
+    entry = server.wait_for("controller 'chain' replaces 'none'", seconds=10)
+    assert (entry["level"], entry["logger"]) == ("info", "echo_rl.server.switch")
+
+
 def test_a_drain_that_takes_too_long_cancels_and_a_second_signal_does_at_once(serve):
     patient, hasty = serve("--controller", "none", "--drain-seconds", "0.1"), serve("--controller", "none")
     for server in (patient, hasty):
