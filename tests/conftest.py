@@ -62,6 +62,9 @@ class FakeTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(i) for i in ids)
 
+    def spell(self, token: int) -> bytes:
+        return chr(token).encode()
+
 
 class FakeEngine:
     """Token i of a request is ``'a' + (prompt length + i) % 26``; every step takes `step_seconds` of the fake clock.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +51,17 @@ class Tokenizer:
         """Text without special tokens; an unfinished character shows as U+FFFD."""
         return str(self._fast.decode(list(ids), skip_special_tokens=True))
 
+    def spell(self, token: int) -> bytes:
+        """What one token stands for by itself: a part of a character too, and of a special token its name."""
+        once, twice = (str(self._fast.decode([token] * n, skip_special_tokens=False)) for n in (1, 2))
+        text = twice[len(once) :]  # some decoders drop the space that begins a text
+        if UNFINISHED not in text:
+            return text.encode()
+        piece = self._fast.id_to_token(token) or ""
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(byte[1])
+        return bytes(map(BYTE_LEVEL.__getitem__, piece)) if BYTE_LEVEL.keys() >= set(piece) else text.encode()
+
     def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         """Prompt ids of a conversation, ending where the assistant answers. Raises `RequestError`."""
         template = self._template
@@ -83,6 +95,16 @@ def _special(config: Document, key: str) -> str:
     if not isinstance(text, str):
         raise config.refusal(key, "a token's text")
     return text
+
+
+def _byte_level() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for, as in GPT-2."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_LEVEL = _byte_level()
 
 
 def _refuse(message: str) -> None:

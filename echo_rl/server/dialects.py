@@ -11,7 +11,8 @@ from echo_rl.contracts import TokenLogprob
 
 LEAST_LOGPROB = -9999.0
 """OpenAI's stand-in for minus infinity, which JSON lacks."""
-Decode = Callable[[Sequence[int]], str]
+Spell = Callable[[int], bytes]
+"""What a token stands for."""
 
 
 class Dialect(Protocol):
@@ -36,8 +37,8 @@ class Dialect(Protocol):
         """The whole text of a choice."""
         ...
 
-    def logprobs(self, tokens: Sequence[TokenLogprob], decode: Decode, offset: int) -> dict[str, Any]:
-        """`offset` is the length of the choice's text before these tokens."""
+    def logprobs(self, tokens: Sequence[TokenLogprob], spell: Spell, offsets: Sequence[int]) -> dict[str, Any]:
+        """`offsets` are the lengths of the choice's text before each token."""
         ...
 
 
@@ -54,20 +55,17 @@ class TextDialect:
     def choice(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    def logprobs(self, tokens: Sequence[TokenLogprob], decode: Decode, offset: int) -> dict[str, Any]:
-        texts, offsets = [decode((t.token,)) for t in tokens], []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
+    def logprobs(self, tokens: Sequence[TokenLogprob], spell: Spell, offsets: Sequence[int]) -> dict[str, Any]:
+        names = [_name(spell(t.token)) for t in tokens]
         tops = [
-            {text: _finite(t.logprob), **{decode((i,)): _finite(p) for i, p in reversed(t.top)}}
-            for text, t in zip(texts, tokens, strict=True)
+            {name: _finite(t.logprob), **{_name(spell(i)): _finite(p) for i, p in reversed(t.top)}}
+            for name, t in zip(names, tokens, strict=True)
         ]
         return {
-            "tokens": texts,
+            "tokens": names,
             "token_logprobs": [_finite(t.logprob) for t in tokens],
             "top_logprobs": tops if any(t.top for t in tokens) else None,
-            "text_offset": offsets,
+            "text_offset": list(offsets),
         }
 
 
@@ -84,9 +82,9 @@ class ChatDialect:
     def choice(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def logprobs(self, tokens: Sequence[TokenLogprob], decode: Decode, offset: int) -> dict[str, Any]:
+    def logprobs(self, tokens: Sequence[TokenLogprob], spell: Spell, offsets: Sequence[int]) -> dict[str, Any]:
         content = [
-            {**_alternative(decode, t.token, t.logprob), "top_logprobs": [_alternative(decode, *top) for top in t.top]}
+            {**_alternative(spell, t.token, t.logprob), "top_logprobs": [_alternative(spell, *top) for top in t.top]}
             for t in tokens
         ]
         return {"content": content, "refusal": None}
@@ -132,10 +130,17 @@ def usage(prompt: int, completion: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _alternative(decode: Decode, token: int, logprob: float) -> dict[str, Any]:
-    """A part of a character has no text of its own, so its bytes are unknown."""
-    text = decode((token,))
-    return {"token": text, "logprob": _finite(logprob), "bytes": None if "\ufffd" in text else list(text.encode())}
+def _alternative(spell: Spell, token: int, logprob: float) -> dict[str, Any]:
+    spelled = spell(token)
+    return {"token": _name(spelled), "logprob": _finite(logprob), "bytes": list(spelled)}
+
+
+def _name(spelled: bytes) -> str:
+    """A token's text; what is no whole character is written as OpenAI does it, ``bytes:\\xe2``."""
+    try:
+        return spelled.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
 def _finite(logprob: float) -> float:

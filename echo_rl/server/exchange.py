@@ -178,10 +178,11 @@ class Exchange(Response):
     def _logprobs(self, choice: Choice, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not tokens:
             return None
-        decode = self._front.tokenizer.decode
-        shown = self._dialect.logprobs(tokens, decode, choice.offset)
-        choice.offset += sum(len(decode((t.token,))) for t in tokens)
-        return shown
+        tokenizer, offsets = self._front.tokenizer, []
+        for token in tokens:
+            offsets.append(choice.offset)
+            choice.offset += len(tokenizer.decode((token.token,)))
+        return self._dialect.logprobs(tokens, tokenizer.spell, offsets)
 
     def _failure(self, error: Exception) -> ApiError:
         if isinstance(error, TimeoutError):

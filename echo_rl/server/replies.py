@@ -50,7 +50,7 @@ class CompletionReply(BaseModel):
 class Alternative(BaseModel):
     token: str
     logprob: float
-    bytes: list[int] | None
+    bytes: list[int]
 
 
 class ChatToken(Alternative):

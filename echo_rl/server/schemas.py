@@ -20,6 +20,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from echo_rl.contracts import MAX_LOGPROBS, SamplingParams
 
 SEEDS = 2**63
+EVERY_TOKEN = "Of every token, also those of a stop string and of the turn's end, which the text leaves out."
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class CompletionRequest(Sampling):
 
     prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1)]
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="16 where it is absent.")
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description=EVERY_TOKEN)
     best_of: int | None = Field(None, description="Must equal n where it is given.")
     echo: Off = None
     suffix: Absent = None
@@ -174,7 +175,7 @@ class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="Goes before max_tokens.")
-    logprobs: bool | None = False
+    logprobs: bool | None = Field(False, description=EVERY_TOKEN)
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     audio: Absent = None
     modalities: TextAlone = None
