@@ -87,7 +87,7 @@ class Stats(BaseModel):
     """How the engine served its steps, by way; empty where it counts nothing."""
     environment: dict[str, str]
     core: dict[str, Any]
-    """What the engine's core holds, checked for KV conservation; empty while there is none."""
+    """What the engine's core holds; its ``kv`` is "conserved" or says what is not. Empty while there is no core."""
 
 
 def make_router(front: Front, choices: Choices, guard: Guard) -> APIRouter:
@@ -160,7 +160,7 @@ def make_router(front: Front, choices: Choices, guard: Guard) -> APIRouter:
             rollbacks=host.rollbacks,
             serving=host.serving,
             environment=info.environment if info else {},
-            core=public_report(await _done(host.inspect())) if info else {},
+            core=public_report(await host.inspect()) if info else {},
         )
 
     return router

@@ -139,9 +139,10 @@ class EngineCore:
     def _inspect(self, ticket: int) -> Reply:
         try:
             self._engine.check_integrity()
+            kv = "conserved"
         except EchoError as error:
-            return Reply(ticket, error=str(error))
-        held = {"in_flight": len(self._in_flight), "steps": self._steps, "kv": "conserved"}
+            kv = str(error)
+        held = {"in_flight": len(self._in_flight), "steps": self._steps, "kv": kv}
         return Reply(ticket, {**held, **self._switch.describe()})
 
     # ------------------------------------------------------------------------- steps

@@ -174,7 +174,7 @@ class EngineHost:
         return await self._ask(StopExperiment)
 
     async def inspect(self) -> dict[str, Any]:
-        """What the core holds. Raises `ConfigError` if its KV is not conserved, or `Unavailable`."""
+        """What the core holds; ``kv`` is "conserved" or says what is not. Raises `Unavailable`."""
         return await self._ask(Inspect)
 
     async def watch(self, trees: bool) -> None:

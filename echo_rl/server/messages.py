@@ -68,7 +68,7 @@ class Watch:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Check KV conservation and answer with counts of what the core holds."""
+    """Check KV conservation and answer with its verdict and counts of what the core holds."""
 
     ticket: int
 

@@ -11,7 +11,7 @@ import pytest
 from echo_rl.contracts import AUTOREGRESSIVE, Request, SamplingParams, SpecPlan
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.soundness import Limits
-from echo_rl.errors import ConfigError, PlanViolation
+from echo_rl.errors import ConfigError, IntegrityError, PlanViolation
 from echo_rl.loop import serve
 from echo_rl.profile import CostProfile
 from echo_rl.server.core import CoreOptions, EngineCore
@@ -161,6 +161,16 @@ def test_cancelled_requests_leave_and_unknown_ones_are_ignored():
     assert director.tokens == {"a": [100], "b": [100, 101, 102, 103]}
     assert engine.cancelled == ["a"]
     assert director.reply(1).value["in_flight"] == 0
+
+
+def test_an_engine_that_lost_blocks_still_tells_what_it_holds():
+    class Leaky(ServedFake):
+        def check_integrity(self):
+            raise IntegrityError("3 blocks are lost")
+
+    director = play(lambda director: iter([[long_request(), Inspect(1)]]), Leaky(0.0))
+    reply = director.reply(1)
+    assert reply.error is None and reply.value["kv"] == "3 blocks are lost" and reply.value["in_flight"] == 1
 
 
 def test_stop_cancels_what_is_in_flight():
