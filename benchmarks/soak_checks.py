@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from echo_rl.server.trail import CUT_OFF
 from serving import total
 from soak_visits import COMPLETIONS, Visit
 
@@ -79,8 +80,8 @@ def compare_counters(
 ) -> tuple[dict[str, int], list[str]]:
     """Counts, and where guests, log and metrics disagree. All taken at rest; `log` holds the lines of requests."""
     own = [line for line in log if line["route"].startswith("/v1/")]
-    reasons = [set(line["finish_reason"].split(",")) for line in own if line["finish_reason"]]
-    aborted = sum(bool({"cancelled", "error"} & found) for found in reasons)
+    reasons = [reason for line in own if line["finish_reason"] for reason in line["finish_reason"].split(",")]
+    aborted = sum(reason in CUT_OFF for reason in reasons)
     accepted = totals.count("echo_rl:spec_tokens_total", stage="accepted")
     verified = totals.count("echo_rl:spec_tokens_total", stage="verified")
     same = {

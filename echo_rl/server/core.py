@@ -161,7 +161,7 @@ class EngineCore:
         tokens = sum(len(output.tokens) for output in report.outputs)
         events = self._switch.stepped(tokens, seconds)
         spec = seat.spec if self._switch.holds(seat) else self._switch.seat.spec
-        send(Stepped(report.outputs, self._stats(report, spec, running, seconds)))
+        send(Stepped(report.outputs, self._stats(report, spec, running, tokens, seconds)))
         for event in events:
             send(event)
 
@@ -173,13 +173,14 @@ class EngineCore:
         log.error("a decision passed the guard that the engine refuses: %s", error)
         self._switch.seat.guard.retire("invalid", str(error))
 
-    def _stats(self, report: StepReport, spec: str, in_flight: int, seconds: float) -> StepStats:
+    def _stats(self, report: StepReport, spec: str, in_flight: int, tokens: int, seconds: float) -> StepStats:
         load = report.load
         return StepStats(
             StepRecord.of(report, end=time.time(), seconds=seconds),
             controller=spec,
             plain=load.plain,
             running=in_flight - load.waiting,
+            tokens=tokens,
             kv_used=load.kv_used,
             knee=self._knee(load.batch_size, load.mean_context),
             fallbacks=self._switch.fallbacks,

@@ -40,8 +40,14 @@ class Choice:
         self.offset = 0
         """Length of the text of the tokens whose log-probabilities were sent."""
         self.finish_reason: str | None = None
-        self.last = 0.0
-        """When its last tokens came."""
+        self.tokens = 0
+        self.first = self.last = 0.0
+        """When its first and its last tokens came."""
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds per token after the first, where there are some."""
+        return (self.last - self.first) / (self.tokens - 1) if self.tokens > 1 else None
 
 
 class Exchange(Response):
@@ -59,7 +65,7 @@ class Exchange(Response):
         trail.streamed = bool(self._body.stream)
         if not await unless_gone(receive, self._serve(trail, scope, receive, send)):
             trail.status = CLIENT_GONE
-            trail.finish_reasons.append("cancelled")
+            self._cut_off("cancelled", trail)
 
     async def _serve(self, trail: Trail, scope: Scope, receive: Receive, send: Send) -> None:
         front, body = self._front, self._body
@@ -108,16 +114,18 @@ class Exchange(Response):
         return await self._front.tokenised(size, encode)
 
     def _note(self, choice: Choice, output: RequestOutput, trail: Trail, now: float) -> None:
-        if output.tokens:
-            metrics = self._front.metrics
-            if trail.first_token is None:
-                trail.first_token = now
+        metrics, count = self._front.metrics, len(output.tokens)
+        if count:
+            if choice.tokens:
+                metrics.more_tokens(count, now - choice.last)
+            else:
+                choice.first = now
                 metrics.first_token(now - trail.started)
-            if choice.last:
-                metrics.more_tokens(len(output.tokens), now - choice.last)
             choice.last = now
-            trail.output_tokens += len(output.tokens)
-            metrics.generated(len(output.tokens))
+            choice.tokens += count
+            trail.first_token = trail.first_token or now
+            trail.output_tokens += count
+            metrics.generated(count)
         if output.finish_reason == "error":
             raise ApiError(500, output.error or "the engine failed on this request", code="engine_error")
         if output.finish_reason == "cancelled":
@@ -125,6 +133,14 @@ class Exchange(Response):
         if output.finish_reason:
             choice.finish_reason = output.finish_reason
             trail.finish_reasons.append(output.finish_reason)
+            metrics.completed(now - trail.started, choice.tpot)
+
+    def _cut_off(self, reason: str, trail: Trail) -> None:
+        """Every completion that has not ended ends so; where none is known yet, the request as a whole."""
+        cut = [choice for choice in self._choices.values() if choice.finish_reason is None]
+        for choice in cut:
+            choice.finish_reason = reason
+        trail.finish_reasons += [reason] * (len(cut) if self._choices else 1)
 
     async def _answer(self, outputs: OutputStream, trail: Trail, scope: Scope, receive: Receive, send: Send) -> None:
         while came := await self._next(outputs, trail):
@@ -193,7 +209,7 @@ class Exchange(Response):
     async def _fail(self, failure: ApiError, trail: Trail, send: Send) -> None:
         """As an event where the stream has begun, else as an answer of its own."""
         if failure.status_code >= 500:
-            trail.finish_reasons.append("error")
+            self._cut_off("error", trail)
         if not self._streaming:
             raise failure
         body = error_event(failure.body) + DONE

@@ -92,6 +92,8 @@ class StepStats:
     plain: int
     """Requests that decoded without drafts because they asked for it; the step's batch leaves them out."""
     running: int
+    tokens: int
+    """New tokens of all outputs, the first one of each request included."""
     kv_used: float
     knee: int
     """K_max at this batch: most drafted nodes that the machine's cost profile calls worth verifying; 0 = unknown."""

@@ -1,6 +1,7 @@
 """``/metrics``: what requests cost their clients, and what the engine does (`step_metrics`).
 
-SGLang's names where the meaning is equal.
+SGLang's names where the meaning is equal: what it calls a request is one completion here, of which an HTTP request
+may ask for several.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from echo_rl.server.messages import StepStats
 from echo_rl.server.meters import Meters
 from echo_rl.server.step_metrics import StepMetrics
-from echo_rl.server.trail import Trail
+from echo_rl.server.trail import CUT_OFF, Trail
 
 FIRST_BUCKETS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 100, 200, 400)
 BETWEEN_BUCKETS = (0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.2, 0.4, 0.8, 1, 2, 5)
@@ -52,19 +53,17 @@ class Metrics:
         """`count` tokens came together, so long after those before; each counts with its share, as SGLang does it."""
         self._itl.observe(seconds / count, count)
 
-    def request_done(self, trail: Trail) -> None:
-        """Count one HTTP request, whatever became of it."""
-        self._answers.add(1, trail.route, trail.status)
-        if not trail.finish_reasons:
-            return
-        if {"cancelled", "error"} & set(trail.finish_reasons):
-            self._aborted.add(1)
-            return
+    def completed(self, seconds: float, tpot: float | None) -> None:
+        """Count a completion that was served to its end, `seconds` after its HTTP request came."""
         self._requests.add(1)
-        if trail.e2e is not None:
-            self._e2e.observe(trail.e2e)
-        if trail.tpot is not None:
-            self._tpot.observe(trail.tpot)
+        self._e2e.observe(seconds)
+        if tpot is not None:
+            self._tpot.observe(tpot)
+
+    def request_done(self, trail: Trail) -> None:
+        """Count one HTTP request, whatever became of it, and its completions that were cut off."""
+        self._answers.add(1, trail.route, trail.status)
+        self._aborted.add(sum(reason in CUT_OFF for reason in trail.finish_reasons))
 
     def step(self, stats: StepStats) -> None:
         """Count one step of the engine."""

@@ -99,7 +99,7 @@ class StepMetrics:
         self._running.value = 0 if idle or last is None else last.running
         self._queued.value = 0 if idle or last is None else last.step.waiting
         self._kv.value = 0.0 if idle or last is None else last.kv_used
-        tokens = sum(stats.committed for stats in self._recent)
+        tokens = sum(stats.tokens for stats in self._recent)
         span = now - self._recent[0].step.end + self._recent[0].step.seconds if self._recent else 0.0
         self._throughput.value = tokens / span if span > 0 else 0.0
         speculating = [stats for stats in self._recent if stats.step.verified]

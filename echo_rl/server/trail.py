@@ -11,6 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CLIENT_GONE = 499
 """Status of a request whose client left before the answer."""
+CUT_OFF = ("cancelled", "error")
+"""Finish reasons of completions that were not served to their end."""
 KEY = "echo_rl.trail"
 
 
@@ -29,6 +31,7 @@ class Trail:
     first_token: float | None = None
     finished: float | None = None
     finish_reasons: list[str] = field(default_factory=list)
+    """Of every completion, also of those that were cut off."""
 
     @property
     def ttft(self) -> float | None:
@@ -37,13 +40,6 @@ class Trail:
     @property
     def e2e(self) -> float | None:
         return None if self.finished is None else self.finished - self.started
-
-    @property
-    def tpot(self) -> float | None:
-        """Seconds per output token after the first, where there are some."""
-        if self.first_token is None or self.finished is None or self.output_tokens < 2:
-            return None
-        return (self.finished - self.first_token) / (self.output_tokens - 1)
 
 
 def trail_of(scope: Scope) -> Trail:

@@ -115,7 +115,7 @@ def stats(**changes) -> StepStats:
         "budget": 8, "depth": 3, "width": 2, "drafted": 10, "verified": 8, "accepted": 4, "committed": 6,
         "reached_by_depth": (2, 2), "accepted_by_depth": (2, 2), "times": PhaseTimes(verify=0.015),
     }  # fmt: skip
-    step = StepStats(StepRecord(**values), "echo", plain=0, running=2, kv_used=0.25, knee=12, fallbacks={})
+    step = StepStats(StepRecord(**values), "echo", plain=0, running=2, tokens=7, kv_used=0.25, knee=12, fallbacks={})
     return changed(step, **changes)
 
 

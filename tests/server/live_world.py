@@ -68,7 +68,7 @@ class LiveWorld:
             *by_depth(trees, depth if budget else 0),
             times=times,
         )
-        stats = StepStats(step, self.controller, 0, batch, kv, knee, FALLBACKS, trees=tuple(trees))
+        stats = StepStats(step, self.controller, 0, batch, step.committed, kv, knee, FALLBACKS, trees=tuple(trees))
         self._finish(trees)
         return stats
 

@@ -56,7 +56,7 @@ def test_throughput_is_of_the_last_seconds_and_idle_is_zero(steps):
     for i in range(100):
         metrics.step(stats(end=1000.0 + i, seconds=1.0))
     metrics.refresh(1099.0, idle=False)
-    assert value("sglang:gen_throughput") == pytest.approx(6.0)
+    assert value("sglang:gen_throughput") == pytest.approx(7.0), "the first tokens of requests count, too"
     assert (value("sglang:num_running_reqs"), value("sglang:num_queue_reqs")) == (2, 3)
     metrics.refresh(1200.0, idle=True)
     assert value("sglang:gen_throughput") == value("sglang:num_running_reqs") == value("sglang:token_usage") == 0
@@ -99,6 +99,22 @@ def test_requests_in_the_exposition():
         'echo_rl:step_seconds_count{model_name="m"} 1.0',
     ):
         assert line in text.splitlines(), line
+
+
+def test_each_completion_of_a_request_is_one_in_the_exposition():
+    host = FakeHost()
+    host.pause = 0.03
+    app = make_app(host, model="m")
+    value = Reading(app.state.front.metrics.registry)
+    with client_of(app) as client:
+        client.post("/v1/completions", json={"prompt": ["abc", "abc"], "n": 2, "max_tokens": 3})
+        for name in ("e2e_request_latency", "time_per_output_token", "time_to_first_token"):
+            assert value(f"sglang:{name}_seconds_count") == 4, name
+        assert value("sglang:time_per_output_token_seconds_sum") > 4 * 0.03
+        assert value("sglang:num_requests_total") == 4 and value("sglang:num_aborted_requests_total") == 0
+        host.fail_at = 1
+        client.post("/v1/completions", json={"prompt": "abc", "n": 3, "max_tokens": 3})
+        assert value("sglang:num_requests_total") == 4 and value("sglang:num_aborted_requests_total") == 3
 
 
 @given(st.lists(st.tuples(st.sampled_from([0.01, 0.05, 0.1, 0.3, 1.0, 2.0]), st.integers(1, 4)), max_size=20))

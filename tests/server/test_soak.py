@@ -135,7 +135,7 @@ VISITS = [
 METRICS = """# HELP sglang:prompt_tokens_total Prompt tokens.
 sglang:prompt_tokens_total{model_name="m"} 10.0
 sglang:generation_tokens_total{model_name="m"} 12.0
-sglang:num_requests_total{model_name="m"} 1.0
+sglang:num_requests_total{model_name="m"} 2.0
 sglang:num_aborted_requests_total{model_name="m"} 1.0
 echo_rl:core_restarts{model_name="m"} 1.0
 echo_rl:http_requests_total{model_name="m",route="/v1/completions",status="200"} 1.0
