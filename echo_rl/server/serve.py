@@ -42,13 +42,13 @@ def serve(engine: EngineConfig, server: ServerConfig, controller: str, load: Loa
 
     `load`, a module's function, loads the engine in its own process and says what timings depend on.
 
-    The port answers at once, with 503 until the engine is loaded. The first SIGTERM or SIGINT lets
-    requests in flight finish, up to `drain_seconds`; a second one ends them.
+    The port opens once the model's files are here, and answers from then on, with 503 until the engine is loaded. The
+    first SIGTERM or SIGINT lets requests in flight finish, up to `drain_seconds`; a second one ends them.
     """
     keys = Keys.load(server)
     logs.configure(server.log_format)
+    tokenizer = Tokenizer.load(resolve_model(engine.model))
     with listen(server.host, server.port) as listener:
-        tokenizer = Tokenizer.load(resolve_model(engine.model))
         factory = partial(logging_as, server.log_format, partial(live, load, engine))
         host = EngineHost(HostConfig(controller=controller), factory)
         bound = replace(server, host=listener.getsockname()[0])

@@ -12,6 +12,9 @@ import httpx
 import pytest
 
 from echo_rl.config import EngineConfig
+from echo_rl.errors import WeightsError
+from echo_rl.server import serve as serving_module
+from echo_rl.server.config import ServerConfig
 from serving import Server
 from tests import tiny
 
@@ -94,6 +97,21 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(serve):
         assert (busy.process.wait(60), wrong.process.wait(60)) == (2, 2)
     last = [server.log.read_text().splitlines()[-1] for server in (busy, wrong)]
     assert "cannot listen" in last[0] and "nonsense" in last[1]
+
+
+def test_the_port_stays_closed_while_the_model_is_fetched(engine, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+
+    def fetch(model):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+        raise WeightsError("the network is down")
+
+    monkeypatch.setattr(serving_module, "resolve_model", fetch)
+    monkeypatch.setattr(serving_module.logs, "configure", lambda form: None)
+    with pytest.raises(WeightsError, match="the network is down"):
+        serving_module.serve(engine, ServerConfig(port=address[1]), "none", load=None)
 
 
 def test_the_front_never_interrupts_a_step_and_the_engine_runs_as_usual(serve):
