@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from echo_rl.cli.options import EngineOptions
 from echo_rl.config import EngineConfig
 from echo_rl.drafting.synthesize import SynthesizeConfig
 from echo_rl.drafting.train_config import TrainConfig
-from echo_rl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """How the embedded target runs that writes the conversations: by plain decoding."""
+
+    device: str = EngineConfig.device
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` (the GPU of that number)."""
+    dtype: str = EngineConfig.dtype
+    """``auto``, ``bfloat16``, ``float16`` or ``float32``."""
+    kv_tokens: int = EngineConfig.kv_tokens
+    """Capacity of the KV cache in tokens."""
+    max_batch_size: int = EngineConfig.max_batch_size
+    """Conversations served at once."""
+    max_context: int = EngineConfig.max_context
+    """Longest conversation, in tokens."""
+    threads: int = EngineConfig.threads
+    """CPU threads; 0 leaves torch's choice."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +38,14 @@ class Synthesize:
     options: Annotated[SynthesizeConfig, tyro.conf.arg(name="")]
     concurrency: int = 32
     """Conversations in flight."""
-    engine: EngineOptions = field(default_factory=lambda: EngineConfig(drafter=None))
+    target: Annotated[TargetOptions, tyro.conf.arg(name="")] = TargetOptions()
 
     def run(self) -> int:
         from echo_rl.cli.live_drafting import EngineGenerator
         from echo_rl.drafting.synthesize import SMOLLM2_CHAT, synthesize
         from echo_rl.runtime.engine import Engine
 
-        if self.engine.model != "smollm2":
-            raise ConfigError("conversations are synthesised in SmolLM2's chat format only; leave out --model")
-        if self.engine.drafter is not None:
-            raise ConfigError("conversations are synthesised by plain decoding; leave out --drafter")
-        engine = Engine.load(self.engine)
+        engine = Engine.load(EngineConfig(drafter=None, **asdict(self.target)))
         complete = EngineGenerator(engine, self.concurrency)
         paths = synthesize(self.options, SMOLLM2_CHAT, lambda text: list(engine.tokenizer.encode(text)), complete)
         print(f"{len(paths)} shards in {self.options.out}")
