@@ -152,7 +152,7 @@ class Run:
                 f"{self.state_path} is damaged; delete it to train anew, with --start and another out folder to go on "
                 "from the best drafter so far"
             ) from error
-        ignored = ("out", "updates", "evaluate_every")
+        ignored = ("out", "updates", "evaluate_every", "checkpoint_every")
         theirs, ours = (
             {k: v for k, v in c.items() if k not in ignored} for c in (state["config"], asdict(self.config))
         )
@@ -280,6 +280,8 @@ def train(config: TrainConfig, parts: TargetParts) -> Run:
             writer.add_scalar("train/loss", loss, run.update)
             if run.update % config.evaluate_every == 0 or run.update == config.updates:
                 _evaluate(run, writer)
+            elif run.update % config.checkpoint_every == 0:
+                run.save_state()
             mat = run.curve[-1]["chain_mat"]
             progress.update(task, completed=run.update, description=f"loss {loss:.3f}, chain MAT {mat:.2f}")
     return run

@@ -59,6 +59,8 @@ class TrainConfig:
     """Held-out conversations with greedy answers."""
     evaluate_every: int = 250
     """Updates between validations; the best checkpoint is kept."""
+    checkpoint_every: int = 50
+    """Updates between saved training states."""
     rope_theta: float = 100_000.0
     """Rotary base, the target's."""
     eps: float = 1e-5
@@ -71,8 +73,10 @@ class TrainConfig:
     """Seed of batches, sampled columns and the held-out set."""
 
     def __post_init__(self) -> None:
-        if min(self.updates, self.batch_tokens, self.unroll, self.final_unroll, self.columns, self.evaluate_every) < 1:
-            raise ConfigError("updates, batch_tokens, unroll, final_unroll, columns, evaluate_every must be at least 1")
+        if min(self.updates, self.batch_tokens, self.unroll, self.final_unroll, self.columns) < 1:
+            raise ConfigError("updates, batch_tokens, unroll, final_unroll and columns must be at least 1")
+        if min(self.evaluate_every, self.checkpoint_every) < 1:
+            raise ConfigError("evaluate_every and checkpoint_every must be at least 1")
         if min(self.validation, self.draft_vocab, self.kv_heads, self.intermediate, self.max_positions) < 1:
             raise ConfigError("validation, draft_vocab, kv_heads, intermediate, max_positions must be at least 1")
         if min(self.self_heads, self.warmup, self.output_levels, self.regression_rows) < 0:

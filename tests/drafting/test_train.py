@@ -74,11 +74,17 @@ def test_a_drafter_of_other_sizes_is_not_gone_on_from(world: TrainConfig, parts:
         Run(replace(on, features=str(features)), parts)
 
 
+@pytest.mark.parametrize(("checkpoint_every", "kept"), [(50, 3), (1, 5), (2, 4)])
 def test_resume_gives_the_weights_of_an_uninterrupted_run(
-    world: TrainConfig, parts: TargetParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: TrainConfig,
+    parts: TargetParts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint_every: int,
+    kept: int,
 ) -> None:
     whole = train(world, parts)
-    cut = replace(world, out=str(tmp_path / "cut"))
+    cut = replace(world, out=str(tmp_path / "cut"), checkpoint_every=checkpoint_every)
     step = Run.step
 
     def dies_at_five(self: Run, batch: object) -> float:
@@ -89,6 +95,7 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "step", dies_at_five)
         train(cut, parts)
+    assert Run(cut, parts).update == kept
     resumed = train(cut, parts)
     assert resumed.update == whole.update == world.updates
     for name, value in whole.net.named_parameters():
@@ -189,6 +196,7 @@ def test_schedule() -> None:
     [
         *({"updates": 0}, {"hard_share": 1.5}, {"level_decay": 0.0}, {"precision": "half"}),
         *({"lr": -1.0}, {"output_lr": 0.0}, {"lr": float("nan")}, {"validation": 0}, {"warmup": -1}, {"kv_heads": 0}),
+        *({"evaluate_every": 0}, {"checkpoint_every": 0}),
     ],
 )
 def test_bad_settings(change: dict[str, Any]) -> None:
