@@ -113,8 +113,9 @@ def test_numbers_and_tree_are_those_of_the_step(browser):
     host.step = changed(
         *(base,), batch_size=1, running=1, waiting=7, verified=6, accepted=2, committed=3, budget=8, knee=9, drafted=6,
         kv_used=0.25, reached_by_depth=(1, 1, 1, 0), accepted_by_depth=(1, 1, 0, 0), seconds=0.02, trees=(tree,),
-        prefill_tokens=0, fallbacks={"exception": 0, "nan": 4, "deadline": 3, "invalid": 0},
+        prefill_tokens=0,
     )  # fmt: skip
+    host.fallbacks = {"exception": 0, "nan": 4, "deadline": 3, "invalid": 0}
     with listening(make_app(host)) as url:
         browser.open(url)
         browser.wait_text("t-mat", "3.00")

@@ -210,6 +210,13 @@ def test_a_stream_greets_and_then_sends_at_most_ten_frames_a_second():
     asyncio.run(scene())
 
 
+def test_fallbacks_are_those_over_all_restarts():
+    host = LiveWorldHost()
+    host.restarts, host.fallbacks = 1, {"nan": 20}  # its steps tell those of the core of the moment: none
+    _, data = asyncio.run(told(Viewers(host), 3))
+    assert [event["fallbacks"] for event in data] == [{"nan": 20}] * 3
+
+
 def test_an_idle_server_still_gives_signs_of_life(monkeypatch):
     monkeypatch.setattr(stream, "IDLE_SECONDS", 0.02)
     host = LiveWorldHost()

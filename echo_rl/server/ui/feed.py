@@ -91,8 +91,6 @@ class Feed:
             "running": last.running,
             "waiting": last.step.waiting,
             "kv_used": last.kv_used,
-            "fallbacks": last.fallbacks,
-            "rollbacks": last.rollbacks,
             "requests": self._requests,
             **self._counts,
             "knee": self._knees / self._known_knees if self._known_knees else None,

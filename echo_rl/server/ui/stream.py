@@ -89,7 +89,8 @@ class Viewers:
         host = self._host
         (name, steps), *others = feed.take()
         steps.setdefault("time", time.time())
-        return [(name, steps | {"in_flight": host.in_flight, "restarts": host.restarts}), *others]
+        own = {"in_flight": host.in_flight, "restarts": host.restarts, "fallbacks": host.fallbacks}
+        return [(name, steps | own), *others]
 
     def _hello(self) -> Event:
         host, info = self._host, self._host.ready_info
