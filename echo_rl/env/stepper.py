@@ -41,6 +41,7 @@ class Stepper:
     def __init__(self, backend: Backend, controller: Steerable, clock: Clock) -> None:
         self._backend, self._controller, self._clock = backend, controller, clock
         self._link: _Link | None = None
+        self._thread: threading.Thread | None = None
         self._waiting = False  # the step under way waits for its plan
         self._running = False  # a step was begun and its end not yet seen
 
@@ -50,7 +51,8 @@ class Stepper:
         if self._link is None:
             self._link = _Link()
             work = (self._backend, self._controller, self._clock, self._link)
-            threading.Thread(target=_serve, args=work, daemon=True, name="echo-rl-steps").start()
+            self._thread = threading.Thread(target=_serve, args=work, daemon=True, name="echo-rl-steps")
+            self._thread.start()
         self._running = True
         self._link.orders.put(True)
         return self._reply()
@@ -71,9 +73,11 @@ class Stepper:
             self._reply()
 
     def stop(self) -> None:
-        """End the thread, without waiting for it; a step under way ends by plain decoding. `begin` starts another."""
-        if self._link is not None:
+        """End the thread; a step under way ends by plain decoding, without being waited for. `begin` starts another."""
+        if self._link is not None and self._thread is not None:
             self._link.orders.put(False)
+            if not self._running and self._thread is not threading.current_thread():
+                self._thread.join()  # a thread that ends while the interpreter does aborts the process
         self._link, self._waiting, self._running = None, False, False
 
     def _give(self, plan: SpecPlan) -> None:

@@ -369,6 +369,15 @@ def test_all_steps_run_in_one_thread_which_ends_with_the_environment():
     assert gone() is None and not thread.is_alive()
 
 
+def test_no_thread_is_left_after_close():
+    for _ in range(20):
+        backend = FakeBackend()
+        env = make(backend)
+        rollout(env, 0, steps=1)
+        env.close()
+        assert not backend.threads & {thread.ident for thread in threading.enumerate()}
+
+
 def test_an_interrupted_step_is_brought_to_its_end_by_the_reset(monkeypatch):
     backend = FakeBackend()
     env = make(backend)
