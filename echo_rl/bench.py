@@ -80,8 +80,8 @@ def run_bench(
     """Runs what `out` does not hold yet, writes ``out/result.json`` and returns its content.
 
     `make_controller(name, **options)` is called once per arm and load, so that an adaptive
-    controller keeps what it learnt over the blocks. Raises `ConfigError` where `out` holds another
-    benchmark, an arm can't be made, or there are no prompts.
+    controller keeps what it learnt over the blocks, though not over an interruption. Raises
+    `ConfigError` where `out` holds another benchmark, an arm can't be made, or there are no prompts.
     """
     if not prompts:
         raise ConfigError("there are no prompts to serve")

@@ -89,6 +89,9 @@ class DevicePasses(Probe):
         return times
 
     def _run(self, batch: int, plan: SpecPlan, context: int) -> PhaseTimes:
+        most = self._engine.config.max_batch_size
+        if batch > most:
+            raise ConfigError(f"{batch} requests are more than max_batch_size ({most}); measure fewer, or raise it")
         nodes = max(plan.expanded, min(plan.budget, self._engine.config.max_nodes))
         sequences = self._sequences(batch, context, 1 + nodes)
         clock = Clock()

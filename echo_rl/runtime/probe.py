@@ -48,8 +48,10 @@ class Probe:
         return self._done(begin, sequences)
 
     def _sequences(self, batch: int, context: int, extra: int) -> tuple[Sequence, ...]:
-        engine = self._engine
-        made: list[Sequence] = []
+        engine, made = self._engine, list[Sequence]()
+        most = engine.config.max_context + engine.config.headroom
+        if context + extra > most:
+            raise ConfigError(f"{context} and {extra} tokens pass the {most} of max_context; measure fewer, or raise it")
         for i in range(batch):
             params = SamplingParams(max_new_tokens=max(1, extra))
             sequence = Sequence(Request(f"probe-{i}", (5,) * (context + 1), params), TextStream(engine.tokenizer))

@@ -87,7 +87,9 @@ def test_what_the_device_cannot_time_is_refused(engine, tmp_path):
     with pytest.raises(ConfigError, match="can't draft 1 levels of width 90"):
         DevicePasses(engine).draft(1, 90, 1, 20)
     with pytest.raises(ConfigError, match="kv_tokens"):
-        DevicePasses(engine).verify(200, 200, 200)
+        DevicePasses(engine).verify(60, 60, 200)
+    with pytest.raises(ConfigError, match="max_batch_size"):
+        DevicePasses(engine).verify(engine.config.max_batch_size + 1, 100, 4)
     assert engine.block_manager.used_share == 0.0
     with pytest.raises(ConfigError, match="--step device"):
         DevicePasses(tiny.engine(tmp_path / "eager", step="eager"))

@@ -33,6 +33,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
     engine = tiny.engine(tmp_path, kv_tokens=512)
     with pytest.raises(ConfigError, match="kv_tokens"):
         Probe(engine).verify(8, 8, 200)
+    with pytest.raises(ConfigError, match="max_context"):
+        Probe(tiny.engine(tmp_path / "short", max_context=64)).verify(1, 256, 32)
     engine.check_integrity()
     engine.add(Request("busy", (5, 6)))
     with pytest.raises(ConfigError, match="idle"):
