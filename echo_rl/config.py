@@ -59,8 +59,8 @@ class EngineConfig:
     """``auto`` (eight bits where the processor multiplies them fast, see `echo_kernels.ops.Ops.pack_int8`) or
     ``model`` (`dtype`). Verification makes the output the same."""
     step: str = "auto"
-    """``auto`` (device on CUDA, else eager), ``eager`` (the host decides level by level) or ``device`` (decisions
-    stay on the device, which is read once a step)."""
+    """``auto`` (device on CUDA with Triton, else eager), ``eager`` (the host decides level by level) or ``device``
+    (decisions stay on the device, which is read once a step)."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
 

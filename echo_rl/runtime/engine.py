@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from echo_kernels import ops_for
+from echo_kernels import backend, ops_for
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import (
     AUTOREGRESSIVE,
@@ -48,7 +48,8 @@ class Engine:
         self.scheduler = Scheduler(self.block_manager, config.max_batch_size, config.prefill_chunk, eos)
         self.serving: Step = EagerStep(self.runner, config.max_nodes)
         """How a planned batch is served, chosen once."""
-        if config.step == "device" or (config.step == "auto" and self.runner.device.type == "cuda"):
+        device = self.runner.device
+        if config.step == "device" or (config.step == "auto" and device.type == "cuda" and backend(device) == "triton"):
             self.serving = DeviceStep(self.runner, config, self.serving)
         self._sequences: dict[str, Sequence] = {}
         self._arrived = 0  # since the last step

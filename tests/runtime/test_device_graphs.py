@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import AUTOREGRESSIVE, SpecPlan
 from echo_rl.runtime.ondevice.buckets import Buckets, ladder
-from echo_rl.runtime.ondevice.graphs import Graphs
+from echo_rl.runtime.ondevice.graphs import Graphs, capture_for
 from echo_rl.runtime.ondevice.rule import DevicePlan
 from echo_rl.runtime.ondevice.step import DeviceStep
 from tests import tiny
@@ -53,6 +53,11 @@ def test_replays_serve_exactly_as_the_eager_step(tmp_path_factory, temperature):
         assert_equal_reports(expected.reports, got.reports)
     counts = device.serving.graphs.counts
     assert counts.replayed > counts.captured > 0 and not counts.dropped
+
+
+def test_kernels_that_read_results_back_are_not_captured(monkeypatch):
+    monkeypatch.setenv("ECHO_KERNELS", "reference")
+    assert capture_for(torch.device("cuda")) is None
 
 
 def test_few_graphs_are_kept(tmp_path):
