@@ -19,7 +19,7 @@ from echo_rl.errors import ConfigError
 from echo_rl.loop import serve
 from echo_rl.prompts import Message, Prompt
 from echo_rl.records import RunRecord
-from echo_rl.results import BlockStore, R, Store, machine, report, write_json
+from echo_rl.results import BlockStore, R, Store, arms_made_of, machine, report, write_json
 from echo_rl.sweep import Arm, BenchConfig, Load, Unit, schedule
 
 MakeController = Callable[..., Controller]
@@ -81,14 +81,17 @@ def run_bench(
 
     `make_controller(name, **options)` is called once per arm and load, so that an adaptive
     controller keeps what it learnt over the blocks, though not over an interruption. Raises
-    `ConfigError` where `out` holds another benchmark, an arm can't be made, or there are no prompts.
+    `ConfigError` where `out` holds another benchmark, or one of arms made of other files, where an arm can't be made,
+    or there are no prompts.
     """
     if not prompts:
         raise ConfigError("there are no prompts to serve")
     runner = _Runner(engine, config, prompts, make_controller, clock)
-    store = BlockStore(out, config, environment or machine())
+    environment = dict(environment or machine())
+    made = arms_made_of({arm: controller for (arm, _), controller in runner.cold.items()})
+    store = BlockStore(out, config, {**environment, **made})
     done = run_missing(list(schedule(config)), store, runner.run, console)
-    result = report(config, done, store.environment)
+    result = report(config, done, environment)
     write_json(out / "result.json", result)
     return result
 

@@ -11,7 +11,6 @@ It is bound to the trace, the costs and the release, not to a controller's code:
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -34,7 +33,7 @@ from echo_rl.errors import ConfigError, PolicyError, TraceError
 from echo_rl.ledger import Ledger
 from echo_rl.loop import serve
 from echo_rl.ranking import BASELINE, HINDSIGHT, REFERENCE, Block, Served, draw, pooled, report
-from echo_rl.results import digest_of, write_json
+from echo_rl.results import digest_of, made_of, write_json
 from echo_rl.stopwatch import Timed
 from echo_rl.sweep import Arm
 
@@ -238,12 +237,6 @@ def halving(
             most = ceil(keep * len(left))
             left = [arm for place, arm in enumerate(left) if place < most or arm in always]
     return left
-
-
-def made_of(controller: Controller) -> dict[str, str]:
-    """The digest of a controller's materials, where it has any: what was measured with others is not its own."""
-    materials = getattr(controller, "materials", ())
-    return {"made of": digest_of(pickle.dumps(materials))} if materials else {}
 
 
 def fingerprint(trace: Trace) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from echo_rl import intervals, metrics
+from echo_rl.contracts import Controller
 from echo_rl.errors import ConfigError
 from echo_rl.ledger import read_lines
 from echo_rl.records import RequestRecord, RunRecord, pool
@@ -175,6 +177,17 @@ def digest(*paths: Path) -> str:
 def digest_of(*parts: bytes) -> str:
     """`digest` of what is in memory."""
     return _digest(parts)
+
+
+def made_of(controller: Controller) -> dict[str, str]:
+    """The digest of a controller's materials, where it has any: what was measured with others is not its own."""
+    materials = getattr(controller, "materials", ())
+    return {"made of": digest_of(pickle.dumps(materials))} if materials else {}
+
+
+def arms_made_of(arms: Mapping[str, Controller]) -> dict[str, str]:
+    """`made_of` of every arm."""
+    return {f"{arm} {name}": digest for arm, each in arms.items() for name, digest in made_of(each).items()}
 
 
 def read_json(path: Path) -> Any:

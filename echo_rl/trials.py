@@ -26,7 +26,7 @@ from echo_rl.env.workload import SUITES, Arrivals, Workload, parse
 from echo_rl.errors import ConfigError
 from echo_rl.loop import drive
 from echo_rl.records import RunRecord, StepRecord
-from echo_rl.results import Store
+from echo_rl.results import Store, arms_made_of
 from echo_rl.sweep import Arm, Trial, TrialConfig, trials
 from echo_rl.wrapping import Wrapping
 
@@ -203,10 +203,8 @@ def run_trials(
 
     Raises `ConfigError` where `out` holds another comparison, or an arm or a workload can't be made.
     """
-    from echo_rl.evaluate import made_of
-
     stage = Stage(venue, config, make)
-    made = {f"{arm} {name}": digest for arm in config.arms for name, digest in made_of(stage.made(arm)).items()}
+    made = arms_made_of({arm: stage.made(arm) for arm in config.arms})
     store = Store(out, config, {**venue.environment, **made}, Trial, RunRecord)
     return run_missing(list(trials(config)), store, stage.run, console)
 

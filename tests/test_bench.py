@@ -103,6 +103,21 @@ def test_a_finished_run_serves_nothing_again(make_engine, make_controller, tmp_p
     assert engine.steps == 0
 
 
+def test_blocks_of_a_policy_that_was_trained_again_are_not_its_own(fake_engine, make_controller, tmp_path):
+    def made(weights):
+        def make(name, **options):
+            controller = make_controller(name, **options)
+            controller.materials = (weights,) if name == "echo" else ()
+            return controller
+
+        return make
+
+    first = bench(fake_engine, made("old"), tmp_path)
+    assert bench(fake_engine, made("old"), tmp_path)["environment"] == first["environment"]
+    with pytest.raises(ConfigError, match="another echo made of"):
+        bench(fake_engine, made("new"), tmp_path)
+
+
 def test_a_folder_of_another_benchmark_is_refused(fake_engine, make_controller, tmp_path):
     bench(fake_engine, make_controller, tmp_path)
     other = BenchConfig(arms=("none", "echo"), loads=CONFIG.loads)
