@@ -257,7 +257,7 @@ class Verdict:
 
     accepted: tuple[tuple[int, ...], ...]  # per request: accepted nodes (index among its selected nodes), root first
     tokens: tuple[tuple[int, ...], ...]  # per request: the accepted nodes' tokens, then the bonus token
-    failed: frozenset[int] = frozenset()  # requests whose logits were not finite: they got no token
+    failed: frozenset[int] = frozenset()  # requests whose logits were not finite; `tokens` are those before
     logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()  # per request, one a token where it asked; () if nobody did
 
 

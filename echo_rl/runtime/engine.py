@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -127,7 +128,7 @@ class Engine:
         clock.lap("schedule")
         plan = controller.plan(load) if batch.drafting else AUTOREGRESSIVE
         self._reserve(batch, plan)
-        served = self.serving.run(batch, plan, controller, clock)
+        served = _taken_back(batch, self.serving.run(batch, plan, controller, clock))
         outputs = self._commit(batch, served.verdict)
         clock.lap("commit")
         trees = _trees(batch, served) if self.trace_trees else ()
@@ -159,7 +160,7 @@ class Engine:
             )
         nodes = max(expanded, min(plan.budget, self.config.max_nodes))
         for sequence in batch.decodes:
-            self.block_manager.grow(sequence, sequence.kv_len + 1 + (nodes if sequence.request.speculate else 0))
+            self.block_manager.grow(sequence, sequence.kv_len + 1 + (nodes if sequence.drafts else 0))
         for chunk in batch.chunks:
             self.block_manager.grow(chunk.sequence, chunk.sequence.kv_len + chunk.count)
 
@@ -168,8 +169,8 @@ class Engine:
         outputs = []
         for chunk in batch.chunks:
             chunk.sequence.kv_len += chunk.count
-        for sequence, path in zip(batch.decodes, verdict.accepted, strict=False):
-            sequence.kv_len += 1 + len(path)
+        for sequence, path, tokens in zip(batch.decodes, verdict.accepted, verdict.tokens, strict=False):
+            sequence.kv_len += 1 + len(path) if tokens else 0
         for i, sequence in enumerate(batch.sampling):
             if i in verdict.failed:
                 self.cancel(sequence.id)
@@ -182,6 +183,24 @@ class Engine:
                 del self._sequences[sequence.id]
             outputs.append(output)
         return tuple(outputs)
+
+
+def _taken_back(batch: Batch, served: Served) -> Served:
+    """Without what was decided for requests whose logits are not finite beside drafted nodes.
+
+    A node that plain decoding would never have processed may be why, so they are served plainly from now on, this
+    step again.
+    """
+    verdict, counts = served.verdict, served.selection.counts.tolist()
+    again = {i for i in verdict.failed if i < len(counts) and counts[i]}
+    if not again:
+        return served
+    for i in again:
+        batch.decodes[i].drafts = False
+    accepted = tuple(() if i in again else path for i, path in enumerate(verdict.accepted))
+    tokens = tuple(() if i in again else drawn for i, drawn in enumerate(verdict.tokens))
+    logprobs = tuple(() if i in again else likely for i, likely in enumerate(verdict.logprobs))
+    return replace(served, verdict=Verdict(accepted, tokens, verdict.failed - again, logprobs))
 
 
 def _report(

@@ -51,7 +51,7 @@ class Probe:
         engine, made = self._engine, list[Sequence]()
         most = engine.config.max_context + engine.config.headroom
         if context + extra > most:
-            raise ConfigError(f"{context} and {extra} tokens pass the {most} of max_context; measure fewer, or raise it")
+            raise ConfigError(f"{context} + {extra} tokens pass max_context ({most}); measure fewer, or raise it")
         for i in range(batch):
             params = SamplingParams(max_new_tokens=max(1, extra))
             sequence = Sequence(Request(f"probe-{i}", (5,) * (context + 1), params), TextStream(engine.tokenizer))

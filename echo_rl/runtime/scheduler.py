@@ -77,8 +77,8 @@ class Scheduler:
                 chunks.append(Chunk(sequence, count, last=count == sequence.pending))
                 left -= count
         decodes = [s for s in self.running if s.decoding]
-        drafting = tuple(s for s in decodes if s.request.speculate)
-        return Batch(drafting, tuple(s for s in decodes if not s.request.speculate), tuple(chunks))
+        drafting = tuple(s for s in decodes if s.drafts)
+        return Batch(drafting, tuple(s for s in decodes if not s.drafts), tuple(chunks))
 
     def commit(
         self, sequence: Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...] = ()

@@ -23,9 +23,11 @@ class Sequence:
     draft_len: int = 0
     blocks: list[int] = field(default_factory=list)
     reserved_blocks: int = 0
+    drafts: bool = True
+    """Whether it may speculate."""
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.request.prompt)
+        self.tokens, self.drafts = list(self.request.prompt), self.request.speculate
 
     @property
     def id(self) -> str:

@@ -265,6 +265,23 @@ def test_logits_that_are_not_finite_fail_one_request_only(tmp_path):
     assert reasons["bad"][0] == "error" and "not finite" in reasons["bad"][1]
 
 
+@pytest.mark.parametrize("step", ["eager", "device"])
+def test_a_drafted_token_that_breaks_the_model_changes_nothing(tmp_path, step):
+    """It is rejected anyway, but its values are not finite and lie beside the request's own."""
+
+    class Poisonous(Erratic):
+        def select(self, forest: Forest, plan: SpecPlan) -> Selection:
+            selection = super().select(forest, plan)
+            return replace(selection, tokens=torch.full_like(selection.tokens, poison))
+
+    engine, todo = tiny.engine(tmp_path, step=step), requests(3, 0.8, tokens=12)
+    plain = run(engine, Plain(), todo)
+    seen = {token for r in todo for token in (*r.prompt, *plain[r.id])}
+    poison = next(token for token in range(tiny.VOCAB) if token not in seen)
+    engine.runner.target.embed[poison] = float("nan")
+    assert run(engine, Poisonous(0), todo) == plain
+
+
 def test_stop_strings_cut_the_text_wherever_steps_fall(tiny_engine):
     free = requests(1, 0.0, tokens=40)[0]
     tokens = run(tiny_engine, Plain(), [free])["r0"]

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from echo_kernels import backend
 from torch import Tensor
+
+from echo_kernels import backend
 
 MAX_GRAPHS = 64
 """Graphs kept at once; the one unused for longest makes room."""
