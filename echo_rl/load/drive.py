@@ -91,21 +91,25 @@ class _Run:
     async def to_its_end(self) -> None:
         async with asyncio.TaskGroup() as group:
             tasks = set()
-            while (now := self.now()) < self.seconds and (self.sent < self.requests or self.in_flight):
+            while self.sent < self.requests or self.in_flight:
+                now = min(self.now(), self.seconds)
                 for arrival, suite in self._due(now):
                     tasks.add(task := group.create_task(self._one(self.sent, self.source(suite), arrival)))
                     task.add_done_callback(tasks.discard)
                     self.sent, self.in_flight = self.sent + 1, self.in_flight + 1
                     self.most = max(self.most, self.in_flight)
+                if now == self.seconds:
+                    break
                 await self._wait()
+            await asyncio.sleep(0)  # what arrived while this client was held back has begun, so it is recorded too
             for task in tasks:
                 task.cancel()
 
     def _due(self, now: float) -> list[tuple[float, str]]:
-        """When each new request arrived, and its suite; no more than are still to be sent."""
+        """When each request arrived that came before the end, and its suite; no more than are still to be sent."""
         found = self.arrivals.since(self.seen, now, self.in_flight)
         self.seen = now
-        return found[: self.requests - self.sent]
+        return [(arrival, suite) for arrival, suite in found if arrival < self.seconds][: self.requests - self.sent]
 
     async def _wait(self) -> None:
         """Until a request ends, the next one is due or the time is up."""
