@@ -163,7 +163,7 @@ def test_planning_is_cheap(make_load):
         start = time.perf_counter()
         echo.plan(load)
         times.append(time.perf_counter() - start)
-    assert sorted(times)[200] < 100e-6
+    assert sorted(times)[200] < 200e-6
 
 
 @pytest.mark.parametrize("options", [{"period": 0}, {"margin": -0.1}, {"probe_share": 1.0}, {"theta": 0.0}])

@@ -45,5 +45,5 @@ def test_echo_is_served_on_the_device(tmp_path):
     engine = tiny.engine(tmp_path, step="device")
     todo = requests(6, 0.8)
     plain = run(engine, make("none"), todo)
-    assert run(engine, Guarded(make("echo"), make("none")), todo) == plain
+    assert run(engine, Guarded(make("echo"), make("none"), deadline=60.0), todo) == plain
     assert not engine.serving.counts.eager

@@ -284,15 +284,15 @@ def test_a_first_controller_that_cannot_be_built_is_an_error_at_once():
 def test_serving_goes_on_while_a_controller_is_built_and_a_build_that_hangs_is_given_up():
     def make(spec):
         if spec == "slow":
-            time.sleep(2.0)
+            time.sleep(4.0)
         return build_controller(spec)
 
     def scene(director):
         yield [long_request(), SetController(1, "slow"), SetController(2, "chain")]
         yield from director.until_reply(2)
 
-    director = play(scene, make=make, switch={"build_seconds": 0.2})
-    assert "not built within 0.2 s" in director.reply(1).error
+    director = play(scene, make=make, switch={"build_seconds": 1.0})
+    assert "not built within 1 s" in director.reply(1).error
     assert director.reply(2).value["controller"] == "chain"
     before = director.events.index(director.reply(1))
     assert before > 20, "steps must go on"
@@ -334,13 +334,13 @@ def test_a_controller_that_hangs_stops_nobody():
         yield [long_request(), SetController(1, "bad")]
         yield from director.until_reply(1)
         until = time.monotonic() + 1.0
-        while time.monotonic() < until:
+        while time.monotonic() < until or len(director.stats) <= 100:
             yield []
+        assert time.monotonic() < until + 20.0
         yield [Inspect(2)]
 
     director = play(scene, make=make_with_bad(lambda: time.sleep(30.0)), switch={"deadline": 0.05})
     assert director.reply(2).value["rollbacks"] == 1
-    assert len(director.stats) > 100
 
 
 class Strict(ServedFake):
