@@ -15,24 +15,24 @@ from echo_rl.runtime.documents import read_document
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors by name. Raises `WeightsError` where a file is missing or damaged."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = _shards(index)
-    else:
-        files = ["model.safetensors"]
+    shards = _shards(index) if index.is_file() else {}
     tensors: dict[str, torch.Tensor] = {}
-    for file in files:
+    for file in sorted(set(shards.values())) or ["model.safetensors"]:
         path = folder / file
         if not path.is_file():
             raise WeightsError(f"{path} is missing; only safetensors weights are loaded, download or convert the model")
         tensors.update(read_file(path))
+    if absent := shards.keys() - tensors.keys():
+        raise WeightsError(f"{index} names tensors that no file holds ({min(absent)}); download the model again")
     return tensors
 
 
-def _shards(index: Path) -> list[str]:
-    names = list(read_document(index).section("weight_map").values.values())
-    if not names or not all(isinstance(name, str) for name in names):
+def _shards(index: Path) -> dict[str, str]:
+    """The file of each tensor."""
+    files = dict(read_document(index).section("weight_map").values)
+    if not files or not all(isinstance(name, str) for name in files.values()):
         raise WeightsError(f"{index} is damaged (weight_map names no files); download the model again")
-    return sorted(set(names))
+    return files
 
 
 def read_file(path: Path) -> dict[str, torch.Tensor]:

