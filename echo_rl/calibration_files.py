@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from echo_rl.errors import ConfigError
+from echo_rl.files import replacing
 from echo_rl.packages import cache_root
 
 
@@ -47,8 +47,5 @@ def read_record(path: str | Path, kind: str, version: int) -> dict[str, Any]:
 
 def write_record(path: str | Path, kind: str, version: int, body: Mapping[str, Any]) -> None:
     """Write a versioned JSON record; the file is replaced whole or not at all."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(json.dumps({"kind": kind, "version": version, "body": body}) + "\n")
-    os.replace(partial, target)
+    with replacing(path) as part:
+        part.write_text(json.dumps({"kind": kind, "version": version, "body": body}) + "\n")

@@ -19,6 +19,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from echo_rl import intervals, metrics
 from echo_rl.contracts import Controller
 from echo_rl.errors import ConfigError
+from echo_rl.files import replacing
 from echo_rl.ledger import read_lines
 from echo_rl.records import RequestRecord, RunRecord, pool
 from echo_rl.sweep import BenchConfig, Load, Unit
@@ -200,10 +201,8 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes through a neighbour file, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def _digest(parts: Iterable[bytes]) -> str:

@@ -99,8 +99,8 @@ class TrainConfig:
             raise ConfigError("training needs at least one workload to serve and one to evaluate on")
         for text in (*self.workloads, *self.evaluate_on):
             parse(text)
-        if min(self.seed, self.learner.seed) < 0:
-            raise ConfigError(f"seed is {self.seed}, learner.seed {self.learner.seed}; give whole numbers >= 0")
+        if not 0 <= self.seed < 2**31:
+            raise ConfigError(f"seed is {self.seed}; give a whole number from 0 to 2**31 - 1")
         visible(self.hidden)
 
 
@@ -134,7 +134,7 @@ class Setting:
     @classmethod
     def load(cls, config: TrainConfig) -> Setting:
         trace = Trace.packaged() if config.trace is None else Trace.load(config.trace)
-        seen = trace.split(config.held_out)[0] if config.held_out else trace
+        seen = trace.split(config.held_out)[0]
         table = ActionTable()
         if max(table.depths) > trace.max_depth or max(table.widths) > trace.max_width:
             raise TraceError(

@@ -18,7 +18,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
     {"contracts", "errors"},
-    {"config", "codec", "costs", "pace", "profile", "packages", "grid", "calibration_files", "wrapping", "stopwatch"},
+    {
+        *("config", "codec", "costs", "pace", "profile", "packages", "files", "grid", "calibration_files"),
+        *("wrapping", "stopwatch"),
+    },
     {"runtime", "env", "controllers"},
     {
         *("loop", "metrics", "prompts", "sweep", "results", "bench", "plots", "record", "drafting", "calibrate"),
@@ -33,6 +36,7 @@ SEPARATE = {"runtime", "env", "controllers"}
 TORCH_FREE = (
     *("contracts", "errors", "config", "costs", "pace", "wrapping", "codec", "profile", "packages"),
     *(
+        "files",
         "grid",
         "calibration_files",
         "loop",

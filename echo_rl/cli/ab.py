@@ -90,7 +90,7 @@ class Ab:
         from echo_rl.trials import live_venue, replay_venue
 
         whole = Trace.load(self.trace) if self.trace else Trace.packaged()
-        trace = whole.split(self.held_out)[1] if self.held_out else whole
+        trace = whole.split(self.held_out)[1]
         found = []
         for name in dict.fromkeys(self.on):
             if name == "replay":

@@ -54,7 +54,7 @@ class Eval:
         console = Console()
         config = self.config()
         trace = load_trace(self.trace)
-        served = trace.split(self.held_out)[1] if self.held_out else trace
+        served = trace.split(self.held_out)[1]
         profile = CostProfile.of(self.profile)
         result = evaluate(config, served, CostArrays(profile), registry.planning_by(profile), self.out, console)
         console.print(ranking(result))

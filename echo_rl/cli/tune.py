@@ -45,7 +45,7 @@ class Tune:
         console = Console()
         config = TuneConfig(self.controllers, self.concurrency, self.blocks, self.requests, self.cap, self.seed)
         trace = load_trace(self.trace)
-        train = trace.split(self.held_out)[0] if self.held_out else trace
+        train = trace.split(self.held_out)[0]
         tuned = tune(config, train, CostArrays(CostProfile.default()), out=self.out, console=console)
         console.print(table(tuned))
         console.print(f"Written: {self.out / 'tuned.json'}", soft_wrap=True)

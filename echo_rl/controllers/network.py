@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise
@@ -26,6 +25,7 @@ from safetensors.numpy import load, save
 
 from echo_rl.codec import CODEC_VERSION, FEATURES, ActionTable
 from echo_rl.errors import PolicyError
+from echo_rl.files import replacing
 
 KIND = "echo-rl policy"
 POLICY_VERSION = 1
@@ -102,7 +102,6 @@ class Policy:
         Each file is replaced at once. A folder that was cut short between the two is refused by `load`.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = save(self._tensors())
         known = {
             "kind": KIND,
@@ -115,9 +114,8 @@ class Policy:
         }
         text = json.dumps({**known, **{k: v for k, v in manifest.items() if k not in known}}, indent=1) + "\n"
         for name, content in ((WEIGHTS_FILE, weights), (MANIFEST_FILE, text.encode())):
-            part = folder / f".{name}.part"
-            part.write_bytes(content)
-            os.replace(part, folder / name)
+            with replacing(folder / name) as part:
+                part.write_bytes(content)
 
     @classmethod
     def load(cls, folder: str | Path, table: ActionTable | None = None) -> Policy:

@@ -6,7 +6,6 @@ A shard is one ``.npz`` with ``tokens`` (all conversations end to end), ``offset
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echo_rl.errors import ConfigError
+from echo_rl.files import replacing
 from echo_rl.results import digest_of
 
 
@@ -57,10 +57,8 @@ class Conversations:
     def save(self, path: Path) -> None:
         """Write atomically; tokens take 2 bytes where the vocabulary allows."""
         compact = self.tokens.astype(np.uint16 if self.tokens.max(initial=0) < 2**16 else np.uint32)
-        part = path.with_suffix(".part")
-        with open(part, "wb") as file:
+        with replacing(path) as part, open(part, "wb") as file:
             np.savez(file, tokens=compact, offsets=self.offsets, starts=self.starts, greedy=self.greedy)
-        os.replace(part, path)
 
     @classmethod
     def load(cls, path: Path) -> Conversations:

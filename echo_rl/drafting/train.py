@@ -8,7 +8,6 @@ ends with the same weights. Never runs the target.
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from echo_rl.drafting.model import DrafterNet, Rotary, Unroll
 from echo_rl.drafting.train_config import TrainConfig
 from echo_rl.drafting.warm_start import TargetParts, warm_start
 from echo_rl.errors import ConfigError
+from echo_rl.files import replacing
 from echo_rl.results import digest
 from echo_rl.runtime.drafter_model import DrafterConfig, save_drafter
 
@@ -180,9 +180,8 @@ class Run:
             "update": self.update, "epoch": self.epoch, "batch_in_epoch": self.batch_in_epoch,
             "seconds": self.seconds, "curve": self.curve, "started_from": self.started_from,
         }  # fmt: skip
-        part = self.state_path.with_suffix(".part")
-        torch.save(state, part)
-        os.replace(part, self.state_path)
+        with replacing(self.state_path) as part:
+            torch.save(state, part)
 
     def batches(self) -> Iterator[Batch]:
         """Endless, from where the run stands; epoch e's order depends on the seed and e alone."""
@@ -246,9 +245,8 @@ def write_manifest(run: Run, best: dict[str, Any]) -> None:
         "started_from": run.started_from,
         "torch": torch.__version__, "seconds": round(run.seconds), "best": best, "curve": run.curve,
     }  # fmt: skip
-    part = Path(run.config.out) / "manifest.json.part"
-    part.write_text(json.dumps(manifest, indent=1) + "\n")
-    os.replace(part, part.with_suffix(""))
+    with replacing(Path(run.config.out) / "manifest.json") as part:
+        part.write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def _evaluate(run: Run, writer: SummaryWriter) -> None:

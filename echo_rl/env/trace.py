@@ -103,7 +103,9 @@ class Trace:
         return tuple(Request(f"{r.suite}/{i}", r.prompt, r.params) for i, r in chosen if suite in ("all", r.suite))
 
     def split(self, held_out: float = 0.3, seed: int = 0) -> tuple[Trace, Trace]:
-        """(train, held-out) by prompt: all responses to one prompt stay together."""
+        """(train, held-out) by prompt: all responses to one prompt stay together. Of nothing held out both are all."""
+        if not held_out:
+            return self, self
         prompts = sorted({r.prompt for r in self.responses}, key=lambda p: _hash(p, seed))
         if len(prompts) < 2 or not 0.0 < held_out < 1.0:
             raise ConfigError(f"cannot hold out {held_out} of {len(prompts)} prompts; record more, or give a share < 1")

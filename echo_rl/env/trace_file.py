@@ -16,6 +16,7 @@ from echo_rl.contracts import SamplingParams
 from echo_rl.env.levels import Level
 from echo_rl.env.trace import Response, Trace
 from echo_rl.errors import TraceError
+from echo_rl.files import replacing
 
 KIND = "echo-rl trace"
 TRACE_VERSION = 1
@@ -34,10 +35,8 @@ def write_trace(trace: Trace, path: Path, half: bool = False) -> None:
             f"{d}.scores": level.scores[used].astype(np.float16 if half else np.float32),
             f"{d}.path": level.path.astype(np.int16),
         }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, partial, metadata=header)
-    partial.replace(path)
+    with replacing(path) as part:
+        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, part, metadata=header)
 
 
 def read_trace(path: Path) -> Trace:

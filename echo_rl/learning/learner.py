@@ -6,7 +6,6 @@ Knows nothing of traces, workloads or how a policy is scored.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from echo_rl.controllers.network import Activation, Policy
 from echo_rl.errors import ConfigError
+from echo_rl.files import replacing
 from echo_rl.learning.callbacks import Bar, Keeper, Schedules, Telemetry
 from echo_rl.learning.export import ACTIVATIONS
 from echo_rl.results import differing
@@ -167,9 +167,8 @@ def write_state(path: Path, model: PPO, run: Progressed, claim: Mapping[str, Any
         "claim": dict(claim), "policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict(),
         "steps": model.num_timesteps, "curve": run.curve, "best": run.best, "notes": run.notes,
     }  # fmt: skip
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        torch.save(state, part)
 
 
 def read_state(path: Path, claim: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -19,7 +19,6 @@ At the next level ``h`` (before ``norm``) takes the place of ``f``; the embeddin
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from echo_rl.errors import DrafterMismatch, WeightsError
+from echo_rl.files import replacing
 from echo_rl.runtime.checkpoint import read_tensors
 from echo_rl.runtime.documents import Document, read_document
 from echo_rl.runtime.drafter_variants import WEIGHTS_FILE, canonical, refuse_variants, require_safetensors
@@ -231,15 +231,12 @@ def save_drafter(folder: str | Path, config: DrafterConfig, tensors: Mapping[str
     """Write the folder atomically, file by file. `t2d` (target vocabulary mask) is added where absent."""
     check_tensors(config, tensors)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     mask = torch.zeros(config.target_vocab, dtype=torch.bool).index_fill(0, draft_to_target(tensors["d2t"]), True)
     out = {name: tensor.detach().contiguous() for name, tensor in tensors.items()} | {"t2d": mask}
-    part = folder / f"{WEIGHTS_FILE}.part"
-    save_file(out, part)
-    os.replace(part, folder / WEIGHTS_FILE)
-    part = folder / f"{CONFIG_FILE}.part"
-    part.write_text(json.dumps(config.to_json(), indent=2) + "\n")
-    os.replace(part, folder / CONFIG_FILE)
+    with replacing(folder / WEIGHTS_FILE) as part:
+        save_file(out, part)
+    with replacing(folder / CONFIG_FILE) as part:
+        part.write_text(json.dumps(config.to_json(), indent=2) + "\n")
 
 
 def load_drafter(folder: str | Path, *, target_layers: int | None = None) -> tuple[DrafterConfig, dict[str, Tensor]]:

@@ -52,7 +52,7 @@ def test_round_trip(folder: Path) -> None:
     assert all(torch.equal(tensors[name], value) for name, value in expected.items())
     assert torch.equal(draft_to_target(tensors["d2t"]), IDS)
     assert torch.equal(tensors["t2d"].nonzero().flatten(), IDS)
-    assert not list(folder.glob("*.part"))
+    assert not list(folder.glob(".*.part"))
 
 
 def test_layout_is_the_published_one(folder: Path) -> None:
