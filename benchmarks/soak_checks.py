@@ -23,6 +23,8 @@ FRONT_MB, ENGINE_MB = 24.0, 64.0
 STRETCHES = 100
 FEWEST = 5
 """Samples for a trend."""
+SHORTEST = 20.0
+"""Seconds for a trend: in less a busy machine has not even warmed up."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,8 @@ def growth(samples: Sequence[Sample], seconds: float) -> dict[str, dict[str, flo
 
 
 def _trend(points: Sequence[tuple[float, float]], bound: float) -> dict[str, float | None]:
-    """By least squares; None with too few points to tell."""
-    if len(points) < FEWEST:
+    """By least squares; None with too few points, or over too short a time, to tell."""
+    if len(points) < FEWEST or points[-1][0] - points[0][0] < SHORTEST:
         return {"seconds": 0.0, "last_mb": None, "trend_mb": None, "bound_mb": bound}
     at, values = np.array(points).T
     seconds = float(at[-1] - at[0])

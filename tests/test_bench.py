@@ -223,6 +223,7 @@ def test_units_are_hashable_keys():
 def scripts(monkeypatch, tmp_path):
     """The scripts write under a temporary folder, run a tiny model, and say nothing."""
     import acceptance
+    import ceiling
     import common
     import fidelity
     import losslessness
@@ -239,14 +240,14 @@ def scripts(monkeypatch, tmp_path):
         "dtype": "float32",
         "kv_tokens": 8192,
     }
-    for script in (acceptance, losslessness, plain_decoding, throughput, fidelity, policies, rivals):
+    for script in (acceptance, ceiling, losslessness, plain_decoding, throughput, fidelity, policies, rivals):
         monkeypatch.setattr(script, "CONSOLE", QUIET)
         if hasattr(script, "load_prompts"):
             monkeypatch.setattr(script, "load_prompts", lambda *args, **more: PROMPTS[: more.get("limit")])
     flags = [f for name, value in engine_options.items() for f in (f"--{name.replace('_', '-')}", str(value))]
 
     def run(script, *more: str) -> dict:
-        own = [] if script in (policies, rivals) else flags
+        own = [] if script in (ceiling, policies, rivals) else flags
         monkeypatch.setattr("sys.argv", ["script", "--quick", *more, *own])
         script.script()
         return json.loads((tmp_path / "quick" / f"{script.__name__}.json").read_text())
@@ -308,6 +309,7 @@ def tiny_trace(root: Path):
 
 def test_the_scripts_fill_every_table_of_the_pages(scripts, tmp_path):
     import acceptance
+    import ceiling
     import fidelity
     import losslessness
     import plain_decoding
@@ -323,7 +325,7 @@ def test_the_scripts_fill_every_table_of_the_pages(scripts, tmp_path):
     scripts(plain_decoding)
     recording = str(tmp_path / "trace.safetensors")
     tiny_trace(tmp_path).save(Path(recording))
-    for script in (policies, rivals, fidelity):
+    for script in (policies, ceiling, rivals, fidelity):
         scripts(script, "--trace", recording)
     committed = Path(__file__).parent.parent / "benchmarks" / "results"
     for name in ("ab_live", "roofline", "server", "server_identity", "server_overhead", "soak"):

@@ -18,6 +18,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "policies": ("policies", learning.policies),
     "deciding": ("policies", learning.deciding),
     "training": ("policies", learning.training),
+    "ceiling": ("ceiling", learning.ceiling),
+    "ranking": ("ceiling", learning.ranking),
     "ab_live": ("ab_live", learning.ab_live),
     "rivals": ("rivals", learning.rivals),
     "winners": ("rivals", learning.winners),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from echo_rl.intervals import Interval
+from echo_rl.intervals import Interval, geometric_mean
 from tables.markdown import Result, number, table
 
 
@@ -107,6 +107,38 @@ def _bound(result: Result, loads: list[int]) -> str:
         return ""
     gains = ", ".join(f"{over[load]['estimate'] - 1:.0%}" for load in loads)
     return f"\nOver `{result['reference']}`, knowing what will be accepted gains {gains} at these loads.\n"
+
+
+def ceiling(result: Result) -> str:
+    """What fixed plans, fixed thresholds and foresight reach at each load."""
+    loads = result["loads"]
+    kinds = {"fixed": "fixed plan", "gated": "fixed gate and floor", "foresight": "foresight"}
+    rows = [
+        [
+            str(cell["load"]),
+            *(number(cell["over_plain"][kind]["estimate"]) for kind in kinds),
+            *(Interval(**cell["over_fixed"][kind]).text(3, "×") for kind in ("gated", "foresight")),
+        ]
+        for cell in loads
+    ]
+    heads = ["in flight", *(f"{name}, over plain" for name in kinds.values())]
+    gains = [
+        geometric_mean([cell["over_fixed"][kind]["estimate"] for cell in loads]).estimate
+        for kind in ("gated", "foresight")
+    ]
+    words = "\nOver the best fixed plan, all loads: gate and floor {:.3f}×, foresight {:.3f}×.\n".format(*gains)
+    return table([*heads, "gate and floor over the plan", "foresight over the plan"], rows) + words
+
+
+def ranking(result: Result) -> str:
+    """Accepted tokens when nodes are ranked by the drafter's score, as learned, and at best."""
+    found = result["ranking"]
+    named = {"the drafter's score": "score", "learned": "learned"}
+    rows = [[name, *(number(value) for value in found["accepted"][key])] for name, key in named.items()]
+    rows.append(["what the target accepts", *(number(value) for value in found["most"])])
+    losses = (f"{found['log_loss'][key]:.4f}" for key in named.values())
+    words = "\nLog loss of a node's acceptance: {} by the score, {} as learned.\n".format(*losses)
+    return table(["accepted a request, nodes ranked by", *(f"{count} nodes" for count in found["nodes"])], rows) + words
 
 
 def winners(result: Result) -> str:
