@@ -109,14 +109,14 @@ def _between(values: Floats, low: int, share: float) -> Any:
 class Pace:
     """Running ratios of measured to predicted seconds, one a phase. Steps that also prefill are left out.
 
-    Verify passes are timed in speculative and plain steps alike. Drafting right after plain steps may
-    have a backlog to work off and is not counted. Drafting that gates stop early is held against the plan's
-    whole depth: it counts as cheaper drafting, so that the ratio prices the gates in.
+    Verify passes are timed in speculative and plain steps alike, with the rows of requests that refuse speculation.
+    Drafting right after plain steps or prompts has a backlog to work off and is not counted. Drafting that gates stop
+    early is held against the plan's whole depth: it counts as cheaper drafting, so that the ratio prices the gates in.
     """
 
     def __init__(self, profile: CostProfile) -> None:
         self._profile = profile
-        self._after_plain = False
+        self._behind = False  # the drafter has tokens to catch up on
         self.verify = Curve()
         self.draft = 1.0
         self.rest = {False: 1.0, True: 1.0}
@@ -124,16 +124,17 @@ class Pace:
 
     def observe(self, report: StepReport) -> None:
         load, plan, times, profile = report.load, report.plan, report.times, self._profile
+        behind, self._behind = self._behind, not plan.speculates or load.prefill_tokens > 0
         if load.prefill_tokens or not load.batch_size:
             return
-        after_plain, self._after_plain = self._after_plain, not plan.speculates
-        rows = load.batch_size + report.verified
-        self.verify.follow(rows, times.verify / profile.verify_seconds(load.batch_size, rows, load.mean_context))
-        usual = profile.overhead_seconds(load.batch_size, report.verified, plan.speculates)
+        decoding = load.batch_size + load.plain
+        rows = decoding + report.verified
+        self.verify.follow(rows, times.verify / profile.verify_seconds(decoding, rows, load.mean_context))
+        usual = profile.overhead_seconds(decoding, report.verified, plan.speculates)
         if usual > 0.0:
             rest = times.total - times.verify - times.draft
             self.rest[plan.speculates] = _follow(self.rest[plan.speculates], rest / usual)
-        if plan.speculates and not after_plain:
+        if plan.speculates and not behind:
             drafted = profile.draft_seconds(load.batch_size, plan.width, plan.max_depth)
             self.draft = _follow(self.draft, times.draft / drafted)
 

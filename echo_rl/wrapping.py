@@ -28,3 +28,9 @@ class Wrapping:
 
     def observe(self, report: StepReport) -> None:
         self._controller.observe(report)
+
+    def score_powers(self, plan: SpecPlan) -> tuple[float, ...] | None:
+        """Of the controller inside, where it has any: a device may then decide in its stead. A subclass that extends
+        or selects otherwise must answer None."""
+        powers = getattr(self._controller, "score_powers", None)
+        return None if powers is None else powers(plan)

@@ -39,6 +39,27 @@ def test_drafting_the_rest_and_the_whole_machine_are_told_apart():
     assert pace.rest[True] == pytest.approx(1.5, rel=0.01)
 
 
+def test_drafting_that_catches_up_on_prompts_or_plain_steps_is_not_counted():
+    profile = hinge_profile()
+    pace, drafting = Pace(profile), profile.draft_seconds(8, 3, 3)
+    prompt = replace(report_of(24), load=replace(report_of(24).load, prefill_tokens=64))
+    prompts_alone = replace(prompt, load=replace(prompt.load, batch_size=0), plan=SpecPlan(0))
+    for before in (prompt, prompts_alone, report_of(0)):
+        pace.observe(before)
+        pace.observe(report_of(24, times=PhaseTimes(draft=9 * drafting)))
+        assert pace.draft == 1.0
+        pace.observe(report_of(24, times=PhaseTimes(draft=drafting)))
+        assert pace.draft == pytest.approx(1.0)
+
+
+def test_requests_that_refuse_speculation_are_rows_of_the_pass():
+    profile = hinge_profile()
+    pace, report = Pace(profile), report_of(24)
+    times = PhaseTimes(verify=profile.verify_seconds(32, 32 + 24, 128.0))
+    pace.observe(replace(report, load=replace(report.load, plain=24), times=times))
+    assert pace.verify.factor(56) == pytest.approx(1.0)
+
+
 def test_a_misjudged_plain_pass_is_learned_at_the_switch():
     """Speculative passes take twice the prediction, plain ones 1.4 times."""
     profile = hinge_profile()

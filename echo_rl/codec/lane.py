@@ -42,6 +42,7 @@ class Lane:
         """Learn from a step. Of one without a decoding request the arrivals alone count, with the next one's."""
         load, plan = report.load, report.plan
         self._arrived += load.arrived
+        self._pace.observe(report)
         if not load.batch_size:
             return
         self._follow(0, float(self._arrived))
@@ -51,7 +52,6 @@ class Lane:
             self._speculated(report)
         else:
             self._plain, self._last = self._plain + 1, (0.0, 0, 0)
-        self._pace.observe(report)
 
     def observe(self, load: LoadView) -> NDArray[np.float32]:
         """[len(FEATURES)], each entry clipped to its range."""

@@ -45,11 +45,11 @@ class Curves:
 
 
 class Paces:
-    """`pace.Pace` of each lane."""
+    """`pace.Pace` of each lane; no request of theirs refuses speculation."""
 
     def __init__(self, costs: CostArrays, lanes: int) -> None:
         self._costs, self._lanes = costs, np.arange(lanes)
-        self._after_plain = np.zeros(lanes, dtype=bool)
+        self._behind = np.zeros(lanes, dtype=bool)
         self.verify = Curves(lanes)
         self.draft = np.ones(lanes)
         self.rest = np.ones((lanes, 2))
@@ -58,13 +58,13 @@ class Paces:
     def reset(self, lanes: Lanes) -> None:
         """Forget everything about these lanes ([E] bool)."""
         self.verify.reset(lanes)
-        self._after_plain[lanes], self.draft[lanes], self.rest[lanes] = False, 1.0, 1.0
+        self._behind[lanes], self.draft[lanes], self.rest[lanes] = False, 1.0, 1.0
 
     def observe(self, outcomes: Outcomes) -> None:
         loads, costs, verified = outcomes.loads, self._costs, outcomes.verified
         speculates, batch = outcomes.budget > 0, np.maximum(loads.batch, 1.0)
         counts = (loads.batch > 0) & (loads.prefill == 0)
-        after_plain, self._after_plain = self._after_plain, np.where(counts, ~speculates, self._after_plain)
+        behind, self._behind = self._behind, ~speculates | (loads.prefill > 0)
         rows = batch + verified
         self.verify.follow(rows, outcomes.verify_seconds / costs.verify(batch, rows, loads.context), counts)
         usual = costs.overhead(batch, verified, speculates)
@@ -72,7 +72,7 @@ class Paces:
         rest = outcomes.other_seconds / np.where(usual > 0.0, usual, np.inf)
         self.rest[kind] = _follow(self.rest[kind], rest, counts)
         drafted = np.where(speculates, costs.draft(batch, np.maximum(outcomes.width, 1.0), outcomes.depth), np.inf)
-        self.draft = _follow(self.draft, outcomes.draft_seconds / drafted, counts & speculates & ~after_plain)
+        self.draft = _follow(self.draft, outcomes.draft_seconds / drafted, counts & speculates & ~behind)
 
 
 def _follow(averages: Floats, ratios: Floats, counts: Lanes) -> Floats:

@@ -128,10 +128,12 @@ class Guarded:
         return chosen
 
     def score_powers(self, plan: SpecPlan) -> tuple[float, ...] | None:
-        """The controller's, where it decides this step and its gates and selection are this package's; else None."""
-        controller = self._controller
-        asked = not self._yielded and not self.overdue and "select" not in self._aside
-        return controller.score_powers(plan) if asked and isinstance(controller, BaseController) else None
+        """Of whoever decides this step, where its gates and selection are this package's; else None."""
+        if self._yielded:
+            decides: Controller | None = self._fallback
+        else:
+            decides = None if self.overdue or "select" in self._aside else self._controller
+        return decides.score_powers(plan) if isinstance(decides, BaseController) else None
 
     def observe(self, report: StepReport) -> None:
         try:

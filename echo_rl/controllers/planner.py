@@ -40,6 +40,8 @@ class Shape:
 
 
 PLAIN = Shape(0)
+MOST_MENUS = 1024
+"""Kept at a time."""
 HOPE = 1.0
 """Standard deviations by which an untried pass may be cheaper than its prediction."""
 
@@ -109,7 +111,8 @@ class BudgetPlanner:
     T_draft + T_verify + overheads (ECHO's objective). While off, a rare probe keeps the estimate of
     acceptance alive; while on, a rare plain step keeps the price of plain decoding honest. Either costs
     at most `probe_share` of the time (plus one probe, and the first few checks). A step that also prefills
-    uses the decision of one that does not.
+    uses the decision of one that does not. Requests that refuse speculation are rows of every pass and gain a token a
+    step whatever is planned: they count on both sides.
     """
 
     def __init__(self, profile: CostProfile, options: PlannerOptions, pooled: bool = True) -> None:
@@ -118,9 +121,9 @@ class BudgetPlanner:
         self._pace = Pace(profile)
         self._prompts = PromptShare()
         self._ledger = ProbeLedger(options.probe_share, options.probe_period)
-        self._choices: dict[tuple[int, int], Choices] = {}
-        self._menus: dict[tuple[int, int, int], Menu] = {}
-        self._decisions: dict[int, Decision] = {}
+        self._choices: dict[tuple[int, int, int], Choices] = {}
+        self._menus: dict[tuple[int, int, int, int], Menu] = {}
+        self._decisions: dict[tuple[int, int], Decision] = {}  # by requests that speculate, and that refuse to
         self._in_use = PLAIN
         self._looking = False  # the step in progress is a probe or a check
         self._unread: list[StepReport] = []  # not yet learned from
@@ -132,9 +135,10 @@ class BudgetPlanner:
     def choose(self, load: LoadView) -> Shape:
         """The shape of the coming step."""
         self._step += 1
-        decision = self._decisions.get(load.batch_size)
+        served = (load.batch_size, load.plain)
+        decision = self._decisions.get(served)
         if decision is None or decision.expires <= self._step:
-            decision = self._decisions[load.batch_size] = self._decide(load)
+            decision = self._decisions[served] = self._decide(load)
         self._in_use = decision.shape
         if decision.shape.budget:
             self._looking = self._worth_checking(load, decision)
@@ -173,27 +177,28 @@ class BudgetPlanner:
 
     def knee(self, load: LoadView) -> int:
         """K_max at this load."""
-        return self._profile.knee(load.batch_size, load.mean_context, self._options.theta)
+        return self._profile.knee(_decoding(load), load.mean_context, self._options.theta)
 
     def _decide(self, load: LoadView) -> Decision:
         self._catch_up()
         menu = self._menu(load)
-        shapes, previous = menu.choices.shapes, self._decisions.get(load.batch_size)
+        shapes, previous = menu.choices.shapes, self._decisions.get((load.batch_size, load.plain))
         stands = min(self._options.period, 2 * previous.stands) if previous is not None else 1
         expires = self._step + stands
         if not shapes:
             return Decision(PLAIN, PLAIN, math.inf, 0.0, expires, stands)
-        batch, plain = load.batch_size, self._plain_seconds(load)
-        tokens = (self._acceptance.expected(menu.choices.yields) + 1.0) * batch
+        decoding, plain = _decoding(load), self._plain_seconds(load)
+        accepted = self._acceptance.expected(menu.choices.yields) * load.batch_size
+        tokens, read = accepted + decoding, accepted + load.batch_size
         factors = self._pace.verify.factors(menu.curve)
-        seconds = self._seconds(menu, tokens, factors)
-        rates, off = tokens / seconds, batch / plain
+        seconds = self._seconds(menu, read, factors)
+        rates, off = tokens / seconds, decoding / plain
         in_use = previous.shape if previous is not None else self._in_use
         incumbent = menu.choices.places.get((in_use.nodes, in_use.depth, in_use.width))
         hopes = rates
         if incumbent is not None:  # without hope a shape that the profile makes too dear would never be tried
-            doubts = self._pace.verify.doubts(menu.curve, batch + shapes[incumbent].budget)
-            hopes = tokens / self._seconds(menu, tokens, factors * np.exp(-HOPE * doubts))
+            doubts = self._pace.verify.doubts(menu.curve, decoding + shapes[incumbent].budget)
+            hopes = tokens / self._seconds(menu, read, factors * np.exp(-HOPE * doubts))
         current = float(rates[incumbent]) if incumbent is not None else off
         best = int(hopes.argmax())
         shape = shapes[best]
@@ -204,7 +209,7 @@ class BudgetPlanner:
     def _seconds(self, menu: Menu, tokens: Floats, factors: Floats) -> Floats:
         """[O] a step of each shape, with its share of letting the drafter read the prompts.
 
-        `factors` [O]: what verifying takes over what the profile says.
+        `tokens` [O] of the requests that speculate, `factors` [O]: what verifying takes over what the profile says.
         """
         pace = self._pace
         reading = tokens * self._prompts.ratio * self._profile.catch_up * pace.draft
@@ -212,8 +217,8 @@ class BudgetPlanner:
         return passes + menu.choices.rest * pace.rest[True] + reading
 
     def _plain_seconds(self, load: LoadView) -> float:
-        rest = self._profile.overhead_seconds(load.batch_size) * self._pace.rest[False]
-        return self._menu(load).plain * self._pace.verify.factor(load.batch_size) + rest
+        rest = self._profile.overhead_seconds(_decoding(load)) * self._pace.rest[False]
+        return self._menu(load).plain * self._pace.verify.factor(_decoding(load)) + rest
 
     def _worth_checking(self, load: LoadView, decision: Decision) -> bool:
         """Whether a plain step is due: a loss of ``1 - 1 / speedup`` of a step, spread to stay within the share."""
@@ -233,28 +238,32 @@ class BudgetPlanner:
         self._catch_up()
         menu = self._menu(load)
         hoped = self._acceptance.expected(menu.choices.yields, miss=0.5 ** (1.0 + self._ledger.steps / 512))
-        tokens = (hoped + 1.0) * load.batch_size
-        fastest = (tokens / self._seconds(menu, tokens, self._pace.verify.factors(menu.curve))).max()
-        return bool(fastest > load.batch_size / self._plain_seconds(load))
+        read = (hoped + 1.0) * load.batch_size
+        seconds = self._seconds(menu, read, self._pace.verify.factors(menu.curve))
+        return bool(((read + load.plain) / seconds).max() > _decoding(load) / self._plain_seconds(load))
 
     def _menu(self, load: LoadView) -> Menu:
-        """The ladder cut at K_max and at the load's node limit; built once a batch size and half octave of context."""
-        key = (load.batch_size, half_octave(load.mean_context), load.max_nodes)
+        """The ladder cut at K_max and at the load's node limit; built once a batch and half octave of context."""
+        key = (load.batch_size, load.plain, half_octave(load.mean_context), load.max_nodes)
         if key not in self._menus:
-            self._menus[key] = self._build_menu(load, context_of(key[1]))
+            if len(self._menus) >= MOST_MENUS:
+                self._menus.clear()
+            self._menus[key] = self._build_menu(load, context_of(key[2]))
         return self._menus[key]
 
     def _build_menu(self, load: LoadView, context: float) -> Menu:
         batch, most = load.batch_size, min(self.knee(load), load.max_nodes * load.batch_size)
-        key = (batch, most)
+        key, decoding = (batch, load.plain, most), _decoding(load)
         if key not in self._choices:
-            self._choices[key] = self._build_choices(batch, most)
+            if len(self._choices) >= MOST_MENUS:
+                self._choices.clear()
+            self._choices[key] = self._build_choices(batch, load.plain, most)
         choices = self._choices[key]
-        rows = [batch, *(batch + shape.budget for shape in choices.shapes)]
-        plain, *verify = self._profile.verify_each(batch, rows, context)
+        rows = [decoding, *(decoding + shape.budget for shape in choices.shapes)]
+        plain, *verify = self._profile.verify_each(decoding, rows, context)
         return Menu(choices, plain, np.array(verify), hats(rows[1:]))
 
-    def _build_choices(self, batch: int, most: int) -> Choices:
+    def _build_choices(self, batch: int, refusing: int, most: int) -> Choices:
         profile, budgets = self._profile, dict[int, float]()
         for nodes in LADDER:
             if 0 < round(nodes * batch) <= most:
@@ -267,6 +276,11 @@ class BudgetPlanner:
             tuple(shapes),
             {(s.nodes, s.depth, s.width): place for place, s in enumerate(shapes)},
             np.array([profile.draft_seconds(batch, s.width, s.depth) for s in shapes]),
-            np.array([profile.overhead_seconds(batch, s.budget, True) for s in shapes]),
+            np.array([profile.overhead_seconds(batch + refusing, s.budget, True) for s in shapes]),
             self._acceptance.yields([(s.nodes, s.depth, s.width) for s in shapes], batch) if shapes else np.empty(0),
         )
+
+
+def _decoding(load: LoadView) -> int:
+    """Requests with a row of their own in the pass."""
+    return load.batch_size + load.plain

@@ -26,6 +26,8 @@ Action = tuple[int, ...]
 MOST_UNREAD = 32
 """Steps that may pass between two decisions before they are learned from; without decoding requests none is taken."""
 
+MOST_PLANS = 4096
+"""That are kept."""
 LOOK_AFTER = 256
 """Speculative steps after which a plain one is due, see `PlainLooks`. Where speculation doubles the speed that is .2 %
 of it."""
@@ -108,6 +110,8 @@ class Ppo(CalibratedSelection):
             return self.echo.propose(load)
         key = (self._action, load.batch_size)
         if key not in self._plans:
+            if len(self._plans) >= MOST_PLANS:  # actions that are drawn are ever new
+                self._plans.clear()
             self._plans[key] = self.policy.table.plan(self._action, load, self._gates)
         return self._plans[key]
 

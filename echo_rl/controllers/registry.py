@@ -145,6 +145,8 @@ def _checked(name: str, value: Any, default: Any) -> Any:
         return tuple(_checked(name, part, None) for part in value)
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} is {value}; give a finite number")
+    if type(default) is bool and type(value) is not bool:
+        raise ConfigError(f"{name} is {value!r}; give true or false")
     if type(default) is int and type(value) is not int:
         raise ConfigError(f"{name} is {value!r}; give a whole number")
     return value

@@ -53,12 +53,13 @@ class World:
 
     def step(self, controller: Controller, load: LoadView) -> StepReport:
         plan, batch = controller.plan(load), load.batch_size
+        decoding = batch + load.plain
         reached, accepted = self._accept(plan, batch)
         jitter = self.rng.lognormvariate(0.0, self.noise) if self.noise else 1.0
         draft = self.truth.draft_seconds(batch, plan.width, plan.max_depth) if plan.speculates else 0.0
         times = PhaseTimes(
             draft=(draft + self.catch_up * self.plain_steps) * jitter if plan.speculates else 0.0,
-            verify=self.truth.verify_seconds(batch, batch + plan.budget, load.mean_context) * jitter,
+            verify=self.truth.verify_seconds(decoding, decoding + plan.budget, load.mean_context) * jitter,
             commit=self.truth.step_overhead + (self.truth.spec_overhead if plan.speculates else 0.0),
         )
         self.plain_steps = 0 if plan.speculates else self.plain_steps + 1

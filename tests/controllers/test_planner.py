@@ -33,6 +33,14 @@ def test_speculates_alone_and_not_in_a_crowd(make_profile, make_world, run):
     assert sum(r.plan.speculates for r in run(world, echo, 1, 30)[10:]) >= 19
 
 
+def test_requests_that_refuse_speculation_fill_the_batch_all_the_same(make_profile, make_world, make_load):
+    world, echo = make_world(make_profile(), hit=0.6), make("echo", profile=make_profile())
+    crowd = replace(make_load(1), plain=31)
+    assert sum(world.step(echo, make_load(1)).plan.speculates for _ in range(100)) >= 90
+    assert sum(world.step(echo, crowd).plan.speculates for _ in range(100)) <= 2  # probes
+    assert sum(world.step(echo, make_load(1)).plan.speculates for _ in range(50)) >= 45  # they taught it nothing wrong
+
+
 def test_the_budget_stays_under_the_knee(make_profile, make_world, run):
     profile = make_profile(per_row=0.2)
     world, echo = make_world(profile, hit=0.8), make("echo", profile=profile)

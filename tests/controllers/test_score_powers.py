@@ -7,6 +7,9 @@ import pytest
 from echo_rl.contracts import LoadView, SpecPlan
 from echo_rl.controllers import make
 from echo_rl.controllers.guarded import Guarded
+from echo_rl.stopwatch import Timed
+from echo_rl.trials import Fitted
+from echo_rl.wrapping import Wrapping
 from tests import tiny
 from tests.controllers.conftest import load_of
 from tests.runtime.driving import requests, run
@@ -25,7 +28,7 @@ def test_rules_with_gates_or_selection_of_their_own_must_be_asked(name):
     assert make(name).score_powers(PLAN) is None
 
 
-def test_a_guard_passes_it_on_until_the_fallback_decides():
+def test_a_guard_passes_it_on_of_whoever_decides():
     class Broken(type(make("echo"))):
         def plan(self, load: LoadView) -> SpecPlan:
             raise RuntimeError("broken")
@@ -34,16 +37,32 @@ def test_a_guard_passes_it_on_until_the_fallback_decides():
     guard = Guarded(echo, make("none"))
     guard.plan(load_of(2))
     assert guard.score_powers(PLAN) == echo.calibration.score_power
-    guard = Guarded(Broken.__new__(Broken), make("none"), aside=frozenset())
-    guard.plan(load_of(2))
-    assert guard.score_powers(PLAN) is None
+    for fallback in (make("eagle2"), echo):
+        guard = Guarded(Broken.__new__(Broken), fallback, aside=frozenset())
+        guard.plan(load_of(2))
+        assert guard.score_powers(PLAN) == fallback.score_powers(PLAN)
     foreign = Guarded(make("echo"), make("none"), aside=frozenset({"plan", "extend", "select"}))
     assert foreign.score_powers(PLAN) is None
 
 
-def test_echo_is_served_on_the_device(tmp_path):
+@pytest.mark.parametrize(
+    "around",
+    [lambda c: Guarded(c, make("none"), deadline=60.0), lambda c: Fitted(c, 8, 8), Timed, Wrapping],
+)
+def test_echo_is_served_on_the_device_whatever_is_around_it(tmp_path, around):
     engine = tiny.engine(tmp_path, step="device")
     todo = requests(6, 0.8)
     plain = run(engine, make("none"), todo)
-    assert run(engine, Guarded(make("echo"), make("none"), deadline=60.0), todo) == plain
+    assert run(engine, around(make("echo")), todo) == plain
     assert not engine.serving.counts.eager
+
+
+def test_a_controller_around_one_that_must_be_asked_must_be_asked():
+    assert Wrapping(make("ddd")).score_powers(PLAN) is None
+    assert Wrapping(Steps()).score_powers(PLAN) is None
+
+
+class Steps:
+    """A controller of somebody else's, which never heard of powers."""
+
+    name = "steps"
