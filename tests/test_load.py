@@ -349,6 +349,13 @@ def test_what_is_in_flight_at_the_end_is_cut():
     assert record.texts == ("a",)
 
 
+def test_tokens_of_a_cut_answer_are_as_many_as_its_characters_are_worth_elsewhere():
+    """Whole answers have 6 tokens for 12 characters in 3 chunks; the one that is cut two chunks of 8 each."""
+    answers = iter([ANSWER, ANSWER, [chunk("x" * 8), chunk("y" * 8), 30.0]])
+    record = driven(FakeServer(lambda *_: next(answers)), "closed:1", Ends(seconds=1.0))
+    assert [len(request.tokens) for request in record.run.requests] == [6, 6, 8] and record.run.requests[2].cut
+
+
 def test_the_server_is_told_at_once_that_a_request_is_given_up():
     async def work():
         async with FakeServer(lambda *_: [chunk("a"), *[0.02] * 2000]) as server:

@@ -6,7 +6,7 @@ import asyncio
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -50,17 +50,20 @@ async def drive(
     """`source(suite)` gives the next request of a suite, `body` what is sent for it; `name` is the arm's.
 
     A request's times count from its arrival, not from when it was sent: one that `max_concurrency` or
-    this client held back waited all the same. Raises what `source` raises, nothing for a failing server.
+    this client held back waited all the same. A server says how many tokens an answer has once it ends; one that is cut
+    counts as many for its characters as the run's others had, since a chunk holds more tokens of some controllers than
+    of others. Raises what `source` raises, nothing for a failing server.
     """
     run = _Run(client, arrivals, source, body, ends, max_concurrency)
     cpu, retries = time.process_time(), client.retries
     await run.to_its_end()
     seconds, cpu = run.now(), time.process_time() - cpu
-    results = [run.results[order] for order in sorted(run.results)]
+    ended = [run.done[order] for order in sorted(run.done)]
+    density = _density([one.stream for one in ended])
     return LoadRecord(
-        run=RunRecord(name, run.most, seconds, tuple(record for record, _ in results), ()),
-        texts=tuple(stream.text for _, stream in results),
-        chunks=sum(len(stream.texts) for _, stream in results),
+        run=RunRecord(name, run.most, seconds, tuple(one.record(density) for one in ended), ()),
+        texts=tuple(one.stream.text for one in ended),
+        chunks=sum(len(one.stream.texts) for one in ended),
         retries=client.retries - retries,
         client_cpu_seconds=cpu,
     )
@@ -82,7 +85,7 @@ class _Run:
         self.ended = asyncio.Event()
         self.seen = 0.0  # all arrivals up to here are added
         self.sent = self.in_flight = self.most = 0
-        self.results: dict[int, tuple[RequestRecord, Stream]] = {}
+        self.done: dict[int, _Ended] = {}
         self.start = time.perf_counter()
 
     def now(self) -> float:
@@ -128,7 +131,7 @@ class _Run:
                 await self.client.complete(self.body(request), stream)
         except asyncio.CancelledError:
             cut = True
-        self.results[order] = (_record(request, arrival, self.now(), stream, cut), stream)
+        self.done[order] = _Ended(request, arrival, self.now(), stream, cut)
         if stream.error is not None and not cut:
             with suppress(asyncio.CancelledError):
                 await asyncio.sleep(PAUSE)
@@ -136,16 +139,34 @@ class _Run:
         self.ended.set()
 
 
-def _record(request: Request, arrival: float, now: float, stream: Stream, cut: bool) -> RequestRecord:
-    times = stream.token_times()
-    error = None if cut else stream.error
-    return RequestRecord(
-        id=request.id,
-        prompt_tokens=stream.prompt_tokens,
-        arrival=arrival,
-        finish=now,
-        tokens=(UNKNOWN,) * len(times),
-        token_times=tuple(times),
-        finish_reason=CUT if cut else "error" if error else str(stream.finish_reason),
-        error=error,
-    )
+@dataclass(frozen=True)
+class _Ended:
+    """A request that the run is done with."""
+
+    request: Request
+    arrival: float
+    finish: float
+    stream: Stream
+    cut: bool
+
+    def record(self, density: float) -> RequestRecord:
+        """`density`: tokens a character, for an answer that was cut."""
+        times = self.stream.token_times(density if self.cut else 0.0)
+        error = None if self.cut else self.stream.error
+        return RequestRecord(
+            id=self.request.id,
+            prompt_tokens=self.stream.prompt_tokens,
+            arrival=self.arrival,
+            finish=self.finish,
+            tokens=(UNKNOWN,) * len(times),
+            token_times=tuple(times),
+            finish_reason=CUT if self.cut else "error" if error else str(self.stream.finish_reason),
+            error=error,
+        )
+
+
+def _density(streams: Sequence[Stream]) -> float:
+    """Tokens a character, of the answers whose tokens the server counted; 0 where there is none."""
+    counted = [stream for stream in streams if stream.completion_tokens]
+    characters = sum(len(stream.text) for stream in counted)
+    return sum(stream.completion_tokens for stream in counted) / characters if characters else 0.0

@@ -74,9 +74,15 @@ class Stream:
     def text(self) -> str:
         return "".join(self.texts)
 
-    def token_times(self) -> list[float]:
-        """When each token came: as many as the server says, else one a chunk; see `spread`."""
-        return spread(self.times, [len(text) for text in self.texts], self._completion_tokens or len(self.times))
+    @property
+    def completion_tokens(self) -> int:
+        """As the server says; 0 where it doesn't, as of an answer that was cut."""
+        return self._completion_tokens
+
+    def token_times(self, density: float = 0.0) -> list[float]:
+        """When each token came: as many as the server says, else `density` a character, else one a chunk (`spread`)."""
+        sizes = [len(text) for text in self.texts]
+        return spread(self.times, sizes, self._completion_tokens or round(density * sum(sizes)) or len(sizes))
 
 
 def spread(times: Sequence[float], sizes: Sequence[int], total: int) -> list[float]:

@@ -159,7 +159,7 @@ class EngineCore:
         self._steps, self._violations = self._steps + 1, 0
         self._in_flight.difference_update(output.id for output in report.outputs if output.finish_reason)
         tokens = sum(len(output.tokens) for output in report.outputs)
-        events = self._switch.stepped(tokens, seconds)
+        events = self._switch.stepped(tokens, seconds, running - report.load.waiting, report.load.batch_size > 0)
         spec = seat.spec if self._switch.holds(seat) else self._switch.seat.spec
         send(Stepped(report.outputs, self._stats(report, spec, running, tokens, seconds)))
         for event in events:

@@ -5,6 +5,9 @@ design: blocks come in pairs, one of each arm, in an order drawn for every pair,
 on both alike; the first steps of a block are left out, since a switch leaves something behind (a
 drafter that must catch up, a controller that must settle). Only seconds in which the engine worked count, so an idle
 server proves nothing.
+
+Arms are compared by tokens a request and second. On a server that is always full that is their throughput; on one that
+isn't, throughput is what clients ask for, whoever decides, and how fast each of them is answered tells the arms apart.
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ CARRY_OVER = 2
 """First steps of a block that don't count."""
 PAIRS_FOR_HARM = 3
 """Fewest pairs of blocks whose interval may end an experiment."""
+FALSE_ALARM = 0.05
+"""Chance that equal arms are called harmful, over all the looks of an experiment."""
+RESAMPLES = 20_000
+"""Of the interval that may end it, whose ends lie far out."""
 RUNNING, DONE, STOPPED, HARM = "running", "done", "stopped", "harm"
 
 
@@ -35,7 +42,8 @@ class ExperimentOptions:
     blocks: int = 20
     """Blocks of each arm."""
     harm: float = 1.0
-    """Stop as soon as the interval of treatment over control lies wholly below this ratio; 0 never stops."""
+    """Stop as soon as the interval of treatment over control lies wholly below this ratio; 0 never stops. The interval
+    is wider than the one that is shown, by as many looks as are taken (Bonferroni)."""
     seed: int = 0
     """Of the order of the arms."""
 
@@ -48,6 +56,17 @@ class ExperimentOptions:
             raise ConfigError(f"harm is {self.harm}; give a ratio in [0, 1], 0 for never")
 
 
+@dataclass(frozen=True)
+class Block:
+    """What one arm did in its turn."""
+
+    tokens: int
+    seconds: float
+    """In which the engine worked."""
+    request_seconds: float
+    """The same, once for each request in the batch."""
+
+
 class Switchback:
     """One experiment. `arm` decides the next step; `step` tells what it brought."""
 
@@ -58,7 +77,7 @@ class Switchback:
         """Why it is over."""
         self._random = random.Random(options.seed)
         self._order: list[str] = []  # the rest of the pair under way
-        self._blocks: dict[str, list[Rate]] = {CONTROL: [], TREATMENT: []}
+        self._blocks: dict[str, list[Block]] = {CONTROL: [], TREATMENT: []}
         self._begin_block()
 
     @property
@@ -66,8 +85,11 @@ class Switchback:
         """Pairs of blocks that are complete."""
         return min(map(len, self._blocks.values()))
 
-    def step(self, tokens: int, seconds: float) -> bool:
-        """Counts a step of the arm in force; True where it ended a block (`arm` and `state` may differ then)."""
+    def step(self, tokens: int, seconds: float, running: int = 1) -> bool:
+        """Counts a step of the arm in force; True where it ended a block (`arm` and `state` may differ then).
+
+        `running`: requests in the batch.
+        """
         if self.state != RUNNING:
             return False
         self._steps += 1
@@ -75,9 +97,10 @@ class Switchback:
             return False
         self._tokens += tokens
         self._seconds += seconds
+        self._request_seconds += max(1, running) * seconds
         if self._seconds < self.options.block_seconds or not self._tokens:
             return False
-        self._blocks[self.arm].append(Rate(self._tokens, self._seconds))
+        self._blocks[self.arm].append(Block(self._tokens, self._seconds, self._request_seconds))
         if not self._order:
             self._judge()
         self._begin_block()
@@ -88,10 +111,13 @@ class Switchback:
         if self.state == RUNNING:
             self.state, self.reason = state, reason
 
-    def interval(self) -> Interval | None:
-        """Treatment's tokens a second over control's, by the complete pairs."""
-        n = self.pairs
-        return rate_ratio(self._blocks[TREATMENT][:n], self._blocks[CONTROL][:n]) if n else None
+    def interval(self, level: float = 0.95, resamples: int = 2000) -> Interval | None:
+        """Treatment's tokens a request and second over control's, by the complete pairs."""
+        treatment, control = (
+            [Rate(block.tokens, block.request_seconds) for block in self._blocks[arm][: self.pairs]]
+            for arm in (TREATMENT, CONTROL)
+        )
+        return rate_ratio(treatment, control, level, resamples) if control else None
 
     def report(self) -> dict[str, Any]:
         """Plain JSON types: arms, rates, ratio with its interval, how it ended."""
@@ -106,6 +132,7 @@ class Switchback:
             "blocks": {arm: len(blocks) for arm, blocks in self._blocks.items()},
             "of": o.blocks,
             "tokens_per_second": {arm: _rate(blocks) for arm, blocks in self._blocks.items()},
+            "tokens_per_request_second": {arm: _speed(blocks) for arm, blocks in self._blocks.items()},
             "ratio": None
             if ratio is None
             else {"estimate": ratio.estimate, "low": ratio.low, "high": ratio.high, "pairs": ratio.blocks},
@@ -117,16 +144,29 @@ class Switchback:
             self._random.shuffle(self._order)
         self.arm = self._order.pop(0)
         """Who decides: ``control`` or ``treatment``."""
-        self._steps, self._tokens, self._seconds = 0, 0, 0.0
+        self._steps, self._tokens, self._seconds, self._request_seconds = 0, 0, 0.0, 0.0
 
     def _judge(self) -> None:
-        ratio = self.interval()
-        if ratio is not None and self.pairs >= PAIRS_FOR_HARM and ratio.side(self.options.harm) < 0:
-            self.stop(f"treatment is slower: {ratio.text(3)} of control's tokens a second", HARM)
+        if self._harmful():
+            ratio = self.interval()
+            assert ratio is not None
+            self.stop(f"treatment is slower: {ratio.text(3)} of control's tokens a request and second", HARM)
         elif self.pairs >= self.options.blocks:
             self.stop(f"{self.pairs} blocks of each arm are done", DONE)
 
+    def _harmful(self) -> bool:
+        if self.pairs < PAIRS_FOR_HARM:
+            return False
+        looks = max(1, self.options.blocks - PAIRS_FOR_HARM + 1)
+        ratio = self.interval(1.0 - FALSE_ALARM / looks, RESAMPLES)
+        return ratio is not None and ratio.side(self.options.harm) < 0
 
-def _rate(blocks: list[Rate]) -> float | None:
+
+def _rate(blocks: list[Block]) -> float | None:
     seconds = sum(block.seconds for block in blocks)
-    return sum(block.amount for block in blocks) / seconds if seconds else None
+    return sum(block.tokens for block in blocks) / seconds if seconds else None
+
+
+def _speed(blocks: list[Block]) -> float | None:
+    seconds = sum(block.request_seconds for block in blocks)
+    return sum(block.tokens for block in blocks) / seconds if seconds else None

@@ -245,7 +245,7 @@ class EngineHost:
         self._fallbacks.see(stats.fallbacks)
         self._rollbacks.see({"": stats.rollbacks})
         self._serving.see(stats.serving)
-        if not self._experimenting:
+        if not self._experimenting and stats.step.batch_size:  # else it wasn't asked for anything
             self._good.stepped(stats.controller)
         for callback in self._callbacks:
             try:

@@ -117,11 +117,14 @@ class Switch:
         events = self._finish(self._jobs.popleft(), answer)
         return events + self._begin()
 
-    def stepped(self, tokens: int, seconds: float) -> list[Event]:
-        """A step of `seat` is over: counts it, ends blocks, takes the way back from a bad controller."""
+    def stepped(self, tokens: int, seconds: float, running: int, decided: bool) -> list[Event]:
+        """A step of `seat` is over: counts it, ends blocks, takes the way back from a bad controller.
+
+        `running`: requests in the batch. `decided`: whether the seat was asked for a plan; else it proved nothing.
+        """
         if self._experiment is not None:
-            return self._count(self._experiment, tokens, seconds)
-        if self._trial:
+            return self._count(self._experiment, tokens, seconds, running)
+        if self._trial and decided:
             if self._main.guard.retired is not None and self._previous is not None:
                 self._roll_back(self._previous)
             elif not self._main.guard.overdue:  # else the verdict is still out
@@ -208,12 +211,12 @@ class Switch:
         report = _told(self._experiment, self._arms[CONTROL])
         return [report, Reply(job.ticket, report.value)]
 
-    def _count(self, experiment: Switchback, tokens: int, seconds: float) -> list[Event]:
+    def _count(self, experiment: Switchback, tokens: int, seconds: float, running: int) -> list[Event]:
         for arm, seat in self._arms.items():
             if seat.guard.retired is not None:
                 state = {"state": HARM} if arm == TREATMENT else {}
                 return [self._end(f"{arm} is retired: {seat.guard.retired}", **state)]
-        if not experiment.step(tokens, seconds):
+        if not experiment.step(tokens, seconds, running):
             return []
         if experiment.reason is not None:
             return [self._end(experiment.reason)]

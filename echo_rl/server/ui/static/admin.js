@@ -119,13 +119,13 @@ export class ExperimentPanel {
   }
 
   #arms(report) {
-    const rates = ["control", "treatment"].map((arm) => report.tokens_per_second[arm]);
+    const rates = ["control", "treatment"].map((arm) => report.tokens_per_request_second[arm]);
     const most = Math.max(...rates.map((rate) => rate ?? 0), 1e-9);
     $("ab-arms").replaceChildren(...["control", "treatment"].map((arm, i) => {
       const fill = make("i");
       fill.style.width = `${(100 * (rates[i] ?? 0)) / most}%`;
       return make("div", { class: "arm" }, make("span", { class: "mono", title: `${arm}: ${report[arm]}` }, report[arm]),
-        make("span", { class: "track" }, fill), make("span", {}, make("b", {}, short(rates[i])), " tok/s"));
+        make("span", { class: "track" }, fill), make("span", {}, make("b", {}, short(rates[i])), " tok/s each"));
     }));
   }
 
