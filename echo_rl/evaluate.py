@@ -67,6 +67,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if not self.concurrency or min(self.blocks, self.requests, *self.concurrency) < 1 or self.warmup < 0:
             raise ConfigError(f"{self}: give at least one load, and blocks, requests and concurrency of at least 1")
+        if len(set(self.concurrency)) < len(self.concurrency):
+            raise ConfigError(f"concurrency {self.concurrency} names a load twice; give each once")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; give a whole number >= 0")
 

@@ -154,8 +154,11 @@ def _widening(blocks: int, level: float) -> float:
     """What a bootstrap over few blocks lacks: it divides by n for n - 1, and takes a normal for Student's t.
 
     The t quantile by its expansion around the normal one (Abramowitz and Stegun 26.7.5); exact to 4 % from 3 blocks on,
-    to 1 % from 4.
+    to 1 % from 4. Of two blocks the bootstrap's ends are the blocks themselves, a standard error from the mean, and t
+    is Cauchy's.
     """
+    if blocks == 2:
+        return math.tan(math.pi * level / 2)
     z, v = NormalDist().inv_cdf((1 + level) / 2), blocks - 1
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96

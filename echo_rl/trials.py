@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from echo_rl import intervals
+from echo_rl import __version__, intervals
 from echo_rl.bench import MakeController, run_missing
 from echo_rl.contracts import Backend, Controller, LoadView, Request, SpecPlan
 from echo_rl.env.server import Restartable
@@ -69,7 +69,7 @@ def replay_venue(trace: Trace, noise: bool = True) -> Venue:
 
     profile = CostProfile.default()
     backend = ReplayBackend(trace, CostArrays(profile), ReplayOptions(noise=noise))
-    environment = {**_facts(trace), "profile": profile.provenance, "noise": str(noise)}
+    environment = {"version": __version__, **_facts(trace), "profile": profile.provenance, "noise": str(noise)}
     environment["calibration"] = digest(own_or_packaged("profile.json"), own_or_packaged("gates.json"))
     requests, limits = trace.requests(), (trace.max_depth, trace.max_width)
     environment["plans are cut to"] = f"depth {limits[0]}, width {limits[1]}"
@@ -168,7 +168,10 @@ def seed_of(*parts: object) -> int:
 
 
 class Stage:
-    """Runs trials. An arm keeps one controller a workload, so that it goes on with what it has learnt."""
+    """Runs trials. An arm keeps one controller a workload, so that it goes on with what it has learnt.
+
+    Not over an interruption: then it is a new one, warmed up as at first.
+    """
 
     def __init__(self, venue: Venue, config: TrialConfig, make: MakeController) -> None:
         self._venue, self._config, self._make = venue, config, make

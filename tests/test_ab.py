@@ -12,6 +12,7 @@ from rich.console import Console
 from echo_rl import intervals, metrics, report_html
 from echo_rl.ab import by_batch, over_time, run_ab, venue_result
 from echo_rl.cli.ab import Ab, table
+from echo_rl.config import EngineConfig
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.errors import ConfigError
 from echo_rl.records import RequestRecord, RunRecord, pool
@@ -299,6 +300,17 @@ def test_the_command_compares_on_the_packaged_trace(tmp_path, capsys):
     assert found["cells"][0]["arms"][1]["mat"] > 1.2
     assert (tmp_path / "ab.html").read_text().startswith("<!DOCTYPE html>")
     assert "ab.html" in capsys.readouterr().out
+
+
+def test_a_trace_of_another_model_is_refused(capsys):
+    command, environment = Ab(engine=EngineConfig(model="/models/Qwen3-0.6B")), {"drafter": "abc"}
+    with pytest.raises(ConfigError, match="recorded from smollm2, the engine serves /models/Qwen3-0.6B; record one"):
+        command._recorded_here("smollm2, drafter abc, bfloat16", environment, Console())
+    for provenance in ("/else/Qwen3-0.6B, drafter abc, float32", "", "tiny"):
+        command._recorded_here(provenance, environment, Console())
+        assert capsys.readouterr().out == ""
+    command._recorded_here("Qwen3-0.6B, drafter xyz, float32", environment, Console())
+    assert "another drafter recorded the trace" in capsys.readouterr().out
 
 
 def test_the_live_engine_gives_equal_outputs_and_is_left_empty(tmp_path):

@@ -334,6 +334,8 @@ def test_settings_are_checked():
     for change in ({"blocks": 0}, {"concurrency": ()}, {"concurrency": (0,)}, {"requests": 0}, {"warmup": -1}):
         with pytest.raises(ConfigError, match="at least"):
             EvalConfig(**change)
+    with pytest.raises(ConfigError, match="names a load twice"):
+        EvalConfig(concurrency=(8, 8, 16))
 
 
 def test_mean_speedup_is_geometric():

@@ -117,7 +117,7 @@ def test_pairing_cancels_noise_that_both_arms_share():
     assert (ratio.estimate, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
-@pytest.mark.parametrize("blocks", [3, 4, 6, 20])
+@pytest.mark.parametrize("blocks", [2, 3, 4, 6, 20])
 def test_the_interval_covers_the_truth_about_as_often_as_it_says(blocks):
     import numpy as np
 

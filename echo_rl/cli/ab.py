@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from echo_rl.cli.options import EngineOptions
 from echo_rl.config import EngineConfig
+from echo_rl.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -100,8 +101,22 @@ class Ab:
 
             with console.status("loading the model"):
                 engine, environment = load_engine(self.engine)
+            self._recorded_here(trace.provenance, environment, console)
             found.append(live_venue(engine, environment, trace))
         return found
+
+    def _recorded_here(self, provenance: str, environment: Mapping[str, str], console: Any) -> None:
+        """Raises `ConfigError` where another model recorded the trace, whose prompts mean nothing to this one."""
+        model, told, rest = provenance.partition(", drafter ")
+        if not told:  # not by `echo-rl record`
+            return
+        if Path(model).name != Path(self.engine.model).name:
+            raise ConfigError(
+                f"the trace was recorded from {model}, the engine serves {self.engine.model}; record one of it "
+                f"(echo-rl record --engine.model {self.engine.model}) and give it as --trace"
+            )
+        if rest.partition(", ")[0] != environment["drafter"]:
+            console.print("note: another drafter recorded the trace; a replay of it says nothing about this engine's")
 
 
 WIDE = 120

@@ -2,7 +2,8 @@
 
 One package for training and for serving, so the two cannot drift apart; a policy is bound to
 `CODEC_VERSION`. A `Tracker` works on *lanes* (parallel servers, [E] arrays), a `Lane` is one server in
-plain floats; both say the same. Knows nothing of rewards, networks or where steps come from.
+plain floats; both say the same, but that a lane looks costs up by half octaves of context. Knows nothing of rewards,
+networks or where steps come from.
 """
 
 from echo_rl.codec.actions import CALIBRATED, ActionTable, Gates, Knobs, gates_asked, planned_gates

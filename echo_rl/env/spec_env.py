@@ -108,7 +108,8 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
 
     ## Start
     `reset` cancels all requests in flight (a step under way ends by plain decoding first), draws a
-    workload, forgets all statistics and serves up to the first step with a decoding request. Requests
+    workload, forgets all statistics (but, unless it is given a seed, the usual speeds that the reward's running ratios
+    begin at) and serves up to the first step with a decoding request. Requests
     are drawn with replacement, and arrive by the workload, from the environment's generator: with a
     deterministic backend equal seeds give equal transitions.
 
@@ -157,7 +158,9 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         workload = self.options.workloads[int(self.np_random.integers(len(self.options.workloads)))]
         self._server.open(workload, self.np_random)
         self._lane = Lane(self._costs.profile)
-        self._meter = RewardMeter(self.options.reward, lanes=1)  # an episode owes nothing to earlier ones
+        if seed is not None:
+            self._meter = RewardMeter(self.options.reward, lanes=1)
+        self._meter.reset(np.ones(1, dtype=np.bool_))
         self._steps = 0
         return self._observe(self._server.advance(self._learn)), {"workload": workload.name}
 

@@ -19,7 +19,7 @@ from echo_rl.env.reward import RewardMeter, RewardOptions
 from echo_rl.env.spec_env import observation_space
 from echo_rl.env.trace import Trace
 from echo_rl.env.workload import Workload, parse
-from echo_rl.errors import ConfigError
+from echo_rl.errors import ConfigError, TraceError
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,11 @@ class ReplayVecEnv(VecEnv):
         for workload in self._workloads:
             workload.check(trace.suites)
         most, widest = trace.max_depth, trace.max_width
+        if max(options.table.depths) > most:
+            raise TraceError(
+                f"the action table drafts {max(options.table.depths)} levels deep, the trace holds {most}; record with "
+                f"--depth {max(options.table.depths)}, or give a table without the deeper ones"
+            )
         plans = options.reference if options.reward.form in ("relative", "goodput") else ()
         reference = tuple((size, (n, min(depth, most), min(width, widest))) for size, (n, depth, width) in plans)
         self._fleet = Fleet(
@@ -103,7 +108,7 @@ class ReplayVecEnv(VecEnv):
             self._reset_seeds()
         for lane in range(self.num_envs):
             self._begin(lane)
-        self._steps[:] = self._generator.integers(0, self.options.horizon, self.num_envs)
+        self._steps[:] = self._skipped[:] = self._generator.integers(0, self.options.horizon, self.num_envs)
         return self._observe()
 
     def step_async(self, actions: NDArray[np.int64]) -> None:
@@ -148,7 +153,7 @@ class ReplayVecEnv(VecEnv):
         self._generator = np.random.default_rng(seed)
         self._tracker = Tracker(self._costs, self.num_envs)
         self._meter = RewardMeter(self.options.reward, self.num_envs)
-        self._steps = np.zeros(self.num_envs, dtype=np.int64)
+        self._steps, self._skipped = np.zeros((2, self.num_envs), dtype=np.int64)  # of the first episodes
         self._returns = np.zeros(self.num_envs)
 
     def _begin(self, lane: int) -> None:
@@ -161,7 +166,7 @@ class ReplayVecEnv(VecEnv):
         self._tracker.reset(mask)
         self._meter.reset(mask)
         self._fleet.reset(lane, workload, int(self._generator.integers(2**31)))
-        self._steps[lane], self._returns[lane] = 0, 0.0
+        self._steps[lane], self._skipped[lane], self._returns[lane] = 0, 0, 0.0
 
     def _score(self, step: FleetStep) -> dict[str, NDArray[np.float64]]:
         """The reward's terms and the step's facts; the tracker learns from the step."""
@@ -186,7 +191,8 @@ class ReplayVecEnv(VecEnv):
         return info
 
     def _ended(self, lane: int, last: NDArray[np.float32]) -> dict[str, Any]:
-        episode = {"r": float(self._returns[lane]), "l": int(self._steps[lane]), "t": float(self._fleet.now[lane])}
+        taken = int(self._steps[lane] - self._skipped[lane])
+        episode = {"r": float(self._returns[lane]), "l": taken, "t": float(self._fleet.now[lane])}
         return {"TimeLimit.truncated": True, "terminal_observation": last, "episode": episode}
 
     def _observe(self) -> NDArray[np.float32]:

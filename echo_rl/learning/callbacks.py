@@ -15,6 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from echo_rl.controllers.network import Policy
+from echo_rl.errors import PolicyError
 
 if TYPE_CHECKING:
     from echo_rl.learning.learner import Progressed
@@ -126,6 +127,11 @@ class Keeper(Updates):
         if any(point["step"] == step for point in self._run.curve):
             return  # a resumed run begins where the last one was evaluated
         policy = self._export(self.ppo.policy)
+        if not policy.finite:  # served, ECHO would decide in its stead and get it kept
+            raise PolicyError(
+                f"after {step} steps the policy's weights are not finite: training diverged; train in a new folder "
+                "with a lower learner.lr"
+            )
         scores = self._score(policy)
         self._run.curve.append({"step": step, **scores})
         if scores["speedup"] > self._run.best:

@@ -62,7 +62,7 @@ class Engine:
     def load(cls, config: EngineConfig) -> Engine:
         """Load model, tokenizer and drafter. Raises `ConfigError`, `WeightsError` or `DrafterMismatch`.
 
-        Makes its GPU the current one of this thread, which must also be the one that steps.
+        Makes its GPU the current one of this thread, as a step does of the thread that takes it.
         """
         device, dtype = resolve(config.device, config.dtype)
         if device.type == "cuda":
@@ -122,6 +122,8 @@ class Engine:
         """Serve one step. `has_work` must be true; raises `ConfigError` if it isn't."""
         if not self.has_work:
             raise ConfigError("step() was called with no request queued or running; add one first")
+        if self.runner.device.type == "cuda":
+            torch.cuda.set_device(self.runner.device)
         clock = Clock()
         batch = self.scheduler.schedule()
         load = self._load(batch)

@@ -27,7 +27,7 @@ from echo_rl.env.trace import Trace
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
 from echo_rl.env.verdicts import Orders, Tables, Verdicts
 from echo_rl.env.workload import closed, parse
-from echo_rl.errors import ConfigError
+from echo_rl.errors import ConfigError, TraceError
 from echo_rl.profile import CostProfile
 from tests.one_lane import loads_of, outcomes_of
 from tests.recorded import DEPTH, WIDTH, random_levels, random_trace
@@ -359,9 +359,31 @@ def test_a_seed_begins_everything_anew(costs):
     assert np.array_equal(*seen)
 
 
+def test_an_episode_is_as_long_as_its_steps(costs):
+    """The first ones too, which end at different times."""
+    env = small_env(costs)
+    env.reset()
+    since, lengths = [0] * 3, []
+    for _ in range(12):
+        _, _, done, infos = env.step(np.tile([5, 3, 2, 1, 2], (3, 1)))
+        since = [steps + 1 for steps in since]
+        for lane in np.flatnonzero(done):
+            assert infos[lane]["episode"]["l"] == since[lane]
+            lengths.append(since[lane])
+            since[lane] = 0
+    assert min(lengths) < 6 == max(lengths)
+
+
+def test_a_table_deeper_than_the_trace_is_refused(costs):
+    options = FleetOptions(("closed:2",), ActionTable(depths=(1, 5), widths=(1, 2)))
+    with pytest.raises(TraceError, match=r"drafts 5 levels deep, the trace holds 3; record with --depth 5"):
+        ReplayVecEnv(random_trace(depth=3), costs, options, 2)
+
+
 def test_a_reference_may_have_a_width_that_no_action_has(costs):
     def rewards(widths):
-        options = FleetOptions(("closed:2",), ActionTable(widths=widths), reference=((64, (3.0, 2, 3)),), noise=False)
+        table = ActionTable(depths=(1, 2, 3), widths=widths)
+        options = FleetOptions(("closed:2",), table, reference=((64, (3.0, 2, 3)),), noise=False)
         env = ReplayVecEnv(random_trace(), costs, options, 2, seed=4)
         env.reset()
         return [env.step(np.array([[4, 1, 0, 0, 0]] * 2))[1] for _ in range(5)]

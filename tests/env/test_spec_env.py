@@ -295,6 +295,18 @@ def test_the_reward_is_what_the_meter_says():
     assert (info["depth"], info["width"], info["budget"]) == (3.0, 1.0, 3.0)
 
 
+def test_episodes_begin_at_the_usual_speed_and_a_seed_forgets_it():
+    env = make(None, "closed:1", tokens=(64,), reward=RewardOptions("relative", rate=0.5))
+    env.reset(seed=0)
+    first = env.step(CHAIN)[1]
+    for _ in range(40):
+        env.step(CHAIN)
+    env.reset()
+    assert env.step(CHAIN)[1] != pytest.approx(first, abs=0.05), "the chain's speed is no longer news"
+    env.reset(seed=0)
+    assert env.step(CHAIN)[1] == first
+
+
 def test_goodput_counts_the_requests_that_keep_their_pace():
     options = RewardOptions("goodput", slo_tpot=0.08, slo_weight=2.0)
     env = make(None, "closed:1", tokens=(64,), reward=options)

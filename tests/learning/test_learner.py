@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from echo_rl.codec import FEATURES, GROUPS, ActionTable
 from echo_rl.controllers.network import Policy
-from echo_rl.errors import ConfigError
+from echo_rl.errors import ConfigError, PolicyError
 from echo_rl.learning.export import export_policy
 from echo_rl.learning.learner import STATE_FILE, LearnerOptions, build, fit, torch_threads
 
@@ -30,7 +30,7 @@ def export(policy):
 
 @pytest.fixture
 def run(make_env, score, tmp_path):
-    def run(options=OPTIONS, env=None, **more):
+    def run(options=OPTIONS, env=None, export=export, **more):
         return fit(options, env or make_env(), tmp_path, export, score, **more)
 
     return run
@@ -53,6 +53,21 @@ def test_the_kept_policy_is_the_best_evaluated(run, make_env, tmp_path):
     assert kept["steps"] == 1024 and kept["metrics"] == {"speedup": 0.7}
     last = export(model.policy)
     assert not np.array_equal(last.layers[0].weight, Policy.load(tmp_path / "policy").layers[0].weight)
+
+
+def test_a_policy_that_diverged_is_neither_kept_nor_saved(run, tmp_path):
+    """Served, ECHO would decide in its stead, and the score be ECHO's."""
+    run(replace(OPTIONS, steps=1024))
+    kept = (tmp_path / "policy/manifest.json").read_text()
+
+    def diverged(policy):
+        torch.nn.init.constant_(policy.action_net.weight, float("nan"))
+        return export(policy)
+
+    with pytest.raises(PolicyError, match="diverged; train in a new folder"):
+        run(replace(OPTIONS, steps=2048), export=diverged)
+    assert (tmp_path / "policy/manifest.json").read_text() == kept
+    assert all(bool(t.isfinite().all()) for t in torch.load(tmp_path / STATE_FILE)["policy"].values())
 
 
 def test_equal_seeds_end_with_equal_weights(make_env, score, tmp_path):
