@@ -158,7 +158,7 @@ class SglangAdaptive(BaseController):
         self._ledger = ProbeLedger(options.probe_share, options.probe_period)
         self._probing = False
         self._excess = 0.0  # seconds that the last probe took longer than plain steps
-        self._plain: float | None = None  # seconds of a plain step, running
+        self._plain: dict[int, float] = {}  # batch octave -> seconds of a plain step without prompts, running
 
     def propose(self, load: LoadView) -> SpecPlan:
         ladder = self._ladder(load)
@@ -173,11 +173,13 @@ class SglangAdaptive(BaseController):
             return
         if not report.plan.speculates:
             self._ledger.plain(seconds)
-            self._plain = seconds if self._plain is None else 0.9 * self._plain + 0.1 * seconds
+            if not report.load.prefill_tokens:
+                octave = batch.bit_length()
+                self._plain[octave] = 0.9 * self._plain.get(octave, seconds) + 0.1 * seconds
             return
         self._ladder(report.load).accepted(report.accepted / batch, self._probing)
         if self._probing:
-            self._excess = max(0.0, seconds - (self._plain or 0.0))
+            self._excess = max(0.0, seconds - self._plain.get(batch.bit_length(), 0.0))
             self._ledger.spent(self._excess)
 
     def _ladder(self, load: LoadView) -> _Ladder:

@@ -11,10 +11,12 @@ from echo_rl.contracts import LoadView, StepReport
 class PromptShare:
     """Prompt tokens for each output token, lately: what a speculating server must let its drafter read on top.
 
-    Starts from one for one, worth `MEMORY` tokens of evidence, and forgets at that rate.
+    Starts from one for one, worth `MEMORY` tokens of evidence, and forgets at that rate. Prompts whose answers end at
+    their first token, or refuse speculation, are counted too though no drafter reads them: `MOST` bounds what they do.
     """
 
     MEMORY = 2_000.0
+    MOST = 32.0
 
     def __init__(self) -> None:
         self._prompt = self._output = self.MEMORY
@@ -25,7 +27,7 @@ class PromptShare:
 
     def observe(self, report: StepReport) -> None:
         kept = math.exp(-report.committed / self.MEMORY)
-        self._prompt = self._prompt * kept + report.load.prefill_tokens
+        self._prompt = min(self._prompt * kept + report.load.prefill_tokens, self.MOST * self.MEMORY)
         self._output = self._output * kept + report.committed
 
 

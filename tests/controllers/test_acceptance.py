@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from echo_rl.contracts import LoadView, PhaseTimes, SpecPlan, StepReport
 from echo_rl.controllers.acceptance import AcceptanceModel
-from echo_rl.controllers.clock import ProbeLedger
+from echo_rl.controllers.clock import ProbeLedger, PromptShare
 from echo_rl.controllers.shapes import affordable, likeliest_tree, pooled_yield, separate_yield
 
 
@@ -109,3 +110,13 @@ def test_a_probe_waits_for_its_credit_and_works_off_its_debt():
         ledger.plain(0.1)
         steps += 1
     assert steps == 100
+
+
+def test_prompts_without_answers_do_not_price_drafting_out_for_good():
+    share, answers = PromptShare(), report_of((8, 8))
+    flood = replace(answers, load=replace(answers.load, prefill_tokens=10**7, batch_size=0), committed=0)
+    share.observe(flood)
+    assert share.ratio == PromptShare.MOST
+    for _ in range(10_000 // answers.committed):
+        share.observe(answers)
+    assert share.ratio < 0.5
