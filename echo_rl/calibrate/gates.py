@@ -1,9 +1,9 @@
 """Calibrates a drafter's gates from live steps: which depths tell right paths from wrong, and where to cut.
 
-Also yields what ECHO leaves out: how often each gate misjudges, with intervals. They flatter a little: a threshold is
-judged by the observations that it was fitted to; a right path whose end was not verified is not seen, though a wrong one
-would be; and the intervals take steps of one answer for independent. Knows observations only, not where they come from.
-Confidence is a best path's cumulative probability.
+Also yields what ECHO leaves out: how often each gate misjudges, with intervals. They flatter a little: a threshold
+is judged by the observations that it was fitted to; a right path whose end was not verified is not seen, though a
+wrong one would be; and the intervals take steps of one answer for independent. Knows observations only, not where
+they come from. Confidence is a best path's cumulative probability.
 """
 
 from __future__ import annotations
