@@ -46,7 +46,7 @@ bench: setup ## every number of the README (hours; resumable)
 	$(BIN)/python benchmarks/policies.py
 	$(BIN)/python benchmarks/ceiling.py
 	$(BIN)/echo-rl ab --a echo --b ppo --on live --workloads closed:1 closed:4 closed:16 bursty:0.5,6,5,5 shift:6,6 \
-		--blocks 4 --seconds 12 --trace benchmarks/results/work/trace/trace.safetensors --out benchmarks/results/work/ab
+		--blocks 8 --seconds 12 --trace benchmarks/results/work/trace/trace.safetensors --out benchmarks/results/work/ab
 	cp benchmarks/results/work/ab/ab.json benchmarks/results/ab_live.json
 	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/kernels.py
