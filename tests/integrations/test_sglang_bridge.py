@@ -19,6 +19,7 @@ from echo_rl.integrations.sglang.metrics import COUNTERS, Exporter
 from echo_rl.integrations.sglang.ranks import Alone, Group
 from echo_rl.integrations.sglang.settings import ENVIRONMENT, PluginConfig, Shape
 from echo_rl.integrations.sglang.steering import Decision
+from echo_rl.integrations.sglang.trees import require_swaps
 from echo_rl.integrations.sglang.watch import Watch
 from tests.integrations.sglang_fakes import batch, load, parallel, raises_config, scheduler
 from tests.integrations.sglang_fakes import host as make_host
@@ -163,6 +164,13 @@ def test_an_unbound_host_refuses_to_serve():
 def test_other_topologies_are_refused(field):
     with raises_config("leave it out"):
         require_topology(parallel(**{field: 2}))
+
+
+@pytest.mark.parametrize("option", ["enable_two_batch_overlap", "enable_pdmux"])
+def test_options_under_which_states_cannot_be_swapped_are_refused(option):
+    require_swaps(SimpleNamespace(**{option: False}))
+    with raises_config("can't change shapes under --" + option.replace("_", "-")):
+        require_swaps(SimpleNamespace(**{option: True}))
 
 
 def test_one_worker_a_process():

@@ -204,6 +204,18 @@ class TestOverlap:
         steering.launch(load(4))
         assert controller.order[-1] == "plan"
 
+    def test_a_late_report_is_handed_on_though_the_open_decision_is_lost(self):
+        controller = Scripted(SpecPlan(6, 3))
+        steering = Steering(controller, CHAIN)
+        steering.launch(load(2))  # a decision
+        steering.launch(load(2))  # its repeat
+        steering.complete([1, 1], 2)
+        steering.launch(load(3))  # another decision, which gets lost
+        steering.complete([1, 1], 2)
+        assert len(controller.reports) == 1, "the repeat's report waits for the open decision's"
+        steering.complete([1, 1, 1, 1], 4)
+        assert steering.counts.lost == 1 and len(controller.reports) == 2
+
     def test_a_report_of_nothing_launched_is_ignored(self):
         steering = Steering(Scripted(SpecPlan(6, 3)), CHAIN)
         steering.complete([1], 1)

@@ -235,3 +235,5 @@ class Steering:
         self._end = None
         if flight is self._open:
             self._open = None
+            self._tell(*self._late)
+            self._late.clear()

@@ -152,6 +152,17 @@ def tree_worker(base: Any, host: Host, gating: Gating) -> Any:
     return TreeWorker
 
 
+UNSWAPPABLE = ("enable_two_batch_overlap", "enable_pdmux")
+"""Server arguments under which SGLang refuses its own adaptive mode, whose swap of states this is."""
+
+
+def require_swaps(server_args: Any) -> None:
+    """Raises `ConfigError` where SGLang's swap of states would leave something behind."""
+    for option in UNSWAPPABLE:
+        if getattr(server_args, option, False):
+            raise ConfigError(f"SGLang can't change shapes under --{option.replace('_', '-')}; start it without")
+
+
 def check_launch(host: Host, spec: Any) -> None:
     """Raises `ConfigError` unless SGLang was started with the largest shape: it only ever goes down from there."""
     launch, top_k = host.config.launch, spec.speculative_eagle_topk or 1
@@ -217,6 +228,7 @@ def hooks(host: Host) -> tuple[Hook, ...]:
     def create_worker(original: Callable[..., Any], algorithm: Any, server_args: Any) -> Any:
         from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
+        require_swaps(server_args)
         worker = original(algorithm, server_args)
         if worker is not EAGLEWorkerV2:
             raise ConfigError(f"SGLang would draft with {worker.__name__}, not with EAGLE; {host.remedy()}")
