@@ -58,9 +58,12 @@ def record(
 ) -> Trace:
     """The trace of these requests, whose parts lie in the folder `parts`.
 
-    Raises `ConfigError` for stop strings (a trace knows tokens only), for answers of a single token, where there are no
-    requests, and where `parts` holds those of other requests (prompts, sampling and all), options or provenance.
+    Raises `ConfigError` for requests that refuse speculation, for stop strings (a trace knows tokens only), for answers
+    of a single token, where there are no requests, and where `parts` holds those of other requests (prompts, sampling
+    and all), options or provenance.
     """
+    if not all(request.speculate for request in requests):
+        raise ConfigError("a recording drafts for every request; leave `speculate` true, their tokens are the same")
     if any(request.params.stop for request in requests):
         raise ConfigError("a recording cannot end at stop strings; leave `stop` empty")
     if not requests:

@@ -93,12 +93,9 @@ class DevicePasses(Probe):
         if batch > most:
             raise ConfigError(f"{batch} requests are more than max_batch_size ({most}); measure fewer, or raise it")
         nodes = max(plan.expanded, min(plan.budget, self._engine.config.max_nodes))
-        sequences = self._sequences(batch, context, 1 + nodes)
-        clock = Clock()
-        try:
+        with self._sequences(batch, context, 1 + nodes) as sequences:
+            clock = Clock()
             self._step.run(Batch(sequences, (), ()), plan, self._rule, clock)
-        finally:
-            self._release(sequences)
         return clock.times()
 
 

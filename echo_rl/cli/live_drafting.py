@@ -13,7 +13,7 @@ from torch import Tensor
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.controllers import registry
 from echo_rl.drafting.warm_start import TargetParts
-from echo_rl.errors import ConfigError
+from echo_rl.errors import ConfigError, WeightsError
 from echo_rl.loop import serve
 from echo_rl.runtime.architecture import read_architecture
 from echo_rl.runtime.checkpoint import read_tensors
@@ -74,9 +74,12 @@ def target_parts(folder: Path) -> TargetParts:
     arch, tensors = read_architecture(folder), read_tensors(folder)
     last = f"model.layers.{arch.layers - 1}."
     embedding = tensors["model.embed_tokens.weight"].to(dtype)
+    tied = "lm_head.weight" not in tensors if arch.tied is None else arch.tied
+    if not tied and "lm_head.weight" not in tensors:
+        raise WeightsError(f"{folder} has no lm_head.weight, which its config.json promises; download the model again")
     return TargetParts(
         embedding=embedding,
-        output=embedding if "lm_head.weight" not in tensors else tensors["lm_head.weight"].float(),
+        output=embedding if tied else tensors["lm_head.weight"].float(),
         norm=tensors["model.norm.weight"].float(),
         attention_norm=tensors[f"{last}input_layernorm.weight"].float(),
         mlp_norm=tensors[f"{last}post_attention_layernorm.weight"].float(),

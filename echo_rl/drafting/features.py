@@ -93,7 +93,7 @@ def cache_features(
         for path in shards(data):
             shard, done = Conversations.load(path), cache / path.stem
             task = progress.add_task(path.stem, total=len(shard.tokens))
-            if not done.exists():
+            if len(shard.tokens) and not done.exists():
                 part = cache / f"{path.stem}.part"
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir()
@@ -120,6 +120,8 @@ def open_features(data: str | Path, cache: str | Path) -> list[FeatureShard]:
         if not folder.exists():
             continue
         conversations = Conversations.load(path)
+        if not len(conversations.tokens):
+            continue
         taps, final = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("taps", "final"))
         if len(taps) != len(conversations.tokens):
             raise ConfigError(f"{folder} holds features of another {path.name}; delete it and cache again")

@@ -2,7 +2,8 @@
 
 Matrices are trained with Muon, norms and the output layer with AdamW; masters are float32, compute is in the
 config's precision. A run is a pure function of its config, data and `TargetParts`: interrupted and resumed, it
-ends with the same weights. Never runs the target.
+ends with the same weights. One that is made longer goes on from where it ended, on the rates of the longer schedule.
+Never runs the target.
 """
 
 from __future__ import annotations
@@ -229,7 +230,19 @@ def check(config: TrainConfig, taps: tuple[int, ...], parts: TargetParts, layers
     """
     vocab, hidden = parts.embedding.shape
     drafter_config(config, taps, parts).check_target(hidden=hidden, vocab=vocab, layers=layers)
+    if config.start is None and config.regression_rows:
+        check_heads(config, parts)
     check_conversations(map(Conversations.load, shards(config.data)), vocab, config.max_positions)
+
+
+def check_heads(config: TrainConfig, parts: TargetParts) -> None:
+    """Raises `ConfigError` where a warm start can't make the drafter's heads of the target's."""
+    theirs = parts.k.shape[0] // parts.head_dim
+    if config.kv_heads % theirs:
+        raise ConfigError(
+            f"kv_heads is {config.kv_heads}, but a warm start repeats the target's {theirs}; give a multiple of "
+            f"{theirs}, or regression_rows=0 to start from nothing"
+        )
 
 
 def write_manifest(run: Run, best: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ def warm_start(
     _copy_layer(at, parts, config.heads, config.kv_heads, d)
     if config.kv_heads == config.heads and self_heads:
         features = F.rms_norm(some[:, :-h] @ at["fc"].T, (h,))
-        _self_attending(at, torch.cat([some[:, -h:], features], 1), best[-h:], self_heads, d)
+        _self_attending(at, torch.cat([some[:, -h:], features], 1), best[-h:], min(self_heads, config.heads), d)
 
 
 def _copy_layer(at: dict[str, Tensor], parts: TargetParts, heads: int, kv_heads: int, d: int) -> None:

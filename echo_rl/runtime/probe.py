@@ -7,6 +7,8 @@ tokens are doesn't matter to their cost.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -31,48 +33,47 @@ class Probe:
         nodes = torch.tensor([(rows - batch) // batch + (i < (rows - batch) % batch) for i in range(batch)])
         place = torch.cat([torch.arange(n) for n in nodes.tolist()])
         selection = Selection(nodes, torch.full_like(place, 5), place - 1, place)
-        sequences = self._sequences(batch, context, int(nodes.max()) + 1)
-        runner, work = self._engine.runner, Batch(sequences, (), ())
-        layout = runner.layout(sequences)
-        begin = time.perf_counter()
-        runner.verify(work, selection, layout)
-        return self._done(begin, sequences)
+        with self._sequences(batch, context, int(nodes.max()) + 1) as sequences:
+            runner, work = self._engine.runner, Batch(sequences, (), ())
+            layout = runner.layout(sequences)
+            begin = time.perf_counter()
+            runner.verify(work, selection, layout)
+            return self._since(begin)
 
     def draft(self, batch: int, width: int, depth: int, context: int) -> float:
         """Seconds of catching up with two committed tokens a request and growing a tree without gates."""
         plan = SpecPlan(budget=batch * width, max_depth=depth, width=width)
-        sequences = self._sequences(batch, context, width * depth + 1)
-        layout = self._engine.runner.layout(sequences)
-        begin = time.perf_counter()
-        self._engine.runner.draft(sequences, layout, plan, _everyone)
-        return self._done(begin, sequences)
+        with self._sequences(batch, context, width * depth + 1) as sequences:
+            layout = self._engine.runner.layout(sequences)
+            begin = time.perf_counter()
+            self._engine.runner.draft(sequences, layout, plan, _everyone)
+            return self._since(begin)
 
-    def _sequences(self, batch: int, context: int, extra: int) -> tuple[Sequence, ...]:
+    @contextmanager
+    def _sequences(self, batch: int, context: int, extra: int) -> Iterator[tuple[Sequence, ...]]:
+        """Made-up ones, released in the end."""
         engine, made = self._engine, list[Sequence]()
         most = engine.config.max_context + engine.config.headroom
         if context + extra > most:
             raise ConfigError(f"{context} + {extra} tokens pass max_context ({most}); measure fewer, or raise it")
-        for i in range(batch):
-            params = SamplingParams(max_new_tokens=max(1, extra))
-            sequence = Sequence(Request(f"probe-{i}", (5,) * (context + 1), params), TextStream(engine.tokenizer))
-            if not engine.block_manager.admit(sequence):
-                self._release(made)
-                raise ConfigError(f"{batch} requests of {context} tokens don't fit the KV cache; raise kv_tokens")
-            engine.block_manager.grow(sequence, context + extra)
-            sequence.kv_len, sequence.draft_len = context, max(0, context - 2)
-            made.append(sequence)
-        return tuple(made)
+        try:
+            for i in range(batch):
+                params = SamplingParams(max_new_tokens=max(1, extra))
+                sequence = Sequence(Request(f"probe-{i}", (5,) * (context + 1), params), TextStream(engine.tokenizer))
+                if not engine.block_manager.admit(sequence):
+                    raise ConfigError(f"{batch} requests of {context} tokens don't fit the KV cache; raise kv_tokens")
+                made.append(sequence)
+                engine.block_manager.grow(sequence, context + extra)
+                sequence.kv_len, sequence.draft_len = context, max(0, context - 2)
+            yield tuple(made)
+        finally:
+            for sequence in made:
+                engine.block_manager.release(sequence)
 
-    def _done(self, begin: float, sequences: tuple[Sequence, ...]) -> float:
+    def _since(self, begin: float) -> float:
         if self._engine.runner.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - begin
-        self._release(sequences)
-        return seconds
-
-    def _release(self, sequences: tuple[Sequence, ...] | list[Sequence]) -> None:
-        for sequence in sequences:
-            self._engine.block_manager.release(sequence)
+        return time.perf_counter() - begin
 
 
 def _everyone(frontier: Frontier, plan: SpecPlan) -> torch.Tensor:

@@ -19,6 +19,7 @@ from echo_rl.drafting.warm_start import TargetParts
 from echo_rl.errors import ConfigError, WeightsError
 from echo_rl.results import digest
 from echo_rl.runtime.drafter_model import load_drafter
+from tests.drafting.conftest import HEADS
 
 TargetCall = Callable[[Tensor], tuple[list[Tensor], Tensor]]
 
@@ -167,6 +168,28 @@ def test_what_training_would_stumble_over_is_refused_before_features(world: Trai
     Conversations.of([([1, 2, 40], 1, True)]).save(Path(world.data) / "shard_9.npz")
     with pytest.raises(ConfigError, match="hold token 40, the target's are 0..39"):
         check(world, (1, 3, 4), parts, 6)
+
+
+def test_heads_that_a_warm_start_cannot_make_are_refused(world: TrainConfig, parts: TargetParts) -> None:
+    few = replace(world, kv_heads=HEADS // 2)
+    check(few, (1, 3, 4), parts, 6)  # nothing is made of the target's
+    with pytest.raises(ConfigError, match="kv_heads is 1, but a warm start repeats the target's 2"):
+        check(replace(few, regression_rows=64), (1, 3, 4), parts, 6)
+
+
+def test_no_more_heads_attend_to_themselves_than_there_are(world: TrainConfig, parts: TargetParts) -> None:
+    warm = replace(world, regression_rows=500, self_heads=HEADS)
+    all_heads, too_many = (Run(replace(warm, self_heads=n), parts).net.state_dict() for n in (HEADS, HEADS + 5))
+    assert all(torch.equal(all_heads[name], too_many[name]) for name in all_heads)
+
+
+def test_an_empty_shard_is_passed_over(world: TrainConfig, parts: TargetParts, target: Any) -> None:
+    """Every answer was too short."""
+    whole = train(replace(world, out=f"{world.out}-whole"), parts)
+    Conversations.of([]).save(Path(world.data) / "shard_0_empty.npz")
+    cache_features(world.data, world.features, target, (1, 3, 4), "counting")
+    found = train(world, parts)
+    assert [{**point, "seconds": 0} for point in found.curve] == [{**point, "seconds": 0} for point in whole.curve]
 
 
 def test_the_longest_conversation_may_fill_the_context(world: TrainConfig, parts: TargetParts) -> None:
