@@ -77,6 +77,7 @@ def ab_live(result: Result) -> str:
         ]
         for cell in venue["cells"]
     ]
+    rows.append(["all", Interval(**venue["overall"]).text(3, "×"), "", ""])
     heads = ["workload, live", f"`{result['b']}` over `{result['a']}`", f"MAT `{result['a']}`", f"MAT `{result['b']}`"]
     return table(heads, rows)
 
