@@ -56,7 +56,7 @@ class FakeTokenizer:
     def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         return self.encode("".join(message["content"] for message in messages))
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, special: bool = False) -> tuple[int, ...]:
         return tuple(ord(character) for character in text)
 
     def decode(self, ids: Sequence[int]) -> str:

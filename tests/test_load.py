@@ -273,7 +273,31 @@ def test_retries_end():
     assert stream.error == "http 503: draining" and client.retries == 3
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", ""])
+@pytest.mark.parametrize("value", ["two\nlines", "bell\x07"])
+def test_a_key_that_no_header_holds_is_refused(value, monkeypatch):
+    monkeypatch.setenv(command.API_KEY, " schlüssel\n")
+    assert command.key(command.API_KEY) == "schlüssel"
+    monkeypatch.setenv(command.API_KEY, value)
+    with pytest.raises(ConfigError, match="control character"):
+        command.key(command.API_KEY)
+    monkeypatch.delenv(command.API_KEY)
+    assert command.key(command.API_KEY) is None
+
+
+def test_a_key_is_sent_as_it_is_written():
+    async def work():
+        async with FakeServer() as server:
+            client, stream = Client(server.url, key="schlüssel"), Stream(time.time)
+            await client.complete(b"{}", stream)
+            client.close()
+            return server.heads[0]
+
+    assert "Authorization: Bearer schlüssel" in asyncio.run(work())
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "ftp://host", "http://", "", "http://host:80OO", "http://host:99999", "http://[::1"]
+)
 def test_a_url_that_is_none_is_refused(url):
     with pytest.raises(ConfigError, match="give a URL like"):
         Client(url)

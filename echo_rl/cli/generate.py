@@ -53,7 +53,7 @@ class Generate:
 
     def _ids(self, engine: Engine, prompt: str) -> tuple[int, ...]:
         if self.raw:
-            return engine.tokenizer.encode(prompt)
+            return engine.tokenizer.encode(prompt, special=True)
         return engine.tokenizer.chat([{"role": "user", "content": prompt}])
 
 

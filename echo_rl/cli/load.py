@@ -76,7 +76,7 @@ class Load:
 
         console, config = Console(), self.config()
         prompts = load_prompts(self.suite, seed=self.seed)
-        keys = Keys(os.environ.get(API_KEY), os.environ.get(ADMIN_KEY))
+        keys = Keys(*map(key, (API_KEY, ADMIN_KEY)))
         result, done = run_load(config, prompts, self.out, keys, console)
         console.print(table(result, console.width))
         for line in remarks(result):
@@ -109,6 +109,14 @@ class Load:
             slo=SLO(self.slo_ttft, self.slo_tpot),
             extra=_object(self.extra),
         )
+
+
+def key(variable: str) -> str | None:
+    """A key out of the environment, as a server reads its own. Raises `ConfigError` where no header can hold it."""
+    text = os.environ.get(variable, "").strip()
+    if not text.isprintable():
+        raise ConfigError(f"the key in ${variable} holds a control character; write it on one line")
+    return text or None
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -142,11 +142,15 @@ class Endpoint:
 
     def __init__(self, url: str, key: str | None = None) -> None:
         """`url` with or without ``/v1`` at its end; `key` is sent as a bearer token. Raises `ConfigError`."""
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError as error:
+            raise ConfigError(f"the server is {url!r} ({error}); give a URL like http://127.0.0.1:8000") from error
+        if parts.scheme not in ("http", "https") or not host:
             raise ConfigError(f"the server is {url!r}; give a URL like http://127.0.0.1:8000")
         self.tls = parts.scheme == "https"
-        self.host, self.port = parts.hostname, parts.port or (443 if self.tls else 80)
+        self.host, self.port = host, port or (443 if self.tls else 80)
         self.base = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = f"Host: {parts.netloc.rpartition('@')[2]}\r\nContent-Type: application/json\r\n"
         self._key = key
@@ -159,7 +163,7 @@ class Endpoint:
         bearer = key or self._key
         secret = f"Authorization: Bearer {bearer}\r\n" if bearer else ""
         head = f"{method} {self.base}{path} HTTP/1.1\r\n{self._headers}{secret}Content-Length: {len(body)}\r\n\r\n"
-        request = head.encode("latin-1") + body
+        request = head.encode() + body
         while self._free:
             connection = self._free.pop()
             try:

@@ -40,10 +40,13 @@ class Tokenizer:
         special = {key: _special(config, key) for key in ("bos_token", "eos_token") if config.values.get(key)}
         return cls(fast, template, special)
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Ids without special tokens around them. Raises `RequestError` for text that UTF-8 can't hold."""
+    def encode(self, text: str, special: bool = False) -> tuple[int, ...]:
+        """Ids; if `special`, with the special tokens that plain prompts of the model have, such as a first one.
+
+        Raises `RequestError` for text that UTF-8 can't hold.
+        """
         try:
-            return tuple(self._fast.encode(text, add_special_tokens=False).ids)
+            return tuple(self._fast.encode(text, add_special_tokens=special).ids)
         except (UnicodeEncodeError, TypeError) as e:
             raise RequestError("the text is not valid Unicode; send it encoded as UTF-8") from e
 

@@ -121,11 +121,11 @@ class EngineCore:
                 raise RequestError(f"request id '{request.id}' is in use; give every request its own")
             self._engine.add(request)
             self._in_flight.add(request.id)
-        except EchoError as error:
+        except RequestError as error:
             send(Refused(request.id, str(error)))
-        except Exception as error:  # nothing of the others is touched yet
+        except Exception:  # nothing of the others is touched yet
             log.exception("the engine cannot take a request")
-            send(Refused(request.id, f"the engine cannot take this request ({type(error).__name__}: {error})"))
+            send(Refused(request.id, "the engine cannot take this request; the server's log says why", unforeseen=True))
 
     def _cancel(self, request_id: str) -> None:
         if request_id in self._in_flight:

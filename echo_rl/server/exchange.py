@@ -7,9 +7,10 @@ whatever way out: an answer, an error, a timeout, a client that left.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import time
 from collections.abc import Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from fastapi.responses import JSONResponse, Response
@@ -18,11 +19,14 @@ from starlette.types import Receive, Scope, Send
 from echo_rl.contracts import RequestOutput, TokenLogprob
 from echo_rl.server.dialects import DONE, ChunkWriter, Dialect, error_event, usage
 from echo_rl.server.errors import ApiError, as_api_error
-from echo_rl.server.front import Front
+from echo_rl.server.front import Front, TextCodec
 from echo_rl.server.schemas import Body, ChatRequest, CompletionRequest
 from echo_rl.server.streams import OutputStream
 from echo_rl.server.trail import CLIENT_GONE, Trail, trail_of
 
+LAST_BYTES_SECONDS = 3
+"""What connections get to close once every request has ended: live views never end by themselves, and a client may have
+stopped reading."""
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -39,10 +43,21 @@ class Choice:
         self.logprobs: list[TokenLogprob] = []
         self.offset = 0
         """Length of the text of the tokens whose log-probabilities were sent."""
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self.finish_reason: str | None = None
         self.tokens = 0
         self.first = self.last = 0.0
         """When its first and its last tokens came."""
+
+    def advance(self, tokenizer: TextCodec, token: int) -> None:
+        """Move `offset` past the text of a token: none of a special one, a character with the last of its parts."""
+        alone = tokenizer.decode((token,))
+        if not alone and not tokenizer.decode((token, token)):
+            return
+        text = self._characters.decode(tokenizer.spell(token))
+        if not self.offset and text.endswith(alone):
+            text = alone  # some decoders drop the space that begins a text
+        self.offset += len(text)
 
     @property
     def tpot(self) -> float | None:
@@ -110,7 +125,7 @@ class Exchange(Response):
             return [await self._front.tokenised(size, lambda: tokenizer.chat(turns))]
         given = body.prompts
         size = sum(len(prompt) for prompt in given if isinstance(prompt, str))
-        encode = lambda: [tokenizer.encode(p) if isinstance(p, str) else tuple(p) for p in given]  # noqa: E731
+        encode = lambda: [tokenizer.encode(p, special=True) if isinstance(p, str) else tuple(p) for p in given]  # noqa: E731
         return await self._front.tokenised(size, encode)
 
     def _note(self, choice: Choice, output: RequestOutput, trail: Trail, now: float) -> None:
@@ -197,7 +212,7 @@ class Exchange(Response):
         tokenizer, offsets = self._front.tokenizer, []
         for token in tokens:
             offsets.append(choice.offset)
-            choice.offset += len(tokenizer.decode((token.token,)))
+            choice.advance(tokenizer, token.token)
         return self._dialect.logprobs(tokens, tokenizer.spell, offsets)
 
     def _failure(self, error: Exception) -> ApiError:
@@ -213,7 +228,11 @@ class Exchange(Response):
         if not self._streaming:
             raise failure
         body = error_event(failure.body) + DONE
-        await send({"type": "http.response.body", "body": body})
+        with suppress(
+            TimeoutError
+        ):  # who doesn't read is not waited for: an answer without its end closes the connection
+            async with asyncio.timeout(LAST_BYTES_SECONDS):
+                await send({"type": "http.response.body", "body": body})
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:

@@ -28,6 +28,8 @@ FALSE_ALARM = 0.05
 """Chance that equal arms are called harmful, over all the looks of an experiment."""
 RESAMPLES = 20_000
 """Of the interval that may end it, whose ends lie far out."""
+MOST_DRAWS = 1_000_000
+"""Blocks drawn for an interval, in all: the engine waits for it."""
 RUNNING, DONE, STOPPED, HARM = "running", "done", "stopped", "harm"
 
 
@@ -117,7 +119,7 @@ class Switchback:
             [Rate(block.tokens, block.request_seconds) for block in self._blocks[arm][: self.pairs]]
             for arm in (TREATMENT, CONTROL)
         )
-        return rate_ratio(treatment, control, level, resamples) if control else None
+        return rate_ratio(treatment, control, level, min(resamples, MOST_DRAWS // self.pairs)) if control else None
 
     def report(self) -> dict[str, Any]:
         """Plain JSON types: arms, rates, ratio with its interval, how it ended."""
@@ -155,7 +157,7 @@ class Switchback:
             self.stop(f"{self.pairs} blocks of each arm are done", DONE)
 
     def _harmful(self) -> bool:
-        if self.pairs < PAIRS_FOR_HARM:
+        if self.pairs < PAIRS_FOR_HARM or not self.options.harm:
             return False
         looks = max(1, self.options.blocks - PAIRS_FOR_HARM + 1)
         ratio = self.interval(1.0 - FALSE_ALARM / looks, RESAMPLES)

@@ -19,13 +19,14 @@ from echo_rl.server.schemas import Body
 
 LONG_PROMPT = 4_096
 """Characters from which a prompt is tokenised in a thread, so that streams go on meanwhile."""
+DEAD = "the engine is dead and is not started again"
 T = TypeVar("T")
 
 
 class TextCodec(Protocol):
     """The part of `runtime.tokenizer.Tokenizer` that the front needs."""
 
-    def encode(self, text: str) -> tuple[int, ...]: ...
+    def encode(self, text: str, special: bool = False) -> tuple[int, ...]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -57,6 +58,8 @@ class Front:
         if self.draining:
             raise _unavailable("the server is shutting down", int(self.config.drain_seconds) + 1)
         info = self.host.ready_info
+        if self.host.dead:
+            raise ApiError(503, DEAD, code="dead")
         if not self.host.ready or info is None:
             raise _unavailable("the engine is loading", RETRY_SECONDS)
         return info

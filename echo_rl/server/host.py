@@ -73,6 +73,11 @@ class EngineHost:
         return self._life.state in ("loading", "ready")
 
     @property
+    def dead(self) -> bool:
+        """Whether it has given up on an engine that keeps dying."""
+        return self._life.state == "dead"
+
+    @property
     def in_flight(self) -> int:
         return len(self._streams)
 
@@ -221,8 +226,9 @@ class EngineHost:
                 for output in outputs:
                     self._deliver(output)
                 self._publish(stats)
-            case Refused(request_id, message):
-                self._finish(request_id, RequestError(message))
+            case Refused(request_id, message, unforeseen):
+                failure = RequestOutput(request_id, (), finish_reason="error", error=message)
+                self._finish(request_id, failure if unforeseen else RequestError(message))
             case Reply(ticket):
                 future = self._replies.get(ticket)
                 if future is not None and not future.done():

@@ -148,6 +148,8 @@ class Lifeline:
             ready = await asyncio.wait_for(self._loading, config.start_seconds)
         except TimeoutError:
             raise Unavailable(f"the engine was not loaded within {config.start_seconds:g} s") from None
+        if self._gone.is_set():  # it died the moment that it was loaded
+            raise EchoError(await self._cause())
         self.state = "ready"
         self.note_progress()
         self._owner.on_ready(ready)

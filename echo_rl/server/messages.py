@@ -152,6 +152,8 @@ class Refused:
 
     request_id: str
     message: str
+    unforeseen: bool = False
+    """Not for what the request asks: the engine failed on it."""
 
 
 @dataclass(frozen=True)

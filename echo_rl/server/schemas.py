@@ -42,6 +42,7 @@ class Only:
 
 Absent = Annotated[Any, Only()]
 Zero = Annotated[Any, Only((0,))]
+One = Annotated[Any, Only((1,))]
 Off = Annotated[Any, Only((False,))]
 Empty = Annotated[Any, Only(([],))]
 NoBias = Annotated[Any, Only(({},))]
@@ -83,6 +84,18 @@ class Sampling(BaseModel):
     tool_choice: NoChoice = None
     functions: Empty = None
     response_format: PlainText = None
+    # Of vLLM and SGLang, which change what is drawn: not to be ignored.
+    repetition_penalty: One = None
+    min_p: Zero = None
+    min_tokens: Zero = None
+    stop_token_ids: Empty = None
+    structured_outputs: Absent = None
+    guided_json: Absent = None
+    guided_regex: Absent = None
+    guided_choice: Absent = None
+    guided_grammar: Absent = None
+    chat_template_kwargs: NoBias = None
+    continue_final_message: Off = None
 
     @model_validator(mode="after")
     def _check_streaming(self) -> Sampling:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -19,8 +20,9 @@ from echo_rl.runtime.tokenizer import Tokenizer
 from echo_rl.runtime.weights import resolve_model
 from echo_rl.server import logs
 from echo_rl.server.app import create_app
-from echo_rl.server.auth import Keys
+from echo_rl.server.auth import Keys, is_loopback
 from echo_rl.server.config import ServerConfig
+from echo_rl.server.exchange import LAST_BYTES_SECONDS
 from echo_rl.server.front import Front
 from echo_rl.server.heap import settle
 from echo_rl.server.host import EngineHost, HostConfig
@@ -31,9 +33,8 @@ if TYPE_CHECKING:
     from echo_rl.runtime.engine import Engine
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LAST_BYTES_SECONDS = 3
-"""What connections get to close once every request has ended; live views never end by themselves."""
 INTERRUPTED = 130
+log = logging.getLogger(__name__)
 LoadEngine = Callable[[EngineConfig], "tuple[Engine, dict[str, str]]"]
 
 
@@ -52,6 +53,12 @@ def serve(engine: EngineConfig, server: ServerConfig, controller: str, load: Loa
         factory = partial(logging_as, server.log_format, partial(live, load, engine))
         host = EngineHost(HostConfig(controller=controller), factory)
         bound = replace(server, host=listener.getsockname()[0])
+        if keys.admin is None and is_loopback(bound.host):
+            log.warning(
+                "there is no admin key, so whoever reaches %s may use /admin: give one before a proxy or a forwarded "
+                "port leads here",
+                bound.host,
+            )
         app = create_app(host, tokenizer, bound, keys, engine.model)
         config = uvicorn.Config(
             app,
@@ -68,10 +75,15 @@ def serve(engine: EngineConfig, server: ServerConfig, controller: str, load: Loa
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises `ConfigError` where the address can't be had."""
+    """A listening socket: of a name that has addresses of both kinds the IPv4 one, of ``::`` both.
+
+    Raises `ConfigError` where the address can't be had.
+    """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
+        both = host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(address[:2], family=family, backlog=2048, dualstack_ipv6=both)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port} ({error}); choose another --host or --port") from error
 

@@ -37,8 +37,11 @@ class StepMetrics:
         self._queued = meters.gauge("sglang:num_queue_reqs", "Requests in the waiting queue.")
         self._kv = meters.gauge("sglang:token_usage", "Share of the KV cache in use.")
         self._throughput = meters.gauge("sglang:gen_throughput", "Generated tokens a second, of the last seconds.")
-        self._length = meters.gauge("sglang:spec_accept_length", "Mean tokens a request gets from a verify pass.")
-        self._rate = meters.gauge("sglang:spec_accept_rate", "Accepted over verified drafted tokens.")
+        self._length = meters.gauge(
+            "sglang:spec_accept_length",
+            "Mean tokens a request gets from a pass that speculates; 0: none.",
+        )
+        self._rate = meters.gauge("sglang:spec_accept_rate", "Accepted over verified drafted tokens; 0: none.")
         self._calls = meters.counter("sglang:spec_verify_calls_total", "Verify passes, counted by request.")
         self._tokens = meters.counter("echo_rl:spec_tokens_total", "Drafted tokens, by what became of them.", "stage")
         self._reached = meters.counter("echo_rl:spec_reached_total", "Paths with a node to accept there.", "depth")
@@ -84,7 +87,7 @@ class StepMetrics:
         _by_depth(self._reached, step.reached_by_depth)
         _by_depth(self._accepted, step.accepted_by_depth)
         if step.verified:
-            self._calls.add(stats.batch)
+            self._calls.add(step.batch_size)
         self._fallbacks.see(stats.fallbacks)
         self._rollbacks.see({"": stats.rollbacks})
         self._serving.see(stats.serving)
@@ -103,9 +106,9 @@ class StepMetrics:
         span = now - self._recent[0].step.end + self._recent[0].step.seconds if self._recent else 0.0
         self._throughput.value = tokens / span if span > 0 else 0.0
         speculating = [stats for stats in self._recent if stats.step.verified]
-        if speculating:
-            self._length.value = sum(s.committed for s in speculating) / max(1, sum(s.batch for s in speculating))
-            self._rate.value = sum(s.step.accepted for s in speculating) / sum(s.step.verified for s in speculating)
+        requests, verified = (sum(getattr(s.step, of) for s in speculating) for of in ("batch_size", "verified"))
+        self._length.value = sum(s.step.committed for s in speculating) / requests if requests else 0.0
+        self._rate.value = sum(s.step.accepted for s in speculating) / verified if verified else 0.0
 
     def _keep(self, stats: StepStats) -> None:
         self._recent.append(stats)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from echo_rl.errors import RequestError
 from echo_rl.runtime.tokenizer import TextStream, Tokenizer
@@ -104,6 +104,17 @@ def test_a_special_token_spells_its_name():
 def test_stop_strings_hold_back_what_precedes_an_unfinished_character(text, stop, before):
     tokenizer = KINDS["byte_level"]
     assert streamed(tokenizer, tokenizer.encode(text), stop) == before
+
+
+def test_special_tokens_around_a_plain_prompt_come_where_they_are_asked_for():
+    """As Llama has them; a conversation's template writes its own."""
+    tokenizer = byte_level()
+    first = tokenizer._fast.get_vocab_size()
+    tokenizer._fast.add_special_tokens(["<s>"])
+    tokenizer._fast.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", first)])
+    assert tokenizer.encode("hi", special=True) == (first, *tokenizer.encode("hi"))
+    tokenizer._source, tokenizer._special = "{{ bos_token }}{{ messages[0].content }}", {"bos_token": "<s>"}
+    assert tokenizer.chat([{"role": "user", "content": "hi"}]) == tokenizer.encode("hi", special=True)
 
 
 def test_text_that_is_not_unicode_is_refused():

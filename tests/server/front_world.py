@@ -30,7 +30,7 @@ class FakeHost:
     """Looks like `EngineHost`. Token i of a completion is the i-th letter; one output a token."""
 
     def __init__(self, context: int = 64, vocab: int = 1_114_112) -> None:
-        self.ready, self.alive, self.restarts, self.controller = True, True, 0, "echo"
+        self.ready, self.alive, self.dead, self.restarts, self.controller = True, True, False, 0, "echo"
         self.ready_info = Ready("echo", context, vocab, {"model": "fake"})
         self.fallbacks: dict[str, int] = {}
         self.rollbacks, self.serving = 0, {"device": 4}

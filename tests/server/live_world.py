@@ -151,7 +151,7 @@ class LiveWorldHost:
         self.world.clock = time.time() - 3600
         self.speed = speed
         self.idle = False
-        self.ready = self.alive = True
+        self.ready, self.alive, self.dead = True, True, False
         self.in_flight = self.restarts = self.rollbacks = 0
         self.serving: dict[str, int] = {}
         self.fallbacks = dict(FALLBACKS)

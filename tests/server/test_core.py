@@ -145,6 +145,8 @@ def test_what_the_engine_cannot_take_is_refused_and_nobody_else_suffers():
         ("bad", "the prompt holds '!'"),
         ("odd", "the engine cannot ta"),
     }
+    assert [event.request_id for event in director.of(Refused) if event.unforeseen] == ["odd"]
+    assert not any("TypeError" in event.message for event in director.of(Refused))
     assert len(director.tokens["a"]) == 5
 
 

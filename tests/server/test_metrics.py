@@ -49,6 +49,15 @@ def test_speculation_is_counted_truly(steps):
     assert value("echo_rl:spec_budget") == 0 and value("echo_rl:spec_knee") == 12
     metrics.refresh(time.time(), idle=False)
     assert value("sglang:spec_accept_length") == 3.0 and value("sglang:spec_accept_rate") == 0.5
+    metrics.refresh(time.time() + 60.0, idle=True)
+    assert value("sglang:spec_accept_length") == value("sglang:spec_accept_rate") == 0.0
+
+
+def test_requests_that_refuse_speculation_say_nothing_of_it(steps):
+    metrics, value = steps
+    metrics.step(stats(plain=6, running=8))
+    metrics.refresh(time.time(), idle=False)
+    assert value("sglang:spec_accept_length") == 3.0 and value("sglang:spec_verify_calls_total") == 2
 
 
 def test_throughput_is_of_the_last_seconds_and_idle_is_zero(steps):

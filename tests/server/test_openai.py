@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import httpx
 import openai
 import pytest
 
+from echo_rl.server import exchange
+from echo_rl.server.dialects import TextDialect
+from echo_rl.server.exchange import Choice, Exchange
+from echo_rl.server.schemas import CompletionRequest
+from echo_rl.server.trail import KEY, Trail
+from tests.conftest import FakeTokenizer
 from tests.server.front_world import FakeHost, client_of, listening, make_app
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -184,6 +191,11 @@ def test_logprobs_in_a_stream_go_on_with_the_offset(url):
         ("logit_bias", {"5": 1}),
         ("presence_penalty", 0.5),
         ("frequency_penalty", -1),
+        ("repetition_penalty", 1.2),
+        ("min_p", 0.1),
+        ("stop_token_ids", [2]),
+        ("guided_json", {"type": "object"}),
+        ("chat_template_kwargs", {"enable_thinking": False}),
     ],
 )
 def test_what_is_not_supported_is_said(url, field, value):
@@ -199,7 +211,7 @@ def test_what_completions_do_not_support(url, field, value):
 def test_values_that_mean_nothing_are_fine(client):
     harmless = {
         "tools": [], "tool_choice": "auto", "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0,
-        "response_format": {"type": "text"}, "user": "me", "unheard_of": 1,
+        "response_format": {"type": "text"}, "user": "me", "unheard_of": 1, "repetition_penalty": 1.0, "min_p": 0,
     }  # fmt: skip
     reply = client.chat.completions.create(model="fake", messages=HELLO, max_tokens=1, extra_body=harmless)
     assert reply.choices[0].message.content == "a"
@@ -293,3 +305,70 @@ def test_a_loading_engine_is_503():
         reply = client.post("/v1/completions", json={"prompt": "x"})
         assert reply.status_code == 503 and int(reply.headers["Retry-After"]) > 0
         assert client.get("/v1/models").json()["data"][0]["max_model_len"] is None
+
+
+def test_an_engine_that_is_dead_for_good_is_not_said_to_load():
+    host = FakeHost()
+    host.ready, host.alive, host.dead = False, False, True
+    with client_of(make_app(host)) as client:
+        for reply in (client.post("/v1/completions", json={"prompt": "x"}), client.get("/health/ready")):
+            assert reply.status_code == 503 and reply.json()["error"]["code"] == "dead"
+            assert "Retry-After" not in reply.headers
+
+
+def test_a_text_to_continue_begins_as_the_model_knows_texts_to_begin(monkeypatch):
+    """A conversation's template writes its special tokens itself."""
+    seen = []
+
+    def encode(self, text, special=False):
+        seen.append((text, special))
+        return tuple(map(ord, text))
+
+    monkeypatch.setattr(FakeTokenizer, "encode", encode)
+    with client_of(make_app(FakeHost())) as client:
+        client.post("/v1/completions", json={"prompt": "abc"})
+        client.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 1})
+    assert seen == [("abc", True), (HELLO[0]["content"], False)]
+
+
+class Pieces:
+    """A vocabulary of bytes and a special token, whose decoder drops the space that begins a text."""
+
+    SPELLED = (b" Hello", b" w\xc3", b"\xb6rld", b" ", b"\xf0\x9f", b"\x99\x82")
+
+    def spell(self, token):
+        return b"<end>" if token == 9 else self.SPELLED[token]
+
+    def decode(self, ids):
+        text = b"".join(self.SPELLED[i] for i in ids if i != 9).decode(errors="replace")
+        return text.removeprefix(" ")
+
+
+def test_offsets_are_places_in_the_text_whatever_a_token_decodes_to_by_itself():
+    choice, found = Choice(0), []
+    for token in (0, 1, 2, 3, 4, 9, 5, 0):
+        found.append(choice.offset)
+        choice.advance(Pieces(), token)
+    text = "Hello wörld 🙂 Hello"
+    assert found == [0, 5, 7, 11, 12, 12, 12, 13] and choice.offset == len(text)
+
+
+def test_a_reader_that_stopped_is_not_waited_for_at_the_end(monkeypatch):
+    async def main():
+        sent = []
+
+        async def send(message):
+            sent.append(message["type"])
+            if len(sent) > 1:
+                await asyncio.sleep(60.0)  # the connection takes no more
+
+        async def receive():
+            await asyncio.sleep(60.0)
+
+        front = make_app(FakeHost(), request_timeout=0.2).state.front
+        body = CompletionRequest(prompt="x", max_tokens=4, stream=True)
+        await Exchange(front, body, TextDialect())({"type": "http", KEY: Trail("x", 0.0)}, receive, send)
+        assert sent == ["http.response.start", "http.response.body", "http.response.body"]
+
+    monkeypatch.setattr(exchange, "LAST_BYTES_SECONDS", 0.2)
+    asyncio.run(asyncio.wait_for(main(), 30.0))

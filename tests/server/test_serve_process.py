@@ -44,6 +44,22 @@ def serve(engine, tmp_path):
         server.end(0.0)
 
 
+@pytest.mark.parametrize(("host", "reached"), [("127.0.0.1", ["127.0.0.1"]), ("::", ["127.0.0.1", "::1"])])
+def test_every_address_of_a_host_is_listened_on(host, reached):
+    if ":" in host and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    with serving_module.listen(host, 0) as listener:
+        for address in reached:
+            socket.create_connection((address, listener.getsockname()[1]), timeout=10).close()
+
+
+def test_a_name_with_addresses_of_both_kinds_has_its_ipv4_one(monkeypatch):
+    both = [(socket.AF_INET6, 1, 6, "", ("::1", 0, 0, 0)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **more: both)
+    with serving_module.listen("localhost", 0) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+
+
 def test_sigterm_finishes_what_is_in_flight_and_exits_with_0(serve):
     server = serve("--controller", "none", "--served-model-name", "tiny")
     url = server.wait_for("listening")["url"]
