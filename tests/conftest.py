@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny models gain nothing from more, a busy machine loses
 
@@ -21,6 +22,10 @@ from echo_rl.contracts import (
     StepReport,
 )
 from echo_rl.errors import EchoError, RequestError
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 class FakeClock:

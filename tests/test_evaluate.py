@@ -205,7 +205,7 @@ def test_plans_that_were_not_recorded_are_not_searched(trace, costs):
 RATES = st.lists(st.lists(st.floats(1, 9), min_size=6, max_size=6), min_size=1, max_size=9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(RATES, st.integers(1, 6), st.floats(0.1, 1), st.booleans())
 def test_halving_never_drops_an_arm_that_is_ahead_of_the_winner(rates, count, keep, protect):
     """On the blocks that both served, the winner is at least as good as whatever was taken out."""

@@ -65,7 +65,7 @@ def test_collectives_move_twice_a_layer_and_gather_the_logits():
 
 
 @pytest.mark.parametrize("source", MACHINES.values(), ids=MACHINES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(batch=st.integers(1, 300), nodes=st.integers(0, 4000), more=st.integers(1, 500), context=st.integers(0, 40_000))
 def test_more_work_never_takes_less_time(source, batch, nodes, more, context):
     seconds = source.verify(batch, batch + nodes, context).total
@@ -75,7 +75,7 @@ def test_more_work_never_takes_less_time(source, batch, nodes, more, context):
 
 
 @pytest.mark.parametrize("source", MACHINES.values(), ids=MACHINES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(batch=st.integers(1, 300), width=st.integers(1, 10), depth=st.integers(1, 8), more=st.integers(1, 4))
 def test_more_drafting_never_takes_less_time(source, batch, width, depth, more):
     seconds = source.draft(batch, width, depth, 512)
@@ -135,7 +135,7 @@ def test_splitting_and_small_weights_are_faster():
 
 
 @pytest.mark.parametrize("name", MACHINES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(batch=st.sampled_from(SMALL.batches), nodes=st.integers(0, 60), context=st.integers(128, 1024))
 def test_the_profile_is_the_roofline_between_its_knots(name, batch, nodes, context):
     rows = batch * (1 + nodes)

@@ -74,7 +74,7 @@ def target_parts(folder: Path) -> TargetParts:
     arch, tensors = read_architecture(folder), read_tensors(folder)
     last = f"model.layers.{arch.layers - 1}."
     embedding = tensors["model.embed_tokens.weight"].to(dtype)
-    tied = "lm_head.weight" not in tensors if arch.tied is None else arch.tied
+    tied = arch.ties("lm_head.weight" in tensors)
     if not tied and "lm_head.weight" not in tensors:
         raise WeightsError(f"{folder} has no lm_head.weight, which its config.json promises; download the model again")
     return TargetParts(

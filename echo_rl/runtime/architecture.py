@@ -43,6 +43,10 @@ class Architecture:
     """Whether all four attention projections have a bias (Llama's and Qwen3's option)."""
     eos: tuple[int, ...]
 
+    def ties(self, has_head: bool) -> bool:
+        """Whether the output head is the embeddings, of weights with or without one of its own."""
+        return not has_head if self.tied is None else self.tied
+
     @property
     def biased(self) -> bool:
         """Whether queries, keys and values always have a bias."""

@@ -43,7 +43,7 @@ class Target:
         self.ops = ops_for(device)
         self.embed = reader.take("model.embed_tokens.weight", arch.vocab, arch.hidden)
         self.norm = reader.take("model.norm.weight", arch.hidden)
-        tied = "lm_head.weight" not in reader if arch.tied is None else arch.tied
+        tied = arch.ties("lm_head.weight" in reader)
         self.lm_head = Linear(self.embed if tied else reader.take("lm_head.weight", arch.vocab, arch.hidden))
         self.layers = [_read_layer(arch, reader, i) for i in range(arch.layers)]
         unknown = {n for n in reader.unread if not n.endswith("rotary_emb.inv_freq") and n != "lm_head.weight"}

@@ -115,7 +115,7 @@ def test_switches_off_where_speculation_loses_and_recovers(rule, make_profile):
 CHAINS = (PLAIN_ARM, (4.0, 4, 1))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(forest=forests(), limit=st.integers(1, 8), arm=st.integers(1, 4))
 def test_budget_and_closure_over_random_forests(forest, limit, arm):
     bandit = Bandit(BanditOptions(arms=(BanditOptions().arms[arm], PLAIN_ARM)))

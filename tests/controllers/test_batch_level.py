@@ -141,7 +141,7 @@ def rules():
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(forest=forests(), limit=st.integers(1, 8), rule=st.sampled_from(range(3)))
 def test_budget_and_closure_over_random_forests(forest, limit, rule):
     controller, load = rules()[rule], load_of(forest.batch_size, limit)

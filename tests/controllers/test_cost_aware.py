@@ -104,7 +104,7 @@ def test_smart_leaves_the_root_alone_where_one_level_cannot_pay(make_profile, ma
     assert Smart(SmartOptions(profile=make_profile(), prior=0.8)).plan(make_load(1)).speculates
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(forest=forests(), per_row=st.sampled_from([0.0, 1e-3, 8e-3]), free=st.sampled_from([1, 4, 12]))
 def test_smart_selects_the_fastest_prefix(forest, per_row, free):
     profile, batch = hinge_profile(free_rows=free, per_row=per_row), forest.batch_size
@@ -250,7 +250,7 @@ def test_tunable_values_are_usable(options):
 
 
 @pytest.mark.parametrize(("rule", "options"), RULES)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     forest=forests(),
     total=st.integers(1, 12),

@@ -171,7 +171,7 @@ def test_tunable_values_are_usable(options):
     check_tunable(options)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(forest=forests(), data=st.data())
 def test_closed_is_the_largest_closed_part(forest, data):
     shape = forest.parents.shape
@@ -182,7 +182,7 @@ def test_closed_is_the_largest_closed_part(forest, data):
 
 
 @pytest.mark.parametrize(("rule", "options"), RULES)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(forest=forests(), total=st.integers(1, 12), top_k=st.integers(1, 4), limit=st.integers(1, 8))
 def test_steps_stay_within_budget_and_closed(rule, options, forest, total, top_k, limit):
     controller = rule(options(total=total, top_k=top_k, depth=5))

@@ -171,7 +171,7 @@ def rules():
     return tuple(AdaSpec(AdaSpecOptions(profile=profile, depth=4, width=width)) for width in (1, 4))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(forest=forests(), limit=st.integers(1, 8), rule=st.sampled_from(range(2)))
 def test_budget_and_closure_over_random_forests(forest, limit, rule):
     load = load_of(forest.batch_size, limit)

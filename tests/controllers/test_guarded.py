@@ -183,7 +183,7 @@ def test_the_selection_of_the_fault_cases_is_sound_as_such():
 
 
 @given(forests(), st.integers(0, 30), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_pick_of_a_rule_is_sound_and_no_damage_passes(forest, budget, data):
     selection = pack(forest, global_top_k(forest, budget))
     plan = SpecPlan(max(1, budget), 4, 4)

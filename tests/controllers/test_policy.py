@@ -223,7 +223,7 @@ def profile():
     return CostProfile.load(packaged("profile.json"))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), batch=st.integers(1, 40), cap=st.integers(0, 64), context=st.floats(0, 2000))
 def test_the_plan_never_exceeds_what_the_load_admits(profile, seed, batch, cap, context):
     plan = Ppo(PpoOptions(random_policy(seed), profile, GATES)).plan(LoadView(batch, 0, 0, context, 0.1, cap))

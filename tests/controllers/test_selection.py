@@ -139,7 +139,7 @@ def test_pack_refuses_an_open_mask(make_forest):
         pack(make_forest([(-1, 0.9), (0, 0.8)]), torch.tensor([[False, True]]))
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(forest=forests(), k=st.integers(0, 60), limit=st.none() | st.integers(1, 20))
 def test_global_top_k_properties(forest, k, limit):
     mask, exists = global_top_k(forest, k, limit), existing(forest)
@@ -153,7 +153,7 @@ def test_global_top_k_properties(forest, k, limit):
         assert forest.scores[mask].min() >= forest.scores[exists & ~mask].max()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     forest=forests(),
     k=st.integers(0, 60),
@@ -190,7 +190,7 @@ def test_requests_pass_a_gate_by_their_best_path(chances, alive, gate, few):
     assert (passed & frontier.alive).tolist() == (frontier.alive & (best >= least)).tolist()
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(forest=forests(), budget=st.integers(0, 60))
 def test_per_request_properties(forest, budget):
     shares, exists = even_split(budget, forest.batch_size), existing(forest)
@@ -201,7 +201,7 @@ def test_per_request_properties(forest, budget):
     check_packed(forest, mask, pack(forest, mask))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(forest=forests())
 def test_child_ranks_and_topology_properties(forest):
     ranks = child_ranks(forest)

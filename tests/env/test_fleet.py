@@ -59,7 +59,7 @@ def plan_forest(trace: Trace, positions: np.ndarray, depth: int, width: int, gat
     )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.integers(0, 10),
     st.integers(1, 9),

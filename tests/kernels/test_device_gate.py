@@ -48,7 +48,7 @@ def level(
     st.integers(1, 9),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_triton_matches_the_reference(seed, batch, front, vocab, fan, width, dtype):
     g = torch.Generator().manual_seed(seed)
     logits = (3 * torch.randn(batch * front, vocab, generator=g)).to(dtype)  # half precision: many ties
@@ -70,7 +70,7 @@ def close(actual: Level, expected: Level) -> None:
 
 
 @given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @both
 def test_grows_what_the_runtime_grows(ops: DeviceOps, seed, batch, front, width):
     """Against `forest.grow`'s level, which only sees the requests still alive, and the controllers' gate."""

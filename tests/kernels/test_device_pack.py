@@ -48,7 +48,7 @@ def check_selection(rows: TreeRows, selection: Selection, roots: torch.Tensor) -
 
 
 @given(shapes, st.integers(0, 70), st.integers(0, 80), st.integers(0, 20), st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_triton_matches_the_reference(shape, k, capacity, limit, holes):
     seed, batch, depth, width, coarse = shape
     candidates = forest(seed, batch, depth, width, coarse)
@@ -59,7 +59,7 @@ def test_triton_matches_the_reference(shape, k, capacity, limit, holes):
 
 
 @given(shapes, st.integers(0, 70), st.integers(1, 20), st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @both
 def test_picks_what_the_controllers_pick(ops: DeviceOps, shape, k, limit, holes):
     seed, batch, depth, width, coarse = shape
@@ -73,7 +73,7 @@ def test_picks_what_the_controllers_pick(ops: DeviceOps, shape, k, limit, holes)
 
 
 @given(shapes, st.integers(0, 30))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @both
 def test_packs_any_closed_mask(ops: DeviceOps, shape, k):
     seed, batch, depth, width, coarse = shape
@@ -85,7 +85,7 @@ def test_packs_any_closed_mask(ops: DeviceOps, shape, k):
 
 
 @given(st.integers(0, 2**31), st.integers(0, 12), st.integers(0, 6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_what_does_not_fit_is_dropped_from_the_end(seed, capacity, limit):
     candidates = forest(seed, 3, 3, 3)
     mask = torch.ones(candidates.tokens.shape, dtype=torch.bool)

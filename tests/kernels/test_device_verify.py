@@ -75,7 +75,7 @@ requests = st.lists(st.tuples(sampling, st.integers(0, 5000)), min_size=1, max_s
 
 
 @given(st.integers(0, 2**31), requests, st.integers(1, 4), st.integers(1, 3), st.integers(0, 25), st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @both
 def test_decides_what_the_runtime_decides(ops: DeviceOps, seed, asked, depth, width, k, spoil):
     params, positions = [p for p, _ in asked], [n for _, n in asked]
@@ -100,7 +100,7 @@ def filtered(logits: Tensor, rows: TreeRows, params: list[SamplingParams]) -> Te
 
 
 @given(st.integers(0, 2**31), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 3))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_triton_matches_the_reference(seed, dtype, max_depth):
     """Over several pieces of the vocabulary; max_depth below the tree's cuts the walk short."""
     rows = tree(seed, 3, 3, 2, 5)

@@ -156,7 +156,7 @@ requests = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 140), st.intege
     st.sampled_from([1, 7, 16, 64]),
     st.integers(0, 2**31),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_cpp_matches_reference(
     cpp: Ops,
     reference: Ops,

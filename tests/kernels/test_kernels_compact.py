@@ -37,7 +37,7 @@ def test_nothing_to_move(ops: Ops) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 39), st.integers(0, 39)), max_size=40, unique_by=lambda pair: pair[1]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_cpp_matches_reference(cpp: Ops, reference: Ops, moves: list[tuple[int, int]]) -> None:
     src, dst = torch.tensor(moves, dtype=torch.int64).view(-1, 2).T.contiguous()
     a = pools()

@@ -36,7 +36,7 @@ def test_panels_hold_what_the_layout_says(packs):
         assert panels[p, k, c, h] == weight[32 * p + c, 2 * k + h]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=st.integers(0, 45),
     width=st.integers(1, 5),
@@ -115,7 +115,7 @@ def test_eight_bits_hold_the_weights_to_half_a_step(narrow):
     assert torch.equal(scales, weight.float().abs().amax(1) / 127)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=st.integers(0, 45), width=st.integers(1, 5), depth=st.integers(1, 12), seed=st.integers(0, 999))
 def test_products_in_eight_bits_are_the_references_bit_for_bit(narrow, reference, rows, width, depth, seed):
     x, packed = matrix(rows, 16 * depth, seed=seed), narrow.pack_int8(matrix(32 * width, 16 * depth, seed=seed + 1))

@@ -91,7 +91,7 @@ def test_matches_hugging_face(ops: Ops, dtype: torch.dtype, dim: int, norm: bool
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_cpp_matches_reference(
     cpp: Ops, reference: Ops, n: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype, norm: bool
 ) -> None:

@@ -28,14 +28,14 @@ def close(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> Non
 
 
 @given(st.integers(0, 2**31), st.integers(0, 9), VOCABULARIES, st.integers(1, 20), FLOATS)
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_cpp_is_the_reference(reference: Ops, cpp: Ops, seed, rows, vocab, k, dtype):
     logits = logits_of(seed, rows, vocab, dtype)
     close(cpp.top_tokens(logits, min(k, vocab)), reference.top_tokens(logits, min(k, vocab)))
 
 
 @given(st.integers(0, 2**31), st.integers(0, 4), VOCABULARIES, st.sampled_from([1, 3, 8, 65]), FLOATS)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_triton_is_the_reference(triton_ops: Ops, reference: Ops, seed, rows, vocab, k, dtype):
     logits = logits_of(seed, rows, vocab, dtype)
     close(triton_ops.top_tokens(logits, min(k, vocab)), reference.top_tokens(logits, min(k, vocab)))
@@ -49,7 +49,7 @@ def test_is_torchs_log_softmax(ops: Ops, dtype):
     torch.testing.assert_close(log_probs, expected.gather(1, tokens), rtol=2e-6, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 1200), st.integers(1, 6), st.data())
 def test_the_lower_of_equals_comes_first(reference: Ops, cpp: Ops, vocab, k, data):
     places = data.draw(st.lists(st.integers(0, vocab - 1), max_size=8, unique=True))

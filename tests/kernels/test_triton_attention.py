@@ -60,7 +60,7 @@ def run(case: Case, plan: Plan) -> Tensor:
     REQUESTS, DTYPES, st.integers(1, 2), st.integers(1, 8), st.sampled_from([8, 20, 64, 128]),
     st.sampled_from([1, 7, 16, 64]), st.integers(0, 2**31),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_matches_reference(
     triton_ops: Ops,
     reference: Ops,
@@ -77,7 +77,7 @@ def test_matches_reference(
 
 
 @given(REQUESTS, DTYPES, PLANS, st.sampled_from([16, 64]), st.integers(0, 2**31))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @pytest.mark.usefixtures("triton_ops")
 def test_every_plan_gives_the_reference(
     reference: Ops, shape: list[tuple[int, int, int]], dtype: torch.dtype, plan: Plan, block_size: int, seed: int

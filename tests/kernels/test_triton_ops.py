@@ -33,7 +33,7 @@ def close(actual: Tensor, expected: Tensor, flips: int = 1) -> None:
 
 
 @given(st.integers(0, 12), WIDTHS, DTYPES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_norms(triton_ops: Ops, reference: Ops, rows: int, width: int, dtype: torch.dtype) -> None:
     x, residual, weight = (noise(*s, dtype=dtype, seed=i) for i, s in enumerate([(rows, width)] * 2 + [(width,)]))
     close(triton_ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), flips=2)
@@ -45,7 +45,7 @@ def test_norms(triton_ops: Ops, reference: Ops, rows: int, width: int, dtype: to
 
 
 @given(st.integers(0, 12), st.sampled_from([1, 3, 100, 1023, 1024, 1025, 2500]), DTYPES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_silu_mul(triton_ops: Ops, reference: Ops, rows: int, width: int, dtype: torch.dtype) -> None:
     x = noise(rows, 2 * width, dtype=dtype, seed=width)
     close(triton_ops.silu_mul(x), reference.silu_mul(x), flips=2)
@@ -54,7 +54,7 @@ def test_silu_mul(triton_ops: Ops, reference: Ops, rows: int, width: int, dtype:
 @given(
     st.integers(0, 20), st.integers(0, 3), st.integers(1, 5), st.sampled_from([2, 20, 64, 128]), DTYPES, st.booleans()
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_rope_store(
     triton_ops: Ops, reference: Ops, rows: int, group: int, kv_heads: int, dim: int, dtype: torch.dtype, norm: bool
 ) -> None:
@@ -70,7 +70,7 @@ def test_rope_store(
     st.sampled_from([(3,), (2, 8), (1100,), (0,)]),
     st.integers(1, 3),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_compact_kv(
     triton_ops: Ops, reference: Ops, moves: list[tuple[int, int]], row: tuple[int, ...], layers: int
 ) -> None:
@@ -83,7 +83,7 @@ def test_compact_kv(
 
 
 @given(st.integers(0, 5), st.integers(1, 9000), st.integers(1, 50), DTYPES, st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_best_token(
     triton_ops: Ops, reference: Ops, rows: int, vocab: int, values: int, dtype: torch.dtype, seed: int
 ) -> None:
@@ -102,7 +102,7 @@ KEYS = st.lists(st.tuples(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**40
 
 
 @given(KEYS, st.integers(1, 3000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_gumbel(triton_ops: Ops, reference: Ops, keys: list[tuple[int, int]], vocab: int) -> None:
     seeds, positions = torch.tensor(keys, dtype=torch.int64).view(-1, 2).T.contiguous()
     actual, expected = (o.gumbel(seeds, positions, vocab, "cpu") for o in (triton_ops, reference))
@@ -112,7 +112,7 @@ def test_gumbel(triton_ops: Ops, reference: Ops, keys: list[tuple[int, int]], vo
 
 @pytest.mark.usefixtures("triton_ops")
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**40), st.integers(0, 200_000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_uniform_has_the_bits_of_the_reference(seed: int, position: int, first: int) -> None:
     from echo_kernels.triton.gumbel import row_key, uniform
 

@@ -132,7 +132,7 @@ def test_once_over_it_stays_as_it_ended():
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.floats(0.0, 2.0)), max_size=300), st.integers(1, 4), st.integers(0, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_arms_never_differ_by_more_than_a_block_and_reports_are_json(steps, blocks, seed):
     experiment = Switchback(options(blocks=blocks, seed=seed, harm=0.0))
     for tokens, seconds in steps:
