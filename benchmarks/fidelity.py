@@ -55,8 +55,8 @@ class Args:
     quick: bool = False
     """Fewer arms, loads and steps."""
     trace: Path = RESULTS / "work" / "trace" / "trace.safetensors"
-    concurrency: tuple[int, ...] = (1, 8, 32)
-    blocks: int = 2
+    concurrency: tuple[int, ...] = (1, 8)
+    blocks: int = 4
     exact_steps: int = 2_000
     """Steps that must be equal, over the controllers together."""
     engine: EngineOptions = field(default_factory=EngineConfig)
