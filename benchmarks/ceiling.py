@@ -92,7 +92,7 @@ class Forests:
         likely = np.exp(forest.scores * powers)  # [P, M]
         accepted = accepted_nodes(forest)
         starts = [forest.nodes(d) for d in range(depth)]
-        self.width, self.likely, self.accepted, self.nodes = width, likely, accepted, [*starts, likely.shape[1]]
+        self.likely, self.accepted, self.nodes = likely, accepted, [*starts, likely.shape[1]]
         self.best = np.maximum.reduceat(likely, starts, axis=1)  # [P, D] of each level's likeliest node
         self.counts, self.hopes, self.kept = (
             np.stack([_by_levels(np.where(likely >= floor, what, 0.0), starts) for floor in FLOORS], axis=2)

@@ -118,6 +118,11 @@ class LoadView:
     plain: int = 0
     """Requests that decode beside them and asked for no speculation."""
 
+    @property
+    def decoding(self) -> int:
+        """Requests with a row of their own in the pass, whether they speculate or not."""
+        return self.batch_size + self.plain
+
 
 @dataclass(frozen=True)
 class SpecPlan:

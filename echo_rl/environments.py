@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from echo_rl.errors import ConfigError, TraceError
+from echo_rl.errors import ConfigError
 
 if TYPE_CHECKING:
     from echo_rl.codec import ActionTable
@@ -66,12 +66,7 @@ def make_replay(
     options = _options(workloads, reward, horizon, repeat, table, gates)
     if not isinstance(trace, Trace):
         trace = Trace.packaged() if trace is None else Trace.load(Path(trace))
-    deepest, widest = max(options.table.depths), max(options.table.widths)
-    if deepest > trace.max_depth or widest > trace.max_width:
-        raise TraceError(
-            f"the trace holds {trace.max_depth} levels of width {trace.max_width}, the action table goes to "
-            f"{deepest} and {widest}; give a smaller `table` or record again"
-        )
+    trace.require(max(options.table.depths), max(options.table.widths))
     costs = CostArrays(CostProfile.of(profile))
     backend = ReplayBackend(trace, costs, ReplayOptions(noise=noise))
     return SpecEnv(backend, Steered(gates), trace.requests(), costs, options, backend.clock, backend.idle)

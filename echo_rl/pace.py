@@ -127,10 +127,9 @@ class Pace:
         behind, self._behind = self._behind, not plan.speculates or load.prefill_tokens > 0
         if load.prefill_tokens or not load.batch_size:
             return
-        decoding = load.batch_size + load.plain
-        rows = decoding + report.verified
-        self.verify.follow(rows, times.verify / profile.verify_seconds(decoding, rows, load.mean_context))
-        usual = profile.overhead_seconds(decoding, report.verified, plan.speculates)
+        rows = load.decoding + report.verified
+        self.verify.follow(rows, times.verify / profile.verify_seconds(load.decoding, rows, load.mean_context))
+        usual = profile.overhead_seconds(load.decoding, report.verified, plan.speculates)
         if usual > 0.0:
             rest = times.total - times.verify - times.draft
             self.rest[plan.speculates] = _follow(self.rest[plan.speculates], rest / usual)

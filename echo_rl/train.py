@@ -28,7 +28,7 @@ from echo_rl.env.reward import RewardOptions
 from echo_rl.env.trace import Trace
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
 from echo_rl.env.workload import parse
-from echo_rl.errors import ConfigError, TraceError
+from echo_rl.errors import ConfigError
 from echo_rl.evaluate import fingerprint
 from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, clone, demonstrate
 from echo_rl.learning.export import commit, export_policy
@@ -136,11 +136,7 @@ class Setting:
         trace = Trace.packaged() if config.trace is None else Trace.load(config.trace)
         seen = trace.split(config.held_out)[0]
         table = ActionTable()
-        if max(table.depths) > trace.max_depth or max(table.widths) > trace.max_width:
-            raise TraceError(
-                f"the trace holds {trace.max_depth} levels of width {trace.max_width}, actions go to "
-                f"{max(table.depths)} and {max(table.widths)}; record it again with that depth and width"
-            )
+        trace.require(max(table.depths), max(table.widths))
         return cls(
             CostProfile.of(config.profile),
             GateCalibration.of(config.calibration),

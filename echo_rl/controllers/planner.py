@@ -177,7 +177,7 @@ class BudgetPlanner:
 
     def knee(self, load: LoadView) -> int:
         """K_max at this load."""
-        return self._profile.knee(_decoding(load), load.mean_context, self._options.theta)
+        return self._profile.knee(load.decoding, load.mean_context, self._options.theta)
 
     def _decide(self, load: LoadView) -> Decision:
         self._catch_up()
@@ -187,7 +187,7 @@ class BudgetPlanner:
         expires = self._step + stands
         if not shapes:
             return Decision(PLAIN, PLAIN, math.inf, 0.0, expires, stands)
-        decoding, plain = _decoding(load), self._plain_seconds(load)
+        decoding, plain = load.decoding, self._plain_seconds(load)
         accepted = self._acceptance.expected(menu.choices.yields) * load.batch_size
         tokens, read = accepted + decoding, accepted + load.batch_size
         factors = self._pace.verify.factors(menu.curve)
@@ -217,8 +217,8 @@ class BudgetPlanner:
         return passes + menu.choices.rest * pace.rest[True] + reading
 
     def _plain_seconds(self, load: LoadView) -> float:
-        rest = self._profile.overhead_seconds(_decoding(load)) * self._pace.rest[False]
-        return self._menu(load).plain * self._pace.verify.factor(_decoding(load)) + rest
+        rest = self._profile.overhead_seconds(load.decoding) * self._pace.rest[False]
+        return self._menu(load).plain * self._pace.verify.factor(load.decoding) + rest
 
     def _worth_checking(self, load: LoadView, decision: Decision) -> bool:
         """Whether a plain step is due: a loss of ``1 - 1 / speedup`` of a step, spread to stay within the share."""
@@ -240,7 +240,7 @@ class BudgetPlanner:
         hoped = self._acceptance.expected(menu.choices.yields, miss=0.5 ** (1.0 + self._ledger.steps / 512))
         read = (hoped + 1.0) * load.batch_size
         seconds = self._seconds(menu, read, self._pace.verify.factors(menu.curve))
-        return bool(((read + load.plain) / seconds).max() > _decoding(load) / self._plain_seconds(load))
+        return bool(((read + load.plain) / seconds).max() > load.decoding / self._plain_seconds(load))
 
     def _menu(self, load: LoadView) -> Menu:
         """The ladder cut at K_max and at the load's node limit; built once a batch and half octave of context."""
@@ -253,7 +253,7 @@ class BudgetPlanner:
 
     def _build_menu(self, load: LoadView, context: float) -> Menu:
         batch, most = load.batch_size, min(self.knee(load), load.max_nodes * load.batch_size)
-        key, decoding = (batch, load.plain, most), _decoding(load)
+        key, decoding = (batch, load.plain, most), load.decoding
         if key not in self._choices:
             if len(self._choices) >= MOST_MENUS:
                 self._choices.clear()
@@ -279,8 +279,3 @@ class BudgetPlanner:
             np.array([profile.overhead_seconds(batch + refusing, s.budget, True) for s in shapes]),
             self._acceptance.yields([(s.nodes, s.depth, s.width) for s in shapes], batch) if shapes else np.empty(0),
         )
-
-
-def _decoding(load: LoadView) -> int:
-    """Requests with a row of their own in the pass."""
-    return load.batch_size + load.plain

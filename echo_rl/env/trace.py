@@ -95,6 +95,15 @@ class Trace:
             self._restricted[width] = restrict(self.levels, width)
         return self._restricted[width]
 
+    def require(self, depth: int, width: int) -> None:
+        """Raises `TraceError` where an action table drafts deeper or wider than was recorded."""
+        if depth > self.max_depth or width > self.max_width:
+            raise TraceError(
+                f"the action table drafts {depth} levels deep, the trace holds {self.max_depth}; record with --depth "
+                f"{depth} --width {width} (this one has {self.max_depth} levels of width {self.max_width}), or give a "
+                "smaller table"
+            )
+
     def requests(self, suite: str = "all") -> tuple[Request, ...]:
         """The recorded requests, of one suite or all. Raises `TraceError` on an unknown suite."""
         if suite != "all" and suite not in self.suites:

@@ -19,7 +19,7 @@ from echo_rl.env.reward import RewardMeter, RewardOptions
 from echo_rl.env.spec_env import observation_space
 from echo_rl.env.trace import Trace
 from echo_rl.env.workload import Workload, parse
-from echo_rl.errors import ConfigError, TraceError
+from echo_rl.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,7 @@ class ReplayVecEnv(VecEnv):
         for workload in self._workloads:
             workload.check(trace.suites)
         most, widest = trace.max_depth, trace.max_width
-        if max(options.table.depths) > most:
-            raise TraceError(
-                f"the action table drafts {max(options.table.depths)} levels deep, the trace holds {most}; record with "
-                f"--depth {max(options.table.depths)}, or give a table without the deeper ones"
-            )
+        trace.require(max(options.table.depths), max(options.table.widths))
         plans = options.reference if options.reward.form in ("relative", "goodput") else ()
         reference = tuple((size, (n, min(depth, most), min(width, widest))) for size, (n, depth, width) in plans)
         self._fleet = Fleet(

@@ -43,7 +43,8 @@ class Stream:
         self.error: str | None = None
         """``kind: message``; a request with an error has failed, whatever text came before."""
         self.prompt_tokens = 0
-        self._completion_tokens = 0
+        self.completion_tokens = 0
+        """As the server says; 0 where it doesn't, as of an answer that was cut."""
         self._clock = clock
         self._events = Events()
 
@@ -62,7 +63,7 @@ class Stream:
             self.error = f"stream error: {message(chunk)}"
             return
         if usage := chunk.get("usage"):
-            self.prompt_tokens, self._completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+            self.prompt_tokens, self.completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
         for choice in chunk["choices"]:
             delta = choice["delta"]
             if text := delta.get("content") or delta.get("reasoning_content"):
@@ -74,15 +75,10 @@ class Stream:
     def text(self) -> str:
         return "".join(self.texts)
 
-    @property
-    def completion_tokens(self) -> int:
-        """As the server says; 0 where it doesn't, as of an answer that was cut."""
-        return self._completion_tokens
-
     def token_times(self, density: float = 0.0) -> list[float]:
         """When each token came: as many as the server says, else `density` a character, else one a chunk (`spread`)."""
         sizes = [len(text) for text in self.texts]
-        return spread(self.times, sizes, self._completion_tokens or round(density * sum(sizes)) or len(sizes))
+        return spread(self.times, sizes, self.completion_tokens or round(density * sum(sizes)) or len(sizes))
 
 
 def spread(times: Sequence[float], sizes: Sequence[int], total: int) -> list[float]:

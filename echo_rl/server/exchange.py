@@ -228,9 +228,7 @@ class Exchange(Response):
         if not self._streaming:
             raise failure
         body = error_event(failure.body) + DONE
-        with suppress(
-            TimeoutError
-        ):  # who doesn't read is not waited for: an answer without its end closes the connection
+        with suppress(TimeoutError):  # who doesn't read isn't waited for: without its end the answer is cut off
             async with asyncio.timeout(LAST_BYTES_SECONDS):
                 await send({"type": "http.response.body", "body": body})
 

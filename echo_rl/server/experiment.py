@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from echo_rl.errors import ConfigError
 from echo_rl.intervals import Interval, Rate, rate_ratio
@@ -133,8 +133,10 @@ class Switchback:
             "harm": o.harm,
             "blocks": {arm: len(blocks) for arm, blocks in self._blocks.items()},
             "of": o.blocks,
-            "tokens_per_second": {arm: _rate(blocks) for arm, blocks in self._blocks.items()},
-            "tokens_per_request_second": {arm: _speed(blocks) for arm, blocks in self._blocks.items()},
+            "tokens_per_second": {arm: _rate(blocks, "seconds") for arm, blocks in self._blocks.items()},
+            "tokens_per_request_second": {
+                arm: _rate(blocks, "request_seconds") for arm, blocks in self._blocks.items()
+            },
             "ratio": None
             if ratio is None
             else {"estimate": ratio.estimate, "low": ratio.low, "high": ratio.high, "pairs": ratio.blocks},
@@ -164,11 +166,6 @@ class Switchback:
         return ratio is not None and ratio.side(self.options.harm) < 0
 
 
-def _rate(blocks: list[Block]) -> float | None:
-    seconds = sum(block.seconds for block in blocks)
-    return sum(block.tokens for block in blocks) / seconds if seconds else None
-
-
-def _speed(blocks: list[Block]) -> float | None:
-    seconds = sum(block.request_seconds for block in blocks)
+def _rate(blocks: list[Block], over: Literal["seconds", "request_seconds"]) -> float | None:
+    seconds = sum(getattr(block, over) for block in blocks)
     return sum(block.tokens for block in blocks) / seconds if seconds else None

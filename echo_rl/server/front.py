@@ -19,7 +19,6 @@ from echo_rl.server.schemas import Body
 
 LONG_PROMPT = 4_096
 """Characters from which a prompt is tokenised in a thread, so that streams go on meanwhile."""
-DEAD = "the engine is dead and is not started again"
 T = TypeVar("T")
 
 
@@ -59,7 +58,7 @@ class Front:
             raise _unavailable("the server is shutting down", int(self.config.drain_seconds) + 1)
         info = self.host.ready_info
         if self.host.dead:
-            raise ApiError(503, DEAD, code="dead")
+            raise dead_engine()
         if not self.host.ready or info is None:
             raise _unavailable("the engine is loading", RETRY_SECONDS)
         return info
@@ -106,6 +105,10 @@ class Front:
             )
         bounds = (left, most, body.default_limit)
         return asked or min(bound for bound in bounds if bound is not None)
+
+
+def dead_engine() -> ApiError:
+    return ApiError(503, "the engine is dead and is not started again", code="dead")
 
 
 def _unavailable(message: str, seconds: int) -> ApiError:

@@ -7,7 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from echo_rl.server.errors import ApiError
-from echo_rl.server.front import DEAD, Front
+from echo_rl.server.front import Front, dead_engine
 from echo_rl.server.replies import FAILURES
 
 
@@ -29,7 +29,7 @@ def make_router(front: Front) -> APIRouter:
     async def live() -> Health:
         """503 once the engine is dead for good: start the server again then."""
         if not front.host.alive:
-            raise ApiError(503, DEAD, code="dead")
+            raise dead_engine()
         return state()
 
     @router.get("/health/ready", responses=FAILURES)
@@ -37,7 +37,7 @@ def make_router(front: Front) -> APIRouter:
     async def ready() -> Health:
         """503 while the engine loads, or the server shuts down: send no requests then."""
         if front.host.dead:
-            raise ApiError(503, DEAD, code="dead")
+            raise dead_engine()
         if not front.ready:
             raise ApiError(503, "shutting down" if front.draining else "the engine is loading", code="unavailable")
         return state()
