@@ -15,13 +15,15 @@ import tyro
 
 from common import CONSOLE, EngineOptions, Place, load_engine, main
 from echo_rl import intervals
-from echo_rl.bench import BenchEngine, run_bench
+from echo_rl.bench import run_bench
 from echo_rl.config import EngineConfig
 from echo_rl.controllers import registry
 from echo_rl.loop import RunRecord
 from echo_rl.prompts import SOURCES, load_prompts
-from echo_rl.results import BlockStore, write_json
+from echo_rl.requests import BenchEngine
+from echo_rl.results import BlockStore
 from echo_rl.sweep import BenchConfig, Load, Unit
+from echo_rl.utils.result_store import write_json
 
 
 @dataclass(frozen=True)

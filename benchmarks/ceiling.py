@@ -29,10 +29,9 @@ from echo_rl import intervals
 from echo_rl.codec.actions import ActionTable
 from echo_rl.controllers.gates import GateCalibration
 from echo_rl.costs import CostArrays
-from echo_rl.env.trace import Trace
-from echo_rl.evaluate import fingerprint
+from echo_rl.env.trace import Trace, fingerprint
 from echo_rl.profile import CostProfile
-from echo_rl.results import digest_of, write_json
+from echo_rl.utils.result_store import digest_of, write_json
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

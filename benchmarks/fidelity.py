@@ -24,6 +24,7 @@ from echo_rl.cli.session import measured_profile
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Backend, Request
 from echo_rl.controllers import registry
+from echo_rl.controllers.arm import Arm
 from echo_rl.controllers.gates import GateCalibration
 from echo_rl.costs import SCALARS, CostArrays
 from echo_rl.env.replay import ReplayBackend
@@ -35,9 +36,8 @@ from echo_rl.loop import serve
 from echo_rl.profile import CostProfile
 from echo_rl.record import RecordOptions, record
 from echo_rl.records import RunRecord
-from echo_rl.results import write_json
 from echo_rl.runtime.engine import Engine
-from echo_rl.sweep import Arm
+from echo_rl.utils.result_store import write_json
 
 EXACT = ("chain", "static", "eagle3:total=30,depth=6,top_k=6", "echo:nodes=7", "echo_unscheduled:nodes=3")
 ARMS = (

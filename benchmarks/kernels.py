@@ -19,7 +19,7 @@ import tyro
 
 from common import CONSOLE, Place, main
 from echo_kernels import aot
-from echo_rl.results import write_json
+from echo_rl.utils.result_store import write_json
 from launches import Shape, step_entries, totals
 
 

@@ -20,17 +20,17 @@ import tyro
 
 from common import CONSOLE, EngineOptions, Ledger, Place, load_engine, main
 from echo_rl import intervals
-from echo_rl.bench import chat_requests
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.controllers import registry
 from echo_rl.loop import serve
 from echo_rl.packages import cache_root
 from echo_rl.prompts import load_prompts
-from echo_rl.results import write_json
+from echo_rl.requests import chat_requests
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.weights import MEMBER, WHEEL, resolve_model
 from echo_rl.sweep import arm_order
+from echo_rl.utils.result_store import write_json
 
 Generate = Callable[[Sequence[Request]], int]
 """Completes requests together, each to its full length; returns how many tokens were generated."""

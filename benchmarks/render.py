@@ -16,7 +16,7 @@ import tyro
 
 from common import RESULTS, main
 from echo_rl.errors import ConfigError
-from echo_rl.results import digest
+from echo_rl.utils.result_store import digest
 from tables import TABLES, WITHOUT_DRAFTER
 
 HERE = Path(__file__).resolve().parent

@@ -17,8 +17,8 @@ from echo_rl.costs import CostArrays
 from echo_rl.env.trace import Trace
 from echo_rl.evaluate import EvalConfig, evaluate
 from echo_rl.profile import CostProfile
-from echo_rl.results import write_json
 from echo_rl.tune import TuneConfig, load_tuned, tune
+from echo_rl.utils.result_store import write_json
 
 TUNED_ELSEWHERE = ("none", "static", "fixed", "ppo")
 """Not tuned here: no options, a topology, the search for the best fixed plan, a trained policy."""

@@ -25,7 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common import CONSOLE, Ledger, Place, main
-from echo_rl import intervals, plots
+from echo_rl import intervals
 from echo_rl.calibration_files import packaged
 from echo_rl.contracts import Controller, LoadView, Request, SpecPlan
 from echo_rl.controllers import registry
@@ -33,14 +33,14 @@ from echo_rl.controllers.policy import Steered
 from echo_rl.costs import CostArrays
 from echo_rl.env.lane import LaneOptions
 from echo_rl.env.replay import ReplayBackend, ReplayOptions
-from echo_rl.env.trace import Trace
+from echo_rl.env.trace import Trace, fingerprint
 from echo_rl.env.workload import Arrivals, closed
-from echo_rl.evaluate import fingerprint
 from echo_rl.loop import drive
 from echo_rl.profile import CostProfile
 from echo_rl.records import RunRecord
-from echo_rl.results import write_json
 from echo_rl.roofline.surface import modelled_profile, roofline
+from echo_rl.utils import plotting
+from echo_rl.utils.result_store import write_json
 
 MACHINES: Mapping[str, tuple[str, str, int]] = MappingProxyType(
     {
@@ -273,7 +273,7 @@ def break_even(profile: CostProfile, batches: Sequence[int], context: float = 25
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Speed-up over plain decoding against the batch size, a panel a machine, and the break-even points."""
-    with rc_context(plots.STYLE):
+    with rc_context(plotting.STYLE):
         figure = Figure(figsize=(4.2 * (len(result["machines"]) + 1), 4.4), layout="constrained")
         *panels, last = figure.subplots(1, len(result["machines"]) + 1)
         for axes, (name, machine) in zip(panels, result["machines"].items(), strict=True):
@@ -291,21 +291,21 @@ def _panel(axes: Axes, name: str, cells: Sequence[Mapping[str, Any]]) -> None:
     for place, arm in enumerate(arm for arm in (*ARMS, *PINNED) if arm != BASELINE):
         ours = [cell for cell in cells if cell["arm"] == arm]
         loads = [cell["concurrency"] for cell in ours]
-        style: Any = {"color": plots.COLOURS[place % 8], "marker": plots.MARKERS[place % 8], "markersize": 4}
+        style: Any = {"color": plotting.COLOURS[place % 8], "marker": plotting.MARKERS[place % 8], "markersize": 4}
         axes.plot(loads, [cell["speedup"]["estimate"] for cell in ours], label=arm, **style)
     axes.axhline(1.0, color="#777777", linewidth=1)
-    plots.concurrency_axis(axes, [cell["concurrency"] for cell in cells])
+    plotting.concurrency_axis(axes, [cell["concurrency"] for cell in cells])
     axes.set_title(name)
     axes.set_ylim(bottom=0)
 
 
 def _break_even(axes: Axes, machines: Mapping[str, Mapping[str, float]]) -> None:
     for place, (name, points) in enumerate(machines.items()):
-        style: Any = {"color": plots.COLOURS[place % 8], "marker": plots.MARKERS[place % 8], "markersize": 4}
+        style: Any = {"color": plotting.COLOURS[place % 8], "marker": plotting.MARKERS[place % 8], "markersize": 4}
         axes.plot([int(batch) for batch in points], list(points.values()), label=name, **style)
     most = LIGHT[1] + 1
     axes.axhline(most, color="#777777", linewidth=1, linestyle="--", label=f"all {LIGHT[1]} levels accepted")
-    plots.concurrency_axis(axes, [int(batch) for batch in next(iter(machines.values()))])
+    plotting.concurrency_axis(axes, [int(batch) for batch in next(iter(machines.values()))])
     axes.set_title(f"MAT at which {EAGLE} breaks even")
     axes.legend(fontsize="x-small")
 

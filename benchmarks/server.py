@@ -26,8 +26,9 @@ from echo_rl.load.record import LoadRecord
 from echo_rl.load.report import report
 from echo_rl.load.run import Keys, Session
 from echo_rl.prompts import load_prompts
-from echo_rl.results import Store, write_json
 from echo_rl.sweep import Trial, trials
+from echo_rl.utils import plotting
+from echo_rl.utils.result_store import Store, write_json
 from server_identity import Identity, identity
 from server_load import load_of
 from server_overhead import Overhead, overhead
@@ -131,7 +132,7 @@ def script() -> None:
         place = Place("server", args.quick)
         result = sweep(args.sweep, args.engine, place)
         write_json(place.result, result)
-        with rc_context(plots.STYLE):
+        with rc_context(plotting.STYLE):
             plots.throughput(result).savefig(place.result.with_suffix(".png"), bbox_inches="tight")
         CONSOLE.print(f"{place.result} is written", highlight=False)
 

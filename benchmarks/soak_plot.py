@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from echo_rl.plots import COLOURS, STYLE
+from echo_rl.utils.plotting import COLOURS, STYLE
 
 OUTCOMES = {
     "finished": COLOURS[3],

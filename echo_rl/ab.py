@@ -14,13 +14,14 @@ from typing import Any
 from rich.console import Console
 
 from echo_rl import intervals, metrics, report_html
-from echo_rl.bench import MakeController
+from echo_rl.contracts import MakeController
 from echo_rl.errors import ConfigError
 from echo_rl.metrics import SLO
 from echo_rl.records import RunRecord, StepRecord, pool
-from echo_rl.results import compare_outputs, write_json
+from echo_rl.results import compare_outputs
 from echo_rl.sweep import Trial, TrialConfig
 from echo_rl.trials import RATES, Decisions, Venue, headline, rates, run_trials
+from echo_rl.utils.result_store import write_json
 
 BUCKETS: tuple[tuple[int, int | None], ...] = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, None))
 """Batch sizes, both ends included, by which decisions are told apart."""

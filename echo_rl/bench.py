@@ -7,46 +7,28 @@ models: it needs an engine, a way to make controllers, and prompts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from echo_rl.contracts import Backend, Controller, Request, SamplingParams
+from echo_rl.contracts import Controller, MakeController, Request, SamplingParams
+from echo_rl.controllers.arm import Arm
 from echo_rl.errors import ConfigError
 from echo_rl.loop import serve
-from echo_rl.prompts import Message, Prompt
+from echo_rl.prompts import Prompt
 from echo_rl.records import RunRecord
-from echo_rl.results import BlockStore, R, Store, arms_made_of, machine, report, write_json
-from echo_rl.sweep import Arm, BenchConfig, Load, Unit, schedule
+from echo_rl.requests import BenchEngine, chat_requests
+from echo_rl.results import BlockStore, arms_made_of, report
+from echo_rl.sweep import BenchConfig, Load, Unit, schedule
+from echo_rl.utils.machine import machine
+from echo_rl.utils.result_store import R, Store, write_json
 
-MakeController = Callable[..., Controller]
 U = TypeVar("U")
 WARMUP_REQUESTS = 4
 WARMUP_TOKENS = 8
-
-
-class ChatTokenizer(Protocol):
-    def chat(self, messages: list[Message]) -> tuple[int, ...]: ...
-
-
-class BenchEngine(Backend, Protocol):
-    """A serving engine that can turn chat messages into prompt ids."""
-
-    @property
-    def tokenizer(self) -> ChatTokenizer: ...
-
-
-def chat_requests(
-    engine: BenchEngine, prompts: Iterable[Prompt], params: Callable[[int], SamplingParams], first: int = 0
-) -> list[Request]:
-    """One request a prompt, numbered from `first`; `params(n)` are those of request n."""
-    return [
-        Request(f"{prompt.suite}/{prompt.id}#{n}", engine.tokenizer.chat(list(prompt.messages)), params(n))
-        for n, prompt in enumerate(prompts, first)
-    ]
 
 
 def block_requests(

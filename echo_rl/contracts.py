@@ -9,6 +9,7 @@ Shapes: B requests in the batch, M forest nodes a request (padded), N verified r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -358,6 +359,26 @@ class Controller(Protocol):
     def observe(self, report: StepReport) -> None: ...
 
 
+@runtime_checkable
+class FollowsPlan(Protocol):
+    """A controller that can say when its `extend` and `select` follow from the plan and nothing else.
+
+    Then a request keeps drafting while its best path is at least as likely as the plan's gate at that
+    depth, and the batch's likeliest nodes are verified, at most the plan's budget and `max_nodes` a
+    request, ties by (node, request), by path probability to the power of its depth, none below the
+    plan's floor.
+    """
+
+    def score_powers(self, plan: SpecPlan) -> tuple[float, ...] | None:
+        """The power at each depth, the last one holding beyond; () for 1 everywhere. None where this plan's
+        gates or selection are the controller's own code."""
+        ...
+
+
+MakeController = Callable[..., Controller]
+"""Makes a controller: ``make(name, **options)``."""
+
+
 class Backend(Protocol):
     """Something that serves steps: the live engine, or a replay of recorded forests."""
 
@@ -371,3 +392,10 @@ class Backend(Protocol):
     def cancel(self, request_id: str) -> None: ...
 
     def step(self, controller: Controller) -> StepReport: ...
+
+
+@runtime_checkable
+class Restartable(Protocol):
+    """A backend that can begin anew from the same state (time 0, its noise seeded)."""
+
+    def restart(self, seed: int) -> None: ...

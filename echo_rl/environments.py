@@ -91,7 +91,6 @@ def make_live(
     It serves the benchmark prompts of `suite` (the first `prompts` of them; None: all). The other
     options are those of `make_replay`. Raises `ConfigError` and what `Engine.load` and `load_prompts` raise.
     """
-    from echo_rl.bench import chat_requests
     from echo_rl.config import EngineConfig
     from echo_rl.contracts import SamplingParams, SpecPlan
     from echo_rl.controllers.gates import GateCalibration
@@ -100,6 +99,7 @@ def make_live(
     from echo_rl.env.spec_env import SpecEnv
     from echo_rl.profile import CostProfile
     from echo_rl.prompts import load_prompts
+    from echo_rl.requests import chat_requests
     from echo_rl.runtime.engine import Engine
 
     gates = GateCalibration.of(calibration)

@@ -23,19 +23,19 @@ from rich.console import Console
 from rich.progress import Progress
 
 from echo_rl import __version__
-from echo_rl.bench import MakeController
-from echo_rl.contracts import Controller, Request
+from echo_rl.contracts import Controller, MakeController, Request
+from echo_rl.controllers.arm import Arm
 from echo_rl.costs import CostArrays
 from echo_rl.env.lane import LaneOptions
 from echo_rl.env.replay import ReplayBackend, ReplayOptions
-from echo_rl.env.trace import Trace
+from echo_rl.env.trace import Trace, fingerprint
 from echo_rl.errors import ConfigError, PolicyError, TraceError
 from echo_rl.ledger import Ledger
 from echo_rl.loop import serve
 from echo_rl.ranking import BASELINE, HINDSIGHT, REFERENCE, Block, Served, draw, pooled, report
-from echo_rl.results import digest_of, made_of, write_json
+from echo_rl.results import made_of
 from echo_rl.stopwatch import Timed
-from echo_rl.sweep import Arm
+from echo_rl.utils.result_store import digest_of, write_json
 
 SHAPES: tuple[tuple[float, int, int], ...] = (
     (0, 1, 1), (0.25, 1, 1), (0.5, 1, 1), (0.5, 2, 2), (1, 1, 1), (1, 2, 2), (1.5, 2, 2), (2, 2, 1), (2, 3, 2),
@@ -239,10 +239,3 @@ def halving(
             most = ceil(keep * len(left))
             left = [arm for place, arm in enumerate(left) if place < most or arm in always]
     return left
-
-
-def fingerprint(trace: Trace) -> str:
-    """The first 12 digits of a hash over what a replay depends on."""
-    parts = [repr(trace.responses).encode()]
-    parts += [array.tobytes() for level in trace.levels for array in (level.scores, level.parents, level.path)]
-    return digest_of(*parts)

@@ -9,10 +9,10 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#B2A800")
-MARKERS = "osD^vPX*"
+from echo_rl.utils.plotting import COLOURS, MARKERS, STYLE, concurrency_axis
+
 PHASE_COLOURS = {
     "verify": "#0072B2",
     "draft": "#E69F00",
@@ -23,17 +23,6 @@ PHASE_COLOURS = {
     "schedule": "#999999",
     "other": "#DDDDDD",
 }
-STYLE: Any = {
-    "figure.dpi": 150,
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-}
-
 Result = Mapping[str, Any]
 
 
@@ -106,16 +95,6 @@ def phases(result: Result) -> Figure:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(PHASE_COLOURS))
     return figure
-
-
-def concurrency_axis(axes: Axes, values: Sequence[int]) -> None:
-    """A base-2 axis with a tick at each measured concurrency."""
-    ticks = sorted(set(values))
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([str(tick) for tick in ticks])
-    axes.set_xlabel("requests in flight")
 
 
 def _line(axes: Axes, cells: Sequence[Mapping[str, Any]], key: str, arm: str, index: int) -> None:

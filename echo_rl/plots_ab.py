@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from echo_rl.plots import COLOURS, MARKERS, STYLE
+from echo_rl.utils.plotting import COLOURS, MARKERS, STYLE
 
 SIDES = (("a", COLOURS[1], MARKERS[0]), ("b", COLOURS[2], MARKERS[1]))
 KNOBS = (("nodes", "nodes a request"), ("depth", "depth"), ("width", "width"), ("plain", "share of plain steps"))

@@ -14,8 +14,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from echo_rl import intervals, plots
-from echo_rl.sweep import Arm
+from echo_rl import intervals
+from echo_rl.controllers.arm import Arm
+from echo_rl.utils import plotting
 
 Result = Mapping[str, Any]
 BASELINE, REFERENCE, HINDSIGHT = "none", "echo", "hindsight"
@@ -133,7 +134,7 @@ def _overall(measured: Measured, arm: str, against: str) -> intervals.Interval:
 
 def draw(result: Result, out: Path) -> Path:
     """Writes ``speedup.png``: speed-up over plain decoding against concurrency, a line an arm, best first."""
-    with rc_context(plots.STYLE):
+    with rc_context(plotting.STYLE):
         figure = Figure(figsize=(9.5, 5.0), layout="constrained")
         axes = figure.subplots()
         for place, row in enumerate(row for row in result["ranking"] if row["arm"] != BASELINE):
@@ -141,11 +142,11 @@ def draw(result: Result, out: Path) -> Path:
             axes.plot(
                 [cell["concurrency"] for cell in cells],
                 [cell["speedup"]["estimate"] for cell in cells],
-                color=plots.COLOURS[place % 8], marker=plots.MARKERS[place % 8], linestyle=DASHES[place // 8 % 3],
+                color=plotting.COLOURS[place % 8], marker=plotting.MARKERS[place % 8], linestyle=DASHES[place // 8 % 3],
                 markersize=4, linewidth=1.5, label=f"{row['arm']} ({row['speedup']['estimate']:.2f})",
             )  # fmt: skip
         axes.axhline(1.0, color="#777777", linewidth=1)
-        plots.concurrency_axis(axes, [cell["concurrency"] for cell in result["cells"]])
+        plotting.concurrency_axis(axes, [cell["concurrency"] for cell in result["cells"]])
         axes.set_ylabel(f"speed-up over {result['baseline']}")
         axes.set_title(f"replayed with the costs of {result['machine']['title']}")
         figure.legend(loc="outside right upper", fontsize="small", title="geometric mean")

@@ -7,36 +7,11 @@ A, ...), so that the machine's drift falls on all arms alike.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from echo_rl.errors import ConfigError
 from echo_rl.metrics import SLO
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A controller with its options, as written: ``echo`` or ``echo:max_depth=4,width=2``."""
-
-    label: str
-    controller: str
-    options: Mapping[str, Any]
-
-    @classmethod
-    def parse(cls, text: str) -> Arm:
-        """Values are JSON where they parse as such, else strings. Raises `ConfigError`."""
-        controller, _, tail = text.partition(":")
-        options: dict[str, Any] = {}
-        for item in filter(None, tail.split(",")):
-            key, equals, value = item.partition("=")
-            if not equals or not key:
-                raise ConfigError(f"cannot read {item!r} in the arm {text!r}; write name:option=value,option=value")
-            options[key.strip()] = _value(value.strip())
-        if not controller:
-            raise ConfigError(f"the arm {text!r} names no controller")
-        return cls(text, controller, options)
 
 
 @dataclass(frozen=True)
@@ -149,10 +124,3 @@ def trials(config: TrialConfig) -> Iterator[Trial]:
         for workload in config.workloads:
             for arm in arm_order(config.arms, block):
                 yield Trial(block, workload, arm)
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

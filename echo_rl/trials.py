@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from echo_rl import __version__, intervals
-from echo_rl.bench import MakeController, run_missing
-from echo_rl.contracts import Backend, Controller, LoadView, Request, SpecPlan
-from echo_rl.env.server import Restartable
+from echo_rl.bench import run_missing
+from echo_rl.contracts import Backend, Controller, LoadView, MakeController, Request, Restartable, SpecPlan
+from echo_rl.controllers.arm import Arm
 from echo_rl.env.workload import SUITES, Arrivals, Workload, parse
 from echo_rl.errors import ConfigError
 from echo_rl.loop import drive
 from echo_rl.records import RunRecord, StepRecord
-from echo_rl.results import Store, arms_made_of
-from echo_rl.sweep import Arm, Trial, TrialConfig, trials
+from echo_rl.results import arms_made_of
+from echo_rl.sweep import Trial, TrialConfig, trials
+from echo_rl.utils.result_store import Store
 from echo_rl.wrapping import Wrapping
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def replay_venue(trace: Trace, noise: bool = True) -> Venue:
     from echo_rl.costs import CostArrays
     from echo_rl.env.replay import ReplayBackend, ReplayOptions
     from echo_rl.profile import CostProfile
-    from echo_rl.results import digest
+    from echo_rl.utils.result_store import digest
 
     profile = CostProfile.default()
     backend = ReplayBackend(trace, CostArrays(profile), ReplayOptions(noise=noise))
@@ -82,7 +83,7 @@ def live_venue(engine: Backend, environment: Mapping[str, str], trace: Trace) ->
 
 
 def _facts(trace: Trace) -> dict[str, str]:
-    from echo_rl.evaluate import fingerprint
+    from echo_rl.env.trace import fingerprint
 
     return {"trace": f"{trace.provenance}, {len(trace.responses)} responses", "trace digest": fingerprint(trace)}
 

@@ -19,14 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
     {"contracts", "errors"},
     {
-        *("config", "codec", "costs", "pace", "profile", "packages", "files", "grid", "calibration_files"),
-        *("wrapping", "stopwatch"),
+        *("config", "ledger", "codec", "costs", "pace", "profile", "packages", "files", "grid", "calibration_files"),
+        *("wrapping", "stopwatch", "utils"),
     },
     {"runtime", "env", "controllers"},
     {
         *("loop", "metrics", "prompts", "sweep", "results", "bench", "plots", "record", "drafting", "calibrate"),
-        *("environments", "train", "learning", "ab", "evaluate", "ranking", "tune", "records", "trials", "ledger"),
-        *("report_html", "plots_ab", "roofline", "load", "intervals"),
+        *("environments", "train", "learning", "ab", "evaluate", "ranking", "tune", "records", "trials"),
+        *("report_html", "plots_ab", "roofline", "load", "intervals", "requests"),
     },
     {"server", "integrations"},
     {"cli"},

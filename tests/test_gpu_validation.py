@@ -21,7 +21,7 @@ from echo_rl.integrations.sglang.host import Host
 from echo_rl.integrations.sglang.settings import PluginConfig
 from echo_rl.load.record import LoadRecord
 from echo_rl.records import RequestRecord, RunRecord
-from echo_rl.results import write_json
+from echo_rl.utils.result_store import write_json
 from scripts import gpu_validation
 from scripts.gpu import parity, timings
 from scripts.gpu.outcomes import numbers

@@ -23,7 +23,7 @@ from echo_rl.calibration_files import read_record, write_record
 from echo_rl.errors import ConfigError
 from echo_rl.grid import Axis, Surface
 from echo_rl.profile import CostProfile
-from echo_rl.results import differing
+from echo_rl.utils.result_store import differing
 
 SAMPLES_VERSION = 1
 SAVE_EVERY = 2.0  # seconds between writes of the samples file

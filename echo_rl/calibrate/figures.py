@@ -9,8 +9,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from echo_rl.controllers.gates import GateCalibration, Rate
-from echo_rl.plots import COLOURS, MARKERS, STYLE
 from echo_rl.profile import CostProfile
+from echo_rl.utils.plotting import COLOURS, MARKERS, STYLE
 
 
 def save(figure: Figure, path: Path) -> None:

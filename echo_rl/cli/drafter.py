@@ -66,9 +66,9 @@ class Train:
         from echo_rl.cli.live_drafting import features_of, target_parts
         from echo_rl.drafting.features import cache_features
         from echo_rl.drafting.train import check, train
-        from echo_rl.results import digest
         from echo_rl.runtime.architecture import read_architecture
         from echo_rl.runtime.weights import resolve_model
+        from echo_rl.utils.result_store import digest
 
         folder: Path = resolve_model(self.model)
         parts, options = target_parts(folder), self.options

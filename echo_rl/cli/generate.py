@@ -35,9 +35,9 @@ class Generate:
         prompt = read_prompt(self.prompt)
 
         from echo_rl.controllers import registry
+        from echo_rl.controllers.arm import Arm
         from echo_rl.loop import serve
         from echo_rl.runtime.engine import Engine
-        from echo_rl.sweep import Arm
 
         arm = Arm.parse(self.controller)
         controller = registry.make(arm.controller, **arm.options)

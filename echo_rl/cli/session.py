@@ -51,9 +51,10 @@ def environment_of(config: EngineConfig) -> dict[str, str]:
 
     from echo_rl import __version__
     from echo_rl.calibration_files import own_or_packaged
-    from echo_rl.results import digest, machine
     from echo_rl.runtime.device import resolve
     from echo_rl.runtime.weights import resolve_drafter
+    from echo_rl.utils.machine import machine
+    from echo_rl.utils.result_store import digest
 
     device, dtype = resolve(config.device, config.dtype)
     drafter = resolve_drafter(config.drafter, config.model)

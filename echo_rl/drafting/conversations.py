@@ -19,7 +19,7 @@ from torch import Tensor
 
 from echo_rl.errors import ConfigError
 from echo_rl.files import replacing
-from echo_rl.results import digest_of
+from echo_rl.utils.result_store import digest_of
 
 
 @dataclass(frozen=True)

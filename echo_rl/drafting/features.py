@@ -23,7 +23,7 @@ from torch import Tensor
 
 from echo_rl.drafting.conversations import Conversations, shards
 from echo_rl.errors import ConfigError
-from echo_rl.results import claim, read_json
+from echo_rl.utils.result_store import claim, read_json
 
 CLAIM = "features.json"
 Target = Callable[[Tensor], tuple[Sequence[Tensor], Tensor]]

@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from echo_rl.drafting.conversations import Conversations
 from echo_rl.errors import ConfigError
-from echo_rl.results import claim
+from echo_rl.utils.result_store import claim
 
 Encode = Callable[[str], list[int]]
 

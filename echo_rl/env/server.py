@@ -9,24 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from echo_rl.contracts import Backend, LoadView, Request, SpecPlan, StepReport
+from echo_rl.contracts import Backend, LoadView, Request, Restartable, SpecPlan, StepReport
 from echo_rl.env.stepper import Clock, Served, Steerable, Stepper
 from echo_rl.env.workload import Arrivals, Workload
 from echo_rl.errors import ConfigError
 
 IDLE_STEPS = 10_000
 """Steps and waits without a decoding request after which a workload counts as broken."""
-
-
-@runtime_checkable
-class Restartable(Protocol):
-    """A backend that can begin anew from the same state (time 0, its noise seeded)."""
-
-    def restart(self, seed: int) -> None: ...
 
 
 @dataclass(frozen=True)

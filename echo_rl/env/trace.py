@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.env.levels import Level, Restricted, restrict
 from echo_rl.errors import ConfigError, TraceError
+from echo_rl.utils.result_store import digest_of
 
 Ints = NDArray[np.int64]
 
@@ -155,3 +156,10 @@ def key(prompt: Sequence[int], params: SamplingParams) -> tuple[Any, ...]:
 
 def _hash(prompt: Sequence[int], seed: int) -> str:
     return hashlib.sha256(f"{seed}:{','.join(map(str, prompt))}".encode()).hexdigest()
+
+
+def fingerprint(trace: Trace) -> str:
+    """The first 12 digits of a hash over what a replay depends on."""
+    parts = [repr(trace.responses).encode()]
+    parts += [array.tobytes() for level in trace.levels for array in (level.scores, level.parents, level.path)]
+    return digest_of(*parts)

@@ -26,7 +26,7 @@ from echo_rl.errors import ConfigError
 from echo_rl.files import replacing
 from echo_rl.learning.callbacks import Bar, Keeper, Schedules, Telemetry
 from echo_rl.learning.export import ACTIVATIONS
-from echo_rl.results import differing
+from echo_rl.utils.result_store import differing
 
 STATE_FILE = "training_state.pt"
 POLICY_FOLDER = "policy"

@@ -22,9 +22,10 @@ from echo_rl.load.drive import Ends, drive
 from echo_rl.load.record import LoadRecord
 from echo_rl.load.report import report
 from echo_rl.prompts import Prompt
-from echo_rl.results import Store, machine, write_json
 from echo_rl.sweep import Trial, trials
 from echo_rl.trials import Rotation, seed_of
+from echo_rl.utils.machine import machine
+from echo_rl.utils.result_store import Store, write_json
 
 T = TypeVar("T")
 WARMUP_REQUESTS = 4

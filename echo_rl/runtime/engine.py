@@ -25,11 +25,12 @@ from echo_rl.errors import ConfigError, PlanViolation, RequestError
 from echo_rl.runtime.block_manager import BlockManager
 from echo_rl.runtime.device import resolve
 from echo_rl.runtime.drafter import Drafter
+from echo_rl.runtime.eager import EagerStep
 from echo_rl.runtime.ondevice.step import DeviceStep
 from echo_rl.runtime.runner import Runner
 from echo_rl.runtime.scheduler import Batch, Scheduler
 from echo_rl.runtime.sequence import Sequence
-from echo_rl.runtime.step import Clock, EagerStep, Served, Step
+from echo_rl.runtime.step import Clock, Served, Step
 from echo_rl.runtime.target import Target
 from echo_rl.runtime.tokenizer import TextStream, Tokenizer
 from echo_rl.runtime.weights import resolve_drafter, resolve_model

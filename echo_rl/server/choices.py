@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from echo_rl.controllers import registry
+from echo_rl.controllers.arm import Arm
 from echo_rl.controllers.network import read_manifest
 from echo_rl.errors import ConfigError, PolicyError
-from echo_rl.sweep import Arm
 
 SPECS = ("controller", "previous", "control", "treatment")
 """Where reports hold a controller's spec."""

@@ -99,7 +99,7 @@ def ways_of(engine: Engine) -> dict[str, int]:
 def build_controller(spec: str) -> Controller:
     """A controller of the registry, as on the command line. Raises `ConfigError`."""
     from echo_rl.controllers import registry
-    from echo_rl.sweep import Arm
+    from echo_rl.controllers.arm import Arm
 
     arm = Arm.parse(spec)
     return registry.make(arm.controller, **arm.options)

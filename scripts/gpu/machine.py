@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from echo_rl import __version__
-from echo_rl.results import machine, write_json
+from echo_rl.utils.machine import machine
+from echo_rl.utils.result_store import write_json
 from scripts.gpu.steps import ROOT
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from echo_rl.results import write_json
+from echo_rl.utils.result_store import write_json
 from scripts.gpu.outcomes import UNREADABLE, Rows, numbers
 from scripts.gpu.sglang_stages import INSTALL
 from scripts.gpu.steps import FAILED, Stage

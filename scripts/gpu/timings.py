@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import tyro
 
-from echo_rl.results import write_json
+from echo_rl.utils.result_store import write_json
 from launches import Case, Shape, decision_cases, model_cases
 
 Timer = Callable[[Callable[[], Any]], tuple[float, float, float]]

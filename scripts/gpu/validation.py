@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_rl.errors import ConfigError, EchoError
-from echo_rl.results import write_json
+from echo_rl.utils.result_store import write_json
 from scripts.gpu.plan import plan
 from scripts.gpu.processes import run_step
 from scripts.gpu.report import write_report

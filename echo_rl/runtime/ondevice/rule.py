@@ -4,27 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from echo_kernels.device_ops import MAX_FAN
-from echo_rl.contracts import Controller, SpecPlan
+from echo_rl.contracts import Controller, FollowsPlan, SpecPlan
 from echo_rl.runtime.scheduler import Batch
-
-
-@runtime_checkable
-class FollowsPlan(Protocol):
-    """A controller that can say when its `extend` and `select` follow from the plan and nothing else.
-
-    Then a request keeps drafting while its best path is at least as likely as the plan's gate at that
-    depth, and the batch's likeliest nodes are verified, at most the plan's budget and `max_nodes` a
-    request, ties by (node, request), by path probability to the power of its depth, none below the
-    plan's floor.
-    """
-
-    def score_powers(self, plan: SpecPlan) -> tuple[float, ...] | None:
-        """The power at each depth, the last one holding beyond; () for 1 everywhere. None where this plan's
-        gates or selection are the controller's own code."""
-        ...
 
 
 @dataclass(frozen=True)

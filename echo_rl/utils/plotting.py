@@ -1,0 +1,32 @@
+"""How every picture looks. Colours are Okabe and Ito's, told apart by every kind of colour vision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullLocator
+
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#B2A800")
+MARKERS = "osD^vPX*"
+STYLE: Any = {
+    "figure.dpi": 150,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+
+
+def concurrency_axis(axes: Axes, values: Sequence[int]) -> None:
+    """A base-2 axis with a tick at each measured concurrency."""
+    ticks = sorted(set(values))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels([str(tick) for tick in ticks])
+    axes.set_xlabel("requests in flight")
