@@ -14,16 +14,16 @@ from typing import Any
 import tyro
 
 from common import CONSOLE, EngineOptions, Place, load_engine, main
-from echo_rl import intervals
 from echo_rl.bench import run_bench
 from echo_rl.config import EngineConfig
 from echo_rl.controllers import registry
-from echo_rl.loop import RunRecord
-from echo_rl.prompts import SOURCES, load_prompts
-from echo_rl.requests import BenchEngine
 from echo_rl.results import BlockStore
 from echo_rl.sweep import BenchConfig, Load, Unit
+from echo_rl.utils import statistics
 from echo_rl.utils.result_store import write_json
+from echo_rl.workloads.datasets import SOURCES, load_prompts
+from echo_rl.workloads.driver import RunRecord
+from echo_rl.workloads.requests import BenchEngine
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ def measure(
     ]
 
 
-def mat(blocks: list[RunRecord]) -> intervals.Interval:
+def mat(blocks: list[RunRecord]) -> statistics.Interval:
     """Committed tokens per decoding request-step, resampling blocks."""
     totals = [(sum(s.committed for s in block.steps), sum(s.batch_size for s in block.steps)) for block in blocks]
-    return intervals.rate([intervals.Rate(committed, rows) for committed, rows in totals])
+    return statistics.rate([statistics.Rate(committed, rows) for committed, rows in totals])
 
 
 def script() -> None:
@@ -84,7 +84,7 @@ def script() -> None:
     write_json(place.result, {"settings": asdict(args), "environment": environment, "entries": entries})
     for entry in entries:
         CONSOLE.print(
-            f"{entry['suite']}: {entry['arm']}, MAT {intervals.Interval(**entry['mat']).text()}", highlight=False
+            f"{entry['suite']}: {entry['arm']}, MAT {statistics.Interval(**entry['mat']).text()}", highlight=False
         )
 
 

@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 
 from ceiling_ranker import accepted_nodes, ranked
 from common import CONSOLE, RESULTS, Ledger, Place, main
-from echo_rl import intervals
 from echo_rl.codec.actions import ActionTable
 from echo_rl.controllers.gates import GateCalibration
 from echo_rl.costs import CostArrays
 from echo_rl.env.trace import Trace, fingerprint
 from echo_rl.profile import CostProfile
+from echo_rl.utils import statistics
 from echo_rl.utils.result_store import digest_of, write_json
 
 Floats = NDArray[np.float64]
@@ -231,11 +231,11 @@ class Bound:
     def _ratio(self, ours: Steps, theirs: Steps) -> dict[str, Any]:
         """Of tokens a second, with an interval over the blocks."""
 
-        def blocks(steps: Steps) -> list[intervals.Rate]:
+        def blocks(steps: Steps) -> list[statistics.Rate]:
             parts = zip(*(np.split(column, self._args.blocks) for column in (steps.kept, steps.seconds)), strict=True)
-            return [intervals.Rate(float(kept.sum()), float(seconds.sum())) for kept, seconds in parts]
+            return [statistics.Rate(float(kept.sum()), float(seconds.sum())) for kept, seconds in parts]
 
-        return vars(intervals.rate_ratio(blocks(ours), blocks(theirs)))
+        return vars(statistics.rate_ratio(blocks(ours), blocks(theirs)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from rich.console import Console
 from echo_rl.cli.session import environment_of, load_engine
 from echo_rl.config import EngineConfig
 from echo_rl.errors import EchoError
-from echo_rl.ledger import Ledger as Cells
+from echo_rl.utils.ledger import Ledger as Cells
 
 RESULTS = Path(__file__).resolve().parent / "results"
 EngineOptions = Annotated[EngineConfig, tyro.conf.arg(name="")]

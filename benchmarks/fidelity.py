@@ -31,13 +31,13 @@ from echo_rl.env.replay import ReplayBackend
 from echo_rl.env.trace import Trace
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
 from echo_rl.grid import monotone
-from echo_rl.intervals import kendall
-from echo_rl.loop import serve
 from echo_rl.profile import CostProfile
 from echo_rl.record import RecordOptions, record
-from echo_rl.records import RunRecord
 from echo_rl.runtime.engine import Engine
 from echo_rl.utils.result_store import write_json
+from echo_rl.utils.statistics import kendall
+from echo_rl.workloads.driver import serve
+from echo_rl.workloads.records import RunRecord
 
 EXACT = ("chain", "static", "eagle3:total=30,depth=6,top_k=6", "echo:nodes=7", "echo_unscheduled:nodes=3")
 ARMS = (

@@ -20,12 +20,12 @@ from common import CONSOLE, EngineOptions, Ledger, Place, environment_of, load_e
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller, Request, SamplingParams
 from echo_rl.controllers import registry
-from echo_rl.loop import serve
-from echo_rl.prompts import load_prompts
-from echo_rl.requests import chat_requests
 from echo_rl.results import first_difference
 from echo_rl.runtime.engine import Engine
 from echo_rl.utils.result_store import write_json
+from echo_rl.workloads.datasets import load_prompts
+from echo_rl.workloads.driver import serve
+from echo_rl.workloads.requests import chat_requests
 
 Dtype = Literal["float32", "bfloat16"]
 

@@ -19,18 +19,18 @@ import torch
 import tyro
 
 from common import CONSOLE, EngineOptions, Ledger, Place, load_engine, main
-from echo_rl import intervals
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.controllers import registry
-from echo_rl.loop import serve
-from echo_rl.packages import cache_root
-from echo_rl.prompts import load_prompts
-from echo_rl.requests import chat_requests
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.weights import MEMBER, WHEEL, resolve_model
 from echo_rl.sweep import arm_order
+from echo_rl.utils import statistics
+from echo_rl.utils.archives import cache_root
 from echo_rl.utils.result_store import write_json
+from echo_rl.workloads.datasets import load_prompts
+from echo_rl.workloads.driver import serve
+from echo_rl.workloads.requests import chat_requests
 
 Generate = Callable[[Sequence[Request]], int]
 """Completes requests together, each to its full length; returns how many tokens were generated."""
@@ -152,15 +152,15 @@ class Measurement:
 
 def report(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry per batch and arm: its rate, and this engine's rate over it, paired by block."""
-    rates: dict[tuple[int, str], list[intervals.Rate]] = {}
+    rates: dict[tuple[int, str], list[statistics.Rate]] = {}
     for row in sorted(rows, key=lambda row: row["block"]):
-        rates.setdefault((row["batch"], row["arm"]), []).append(intervals.Rate(row["tokens"], row["seconds"]))
+        rates.setdefault((row["batch"], row["arm"]), []).append(statistics.Rate(row["tokens"], row["seconds"]))
     return [
         {
             "batch": batch,
             "arm": arm,
-            "tokens_per_second": asdict(intervals.rate(blocks)),
-            "ours_over_it": asdict(intervals.rate_ratio(rates[batch, "echo-rl"], blocks)),
+            "tokens_per_second": asdict(statistics.rate(blocks)),
+            "ours_over_it": asdict(statistics.rate_ratio(rates[batch, "echo-rl"], blocks)),
         }
         for (batch, arm), blocks in rates.items()
     ]
@@ -174,7 +174,7 @@ def script() -> None:
     entries = report(list(Measurement(args, ledger, engine).rows()))
     write_json(place.result, {"settings": asdict(args), "environment": environment, "entries": entries})
     for entry in entries:
-        ratio = intervals.Interval(**entry["ours_over_it"]).text(2, "x")
+        ratio = statistics.Interval(**entry["ours_over_it"]).text(2, "x")
         CONSOLE.print(f"batch {entry['batch']}: {entry['arm']}, ours over it {ratio}", highlight=False)
 
 

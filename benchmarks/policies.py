@@ -26,14 +26,14 @@ from echo_rl.env.machines import another
 from echo_rl.env.replay import ReplayBackend
 from echo_rl.env.reward import RewardOptions
 from echo_rl.env.trace import Trace, fingerprint
-from echo_rl.intervals import geometric_mean
 from echo_rl.learning.learner import LearnerOptions
 from echo_rl.learning.play import World, measure
-from echo_rl.loop import serve
 from echo_rl.profile import CostProfile
 from echo_rl.stopwatch import Timed
 from echo_rl.train import TrainConfig, train
 from echo_rl.utils.result_store import digest_of, write_json
+from echo_rl.utils.statistics import geometric_mean
+from echo_rl.workloads.driver import serve
 
 WORKLOADS = (
     *(f"closed:{c}" for c in (1, 2, 4, 8, 16, 32)),

@@ -25,7 +25,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common import CONSOLE, Ledger, Place, main
-from echo_rl import intervals
 from echo_rl.calibration_files import packaged
 from echo_rl.contracts import Controller, LoadView, Request, SpecPlan
 from echo_rl.controllers import registry
@@ -34,13 +33,13 @@ from echo_rl.costs import CostArrays
 from echo_rl.env.lane import LaneOptions
 from echo_rl.env.replay import ReplayBackend, ReplayOptions
 from echo_rl.env.trace import Trace, fingerprint
-from echo_rl.env.workload import Arrivals, closed
-from echo_rl.loop import drive
 from echo_rl.profile import CostProfile
-from echo_rl.records import RunRecord
 from echo_rl.roofline.surface import modelled_profile, roofline
-from echo_rl.utils import plotting
+from echo_rl.utils import plotting, statistics
 from echo_rl.utils.result_store import write_json
+from echo_rl.workloads.arrivals import Arrivals, closed
+from echo_rl.workloads.driver import drive
+from echo_rl.workloads.records import RunRecord
 
 MACHINES: Mapping[str, tuple[str, str, int]] = MappingProxyType(
     {
@@ -226,14 +225,14 @@ def _counted(run: RunRecord, warmup: int) -> dict[str, float]:
 
 def _cell(blocks: Mapping[tuple[str, int], Sequence[Mapping[str, float]]], arm: str, batch: int) -> dict[str, Any]:
     ours = blocks[arm, batch]
-    rates = {n: [intervals.Rate(b["tokens"], b["seconds"]) for b in blocks[n, batch]] for n in (arm, BASELINE, EAGLE)}
+    rates = {n: [statistics.Rate(b["tokens"], b["seconds"]) for b in blocks[n, batch]] for n in (arm, BASELINE, EAGLE)}
     means = {key: sum(block[key] for block in ours) / len(ours) for key in ("mat", "verified", "speculating")}
     ratios = {"speedup": BASELINE, "over_eagle3": EAGLE}
     return {
         "arm": arm,
         "concurrency": batch,
-        "throughput": vars(intervals.rate(rates[arm])),
-        **{key: vars(intervals.rate_ratio(rates[arm], rates[other])) for key, other in ratios.items()},
+        "throughput": vars(statistics.rate(rates[arm])),
+        **{key: vars(statistics.rate_ratio(rates[arm], rates[other])) for key, other in ratios.items()},
         **means,
     }
 

@@ -18,17 +18,17 @@ import tyro
 from matplotlib import rc_context
 
 from common import CONSOLE, EngineOptions, Place, main
-from echo_rl import intervals, plots
+from echo_rl import plots
 from echo_rl.bench import run_missing
 from echo_rl.config import EngineConfig
 from echo_rl.load.config import LoadConfig
 from echo_rl.load.record import LoadRecord
 from echo_rl.load.report import report
 from echo_rl.load.run import Keys, Session
-from echo_rl.prompts import load_prompts
 from echo_rl.sweep import Trial, trials
-from echo_rl.utils import plotting
+from echo_rl.utils import plotting, statistics
 from echo_rl.utils.result_store import Store, write_json
+from echo_rl.workloads.datasets import load_prompts
 from server_identity import Identity, identity
 from server_load import load_of
 from server_overhead import Overhead, overhead
@@ -126,7 +126,7 @@ def script() -> None:
         result = overhead(args.overhead, args.engine, place)
         write_json(place.result, result)
         for entry in result["entries"]:
-            ratio = intervals.Interval(**entry["http_over_engine"]).text(3, "x")
+            ratio = statistics.Interval(**entry["http_over_engine"]).text(3, "x")
             CONSOLE.print(f"{entry['controller']}: HTTP over engine {ratio}", highlight=False)
     if "sweep" in args.parts:
         place = Place("server", args.quick)

@@ -10,18 +10,18 @@ from functools import cached_property, partial
 from typing import Any
 
 from common import Ledger, Place, environment_of, load_engine
-from echo_rl import intervals
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller
 from echo_rl.controllers import registry
 from echo_rl.load.client import Client
 from echo_rl.load.config import LoadConfig
 from echo_rl.load.connection import run_async
-from echo_rl.loop import serve
-from echo_rl.prompts import Prompt, load_prompts
 from echo_rl.runtime.engine import Engine
 from echo_rl.sweep import arm_order
 from echo_rl.trials import Rotation
+from echo_rl.utils import statistics
+from echo_rl.workloads.datasets import Prompt, load_prompts
+from echo_rl.workloads.driver import serve
 from server_load import NOWHERE, Visitor, load_of, tokenised
 from serving import Server, cpu_seconds, total
 
@@ -142,14 +142,14 @@ def overhead_of(controller: str, engine: Sequence[dict[str, Any]], http: Sequenc
 
     Shares are of one core's time. The client's is no part of the server, though it takes it from the same cores.
     """
-    alone, through = ([intervals.Rate(cell["tokens"], cell["seconds"]) for cell in side] for side in (engine, http))
+    alone, through = ([statistics.Rate(cell["tokens"], cell["seconds"]) for cell in side] for side in (engine, http))
     seconds = sum(cell["seconds"] for cell in http)
     step = [sum(cell["busy"] for cell in side) / sum(cell["steps"] for cell in side) for side in (engine, http)]
     return {
         "controller": controller,
-        "engine": asdict(intervals.rate(alone)),
-        "http": asdict(intervals.rate(through)),
-        "http_over_engine": asdict(intervals.rate_ratio(through, alone)),
+        "engine": asdict(statistics.rate(alone)),
+        "http": asdict(statistics.rate(through)),
+        "http_over_engine": asdict(statistics.rate_ratio(through, alone)),
         "step_seconds": {"engine": step[0], "http": step[1]},
         "engine_busy": sum(cell["busy"] for cell in http) / seconds,
         "steps": {"engine": sum(cell["steps"] for cell in engine), "http": sum(cell["steps"] for cell in http)},

@@ -12,9 +12,9 @@ from echo_rl.bench import run_bench
 from echo_rl.cli.render import equality, table
 from echo_rl.config import EngineConfig
 from echo_rl.controllers import registry
-from echo_rl.prompts import load_prompts
 from echo_rl.sweep import BenchConfig, Load
 from echo_rl.utils.result_store import write_json
+from echo_rl.workloads.datasets import load_prompts
 
 ARMS = ("none", "chain", "eagle3", "adaspec:depth=8,width=3", "echo", "ppo")
 

@@ -13,15 +13,17 @@ from typing import Any
 
 from rich.console import Console
 
-from echo_rl import intervals, metrics, report_html
+from echo_rl import report_html
 from echo_rl.contracts import MakeController
 from echo_rl.errors import ConfigError
-from echo_rl.metrics import SLO
-from echo_rl.records import RunRecord, StepRecord, pool
 from echo_rl.results import compare_outputs
 from echo_rl.sweep import Trial, TrialConfig
 from echo_rl.trials import RATES, Decisions, Venue, headline, rates, run_trials
+from echo_rl.utils import statistics
 from echo_rl.utils.result_store import write_json
+from echo_rl.workloads import metrics
+from echo_rl.workloads.metrics import SLO
+from echo_rl.workloads.records import RunRecord, StepRecord, pool
 
 BUCKETS: tuple[tuple[int, int | None], ...] = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, None))
 """Batch sizes, both ends included, by which decisions are told apart."""
@@ -67,7 +69,7 @@ def venue_result(venue: Venue, config: TrialConfig, runs: Mapping[Trial, RunReco
     return {
         "venue": venue.name,
         "environment": dict(venue.environment),
-        "overall": asdict(intervals.mean_ratio([ours for ours, _ in paired], [theirs for _, theirs in paired])),
+        "overall": asdict(statistics.mean_ratio([ours for ours, _ in paired], [theirs for _, theirs in paired])),
         "cells": cells,
         "by_batch": by_batch(steps[0], steps[1]),
     }
@@ -77,7 +79,7 @@ def compare(a: Sequence[RunRecord], b: Sequence[RunRecord], slo: SLO | None = No
     """Block i of both sides was the same workload. Ratios are B over A, paired by block."""
     both = (pool(a), pool(b))
     return {
-        "ratios": {kind: asdict(intervals.rate_ratio(rates(b, kind), rates(a, kind))) for kind in RATES},
+        "ratios": {kind: asdict(statistics.rate_ratio(rates(b, kind), rates(a, kind))) for kind in RATES},
         "arms": [_side(blocks, pooled, slo) for blocks, pooled in zip((a, b), both, strict=True)],
         "outputs": compare_outputs(both[1], both[0]),
         "over_time": over_time(both[0].steps, both[1].steps),
@@ -115,7 +117,7 @@ def _side(blocks: Sequence[RunRecord], pooled: RunRecord, slo: SLO | None) -> di
     speeds = metrics.request_speeds(pooled)
     return {
         **metrics.summary(pooled, slo),
-        "rates": {kind: asdict(intervals.rate(rates(blocks, kind))) for kind in RATES},
+        "rates": {kind: asdict(statistics.rate(rates(blocks, kind))) for kind in RATES},
         "cut": sum(request.cut for request in pooled.requests),
         "fairness": {"jain": metrics.jain(speeds), "worst_tenth": metrics.worst_tenth(speeds)},
     }

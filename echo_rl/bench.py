@@ -17,14 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from echo_rl.contracts import Controller, MakeController, Request, SamplingParams
 from echo_rl.controllers.arm import Arm
 from echo_rl.errors import ConfigError
-from echo_rl.loop import serve
-from echo_rl.prompts import Prompt
-from echo_rl.records import RunRecord
-from echo_rl.requests import BenchEngine, chat_requests
 from echo_rl.results import BlockStore, arms_made_of, report
 from echo_rl.sweep import BenchConfig, Load, Unit, schedule
 from echo_rl.utils.machine import machine
 from echo_rl.utils.result_store import R, Store, write_json
+from echo_rl.workloads.datasets import Prompt
+from echo_rl.workloads.driver import serve
+from echo_rl.workloads.records import RunRecord
+from echo_rl.workloads.requests import BenchEngine, chat_requests
 
 U = TypeVar("U")
 WARMUP_REQUESTS = 4

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from echo_rl.errors import ConfigError
-from echo_rl.files import replacing
-from echo_rl.packages import cache_root
+from echo_rl.utils.archives import cache_root
+from echo_rl.utils.files import replacing
 
 
 def calibrated(name: str) -> Path:

@@ -98,9 +98,9 @@ def make_live(
     from echo_rl.costs import CostArrays
     from echo_rl.env.spec_env import SpecEnv
     from echo_rl.profile import CostProfile
-    from echo_rl.prompts import load_prompts
-    from echo_rl.requests import chat_requests
     from echo_rl.runtime.engine import Engine
+    from echo_rl.workloads.datasets import load_prompts
+    from echo_rl.workloads.requests import chat_requests
 
     gates = GateCalibration.of(calibration)
     options = _options(workloads, reward, horizon, repeat, table, gates)
@@ -129,7 +129,7 @@ def _options(
     from echo_rl.codec import ActionTable
     from echo_rl.env.reward import RewardOptions
     from echo_rl.env.spec_env import SpecEnvOptions
-    from echo_rl.env.workload import parse
+    from echo_rl.workloads.arrivals import parse
 
     table = table or ActionTable()
     return SpecEnvOptions(

@@ -30,12 +30,12 @@ from echo_rl.env.lane import LaneOptions
 from echo_rl.env.replay import ReplayBackend, ReplayOptions
 from echo_rl.env.trace import Trace, fingerprint
 from echo_rl.errors import ConfigError, PolicyError, TraceError
-from echo_rl.ledger import Ledger
-from echo_rl.loop import serve
 from echo_rl.ranking import BASELINE, HINDSIGHT, REFERENCE, Block, Served, draw, pooled, report
 from echo_rl.results import made_of
 from echo_rl.stopwatch import Timed
+from echo_rl.utils.ledger import Ledger
 from echo_rl.utils.result_store import digest_of, write_json
+from echo_rl.workloads.driver import serve
 
 SHAPES: tuple[tuple[float, int, int], ...] = (
     (0, 1, 1), (0.25, 1, 1), (0.5, 1, 1), (0.5, 2, 2), (1, 1, 1), (1, 2, 2), (1.5, 2, 2), (2, 2, 1), (2, 3, 2),

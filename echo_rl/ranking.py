@@ -14,9 +14,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from echo_rl import intervals
 from echo_rl.controllers.arm import Arm
-from echo_rl.utils import plotting
+from echo_rl.utils import plotting, statistics
 
 Result = Mapping[str, Any]
 BASELINE, REFERENCE, HINDSIGHT = "none", "echo", "hindsight"
@@ -40,8 +39,8 @@ class Block:
     """Seconds that the controller took, of real time; not part of `seconds`."""
 
     @property
-    def rate(self) -> intervals.Rate:
-        return intervals.Rate(self.tokens, self.seconds)
+    def rate(self) -> statistics.Rate:
+        return statistics.Rate(self.tokens, self.seconds)
 
 
 Served = dict[int, list[Block]]
@@ -77,7 +76,7 @@ def _cell(measured: Measured, arm: str, load: int) -> dict[str, Any]:
     return {
         "arm": arm,
         "concurrency": load,
-        "throughput": asdict(intervals.rate([block.rate for block in ours])),
+        "throughput": asdict(statistics.rate([block.rate for block in ours])),
         "speedup": asdict(_ratio(measured, arm, BASELINE, load)),
         "over_reference": asdict(_ratio(measured, arm, REFERENCE, load)),
         "mat": sum(block.committed for block in ours) / rows if rows else None,
@@ -88,9 +87,9 @@ def _cell(measured: Measured, arm: str, load: int) -> dict[str, Any]:
     }
 
 
-def _ratio(measured: Measured, arm: str, against: str, load: int) -> intervals.Interval:
+def _ratio(measured: Measured, arm: str, against: str, load: int) -> statistics.Interval:
     ours, theirs = ([block.rate for block in measured[name][load]] for name in (arm, against))
-    return intervals.rate_ratio(ours, theirs)
+    return statistics.rate_ratio(ours, theirs)
 
 
 def _winner(measured: Measured, load: int) -> dict[str, Any]:
@@ -126,10 +125,10 @@ def mean_speedup(ours: Mapping[int, Sequence[Block]], theirs: Mapping[int, Seque
     return float(np.exp(np.mean([np.log(pooled(blocks) / pooled(theirs[load])) for load, blocks in ours.items()])))
 
 
-def _overall(measured: Measured, arm: str, against: str) -> intervals.Interval:
+def _overall(measured: Measured, arm: str, against: str) -> statistics.Interval:
     """`mean_speedup` over an arm, with its interval: a block's prompts are the same at small loads."""
     ours, theirs = ([[block.rate for block in row] for row in measured[name].values()] for name in (arm, against))
-    return intervals.mean_ratio(ours, theirs)
+    return statistics.mean_ratio(ours, theirs)
 
 
 def draw(result: Result, out: Path) -> Path:

@@ -24,8 +24,8 @@ from echo_rl.controllers.picking import pack
 from echo_rl.env.levels import Level, beams
 from echo_rl.env.trace import Response, Trace
 from echo_rl.errors import ConfigError
-from echo_rl.loop import serve
 from echo_rl.utils.result_store import claim, digest_of
+from echo_rl.workloads.driver import serve
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from echo_rl import intervals, metrics
 from echo_rl.contracts import Controller
-from echo_rl.records import RequestRecord, RunRecord, pool
 from echo_rl.sweep import BenchConfig, Load, Unit
+from echo_rl.utils import statistics
 from echo_rl.utils.result_store import Store, digest_of
+from echo_rl.workloads import metrics
+from echo_rl.workloads.records import RequestRecord, RunRecord, pool
 
 
 class BlockStore(Store[Unit, RunRecord]):
@@ -31,13 +32,13 @@ def report(
         baseline = _blocks(units, config.arms[0], load)
         for arm in config.arms:
             ours = _blocks(units, arm, load)
-            speedup = None if arm == config.arms[0] else intervals.rate_ratio(_rates(ours), _rates(baseline))
+            speedup = None if arm == config.arms[0] else statistics.rate_ratio(_rates(ours), _rates(baseline))
             pooled = pool(ours)
             cells.append(
                 {
                     **metrics.summary(pooled, config.slo),
                     "arm": arm,
-                    "throughput": asdict(intervals.rate(_rates(ours))),
+                    "throughput": asdict(statistics.rate(_rates(ours))),
                     "speedup": asdict(speedup) if speedup else None,
                     "outputs": compare_outputs(pooled, pool(baseline)),
                 }
@@ -94,5 +95,5 @@ def _blocks(units: Mapping[Unit, RunRecord], arm: str, load: Load) -> list[RunRe
     return [units[Unit(block, load.concurrency, arm)] for block in range(load.blocks)]
 
 
-def _rates(records: Iterable[RunRecord]) -> list[intervals.Rate]:
-    return [intervals.Rate(record.output_tokens, record.seconds) for record in records]
+def _rates(records: Iterable[RunRecord]) -> list[statistics.Rate]:
+    return [statistics.Rate(record.output_tokens, record.seconds) for record in records]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from echo_rl.errors import ConfigError
-from echo_rl.metrics import SLO
+from echo_rl.workloads.metrics import SLO
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from echo_rl.env.machines import another
 from echo_rl.env.reward import RewardOptions
 from echo_rl.env.trace import Trace, fingerprint
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
-from echo_rl.env.workload import parse
 from echo_rl.errors import ConfigError
 from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, clone, demonstrate
 from echo_rl.learning.export import commit, export_policy
@@ -35,6 +34,7 @@ from echo_rl.learning.learner import POLICY_FOLDER, LearnerOptions, Score, fit
 from echo_rl.learning.play import HeldOut, MakeController, World
 from echo_rl.profile import CostProfile
 from echo_rl.utils.result_store import digest_of
+from echo_rl.workloads.arrivals import parse
 
 CLOSED = tuple(f"closed:{c}" for c in (1, 2, 4, 8, 16, 32))
 OTHERS_SHOWN, OTHERS_JUDGED = 3, 2

@@ -18,17 +18,18 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from echo_rl import __version__, intervals
+from echo_rl import __version__
 from echo_rl.bench import run_missing
 from echo_rl.contracts import Backend, Controller, LoadView, MakeController, Request, Restartable, SpecPlan
 from echo_rl.controllers.arm import Arm
-from echo_rl.env.workload import SUITES, Arrivals, Workload, parse
 from echo_rl.errors import ConfigError
-from echo_rl.loop import drive
-from echo_rl.records import RunRecord, StepRecord
 from echo_rl.results import arms_made_of
 from echo_rl.sweep import Trial, TrialConfig, trials
+from echo_rl.utils import statistics
 from echo_rl.utils.result_store import Store
+from echo_rl.workloads.arrivals import SUITES, Arrivals, Workload, parse
+from echo_rl.workloads.driver import drive
+from echo_rl.workloads.records import RunRecord, StepRecord
 from echo_rl.wrapping import Wrapping
 
 if TYPE_CHECKING:
@@ -261,9 +262,9 @@ meets smaller batches there). A request-second is the speed that a user sees, qu
 fixed concurrency it ranks as the first does."""
 
 
-def rates(runs: Sequence[RunRecord], kind: str) -> list[intervals.Rate]:
+def rates(runs: Sequence[RunRecord], kind: str) -> list[statistics.Rate]:
     """One rate a run; `kind` is one of `RATES`."""
-    return [intervals.Rate(run.output_tokens, RATES[kind](run)) for run in runs]
+    return [statistics.Rate(run.output_tokens, RATES[kind](run)) for run in runs]
 
 
 def headline(workload: Workload) -> str:

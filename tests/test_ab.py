@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from echo_rl import intervals, metrics, report_html
+from echo_rl import report_html
 from echo_rl.ab import by_batch, over_time, run_ab, venue_result
 from echo_rl.cli.ab import Ab, table
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.errors import ConfigError
-from echo_rl.records import RequestRecord, RunRecord, pool
 from echo_rl.results import compare_outputs
 from echo_rl.sweep import Trial, TrialConfig, trials
 from echo_rl.trials import Decisions, Fitted, Rotation, Venue, play, rates, run_trials
+from echo_rl.utils import statistics
+from echo_rl.workloads import metrics
+from echo_rl.workloads.records import RequestRecord, RunRecord, pool
 
 REQUESTS = tuple(
     Request(f"{suite}/{i}", tuple(range(70, 73 + i)), SamplingParams(max_new_tokens=8))
@@ -147,7 +149,7 @@ def test_the_interval_covers_the_true_ratio_though_blocks_differ_widely():
         shared = generator.lognormal(0.0, 0.8, 12)  # prompts and drift: the same for both arms
         a = synthetic(list(shared * generator.lognormal(0.0, 0.05, 12)))
         b = synthetic(list(shared / 1.25 * generator.lognormal(0.0, 0.05, 12)))
-        ratio = intervals.rate_ratio(*(rates(side, "tokens_per_second") for side in (b, a)))
+        ratio = statistics.rate_ratio(*(rates(side, "tokens_per_second") for side in (b, a)))
         assert ratio.high - ratio.low < 0.2  # unpaired blocks would give about 1
         hits += ratio.low <= 1.25 <= ratio.high
     assert hits >= 32
@@ -187,23 +189,23 @@ def test_outputs_are_compared_where_both_arms_have_them():
 
 def test_kendalls_tau_by_hand():
     a = {"w": 4.0, "x": 3.0, "y": 2.0, "z": 1.0}
-    assert intervals.kendall(a, a) == 1.0 and intervals.kendall(a, {k: -v for k, v in a.items()}) == -1.0
-    assert intervals.kendall(a, a | {"y": 3.5, "more": 9.0}) == pytest.approx(4 / 6)
+    assert statistics.kendall(a, a) == 1.0 and statistics.kendall(a, {k: -v for k, v in a.items()}) == -1.0
+    assert statistics.kendall(a, a | {"y": 3.5, "more": 9.0}) == pytest.approx(4 / 6)
     tied = a | {"w": 3.0}  # 5 pairs of 6 told apart on one side
-    assert intervals.kendall(a, tied) == pytest.approx(5 / np.sqrt(6 * 5))
-    assert intervals.kendall(a, dict.fromkeys(a, 1.0)) is None and intervals.kendall({}, a) is None
+    assert statistics.kendall(a, tied) == pytest.approx(5 / np.sqrt(6 * 5))
+    assert statistics.kendall(a, dict.fromkeys(a, 1.0)) is None and statistics.kendall({}, a) is None
 
 
 def test_the_mean_over_loads_is_geometric():
-    plain = [intervals.Rate(10, 1.0)] * 3
-    double, half = [intervals.Rate(20, 1.0)] * 3, [intervals.Rate(10, 2.0)] * 3
-    mean = intervals.mean_ratio([double, half], [plain, plain])
+    plain = [statistics.Rate(10, 1.0)] * 3
+    double, half = [statistics.Rate(20, 1.0)] * 3, [statistics.Rate(10, 2.0)] * 3
+    mean = statistics.mean_ratio([double, half], [plain, plain])
     assert (mean.estimate, mean.low, mean.high) == pytest.approx((1.0, 1.0, 1.0)) and mean.side() == 0
-    assert intervals.mean_ratio([double, double], [plain, plain]).side() == 1
+    assert statistics.mean_ratio([double, double], [plain, plain]).side() == 1
     with pytest.raises(ConfigError):
-        intervals.mean_ratio([double], [plain, plain])
+        statistics.mean_ratio([double], [plain, plain])
     with pytest.raises(ConfigError):
-        intervals.mean_ratio([double[:2], half], [plain[:2], plain])
+        statistics.mean_ratio([double[:2], half], [plain[:2], plain])
 
 
 # ----------------------------------------------------------------------------- decisions
@@ -280,10 +282,10 @@ def run_ab_without_files(place: Venue, config: TrialConfig, make, out) -> dict:
 
 def test_a_verdict_is_given_only_where_the_interval_says_so():
     judge = report_html.verdict
-    assert judge(intervals.Interval(1.2, 1.1, 1.3, 4)) == "B is faster"
-    assert judge(intervals.Interval(0.8, 0.7, 0.9, 4)) == "A is faster"
-    assert judge(intervals.Interval(1.2, 0.9, 1.5, 4)) == "no clear difference"
-    assert judge(intervals.Interval(1.2, None, None, 1)) == "one block: no interval"
+    assert judge(statistics.Interval(1.2, 1.1, 1.3, 4)) == "B is faster"
+    assert judge(statistics.Interval(0.8, 0.7, 0.9, 4)) == "A is faster"
+    assert judge(statistics.Interval(1.2, 0.9, 1.5, 4)) == "no clear difference"
+    assert judge(statistics.Interval(1.2, None, None, 1)) == "one block: no interval"
 
 
 # ----------------------------------------------------------------------------- on a real replay

@@ -13,10 +13,10 @@ from echo_rl import plots
 from echo_rl.bench import run_bench
 from echo_rl.controllers.arm import Arm
 from echo_rl.errors import ConfigError
-from echo_rl.loop import serve
-from echo_rl.prompts import Prompt
 from echo_rl.results import compare_outputs, first_difference
 from echo_rl.sweep import BenchConfig, Load, Unit, arm_order, schedule
+from echo_rl.workloads.datasets import Prompt
+from echo_rl.workloads.driver import serve
 
 PROMPTS = [Prompt("gsm8k", str(i), ({"role": "user", "content": "x" * (i + 1)},)) for i in range(5)]
 CONFIG = BenchConfig(

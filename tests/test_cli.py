@@ -13,7 +13,7 @@ import pytest
 from echo_rl import __version__
 from echo_rl.cli import main
 from echo_rl.errors import WeightsError
-from echo_rl.prompts import Prompt
+from echo_rl.workloads.datasets import Prompt
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def served(monkeypatch, fake_engine, make_controller):
     make = lambda name, **options: make_controller("chain" if name == "eagle3" else name, **options)  # noqa: E731
     monkeypatch.setattr(Engine, "load", classmethod(lambda cls, config: fake_engine))
     monkeypatch.setattr(registry, "make", make)
-    monkeypatch.setattr("echo_rl.prompts.load_prompts", lambda *args, **more: prompts)
+    monkeypatch.setattr("echo_rl.workloads.datasets.load_prompts", lambda *args, **more: prompts)
     monkeypatch.setattr("echo_rl.runtime.weights.fetch_smollm2", lambda progress: progress("cached"))
     monkeypatch.setattr("echo_rl.runtime.weights.resolve_drafter", lambda *args: None)
     return fake_engine
@@ -208,7 +208,7 @@ def tiny_model(monkeypatch, tmp_path):
     from tests import tiny
 
     prompts = [Prompt("gsm8k", str(i), ({"role": "user", "content": f"prompt {i}"},)) for i in range(12)]
-    monkeypatch.setattr("echo_rl.prompts.load_prompts", lambda *args, **more: prompts)
+    monkeypatch.setattr("echo_rl.workloads.datasets.load_prompts", lambda *args, **more: prompts)
     target, drafter = tiny.target_folder(tmp_path / "target"), tiny.drafter_folder(tmp_path / "drafter")
     return ["--model", str(target), "--drafter", str(drafter), "--dtype", "float32", "--kv-tokens", "8192"]
 

@@ -20,8 +20,8 @@ from echo_rl.errors import ConfigError, EchoError
 from echo_rl.integrations.sglang.host import Host
 from echo_rl.integrations.sglang.settings import PluginConfig
 from echo_rl.load.record import LoadRecord
-from echo_rl.records import RequestRecord, RunRecord
 from echo_rl.utils.result_store import write_json
+from echo_rl.workloads.records import RequestRecord, RunRecord
 from scripts import gpu_validation
 from scripts.gpu import parity, timings
 from scripts.gpu.outcomes import numbers

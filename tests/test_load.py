@@ -16,7 +16,6 @@ from rich.console import Console
 
 from echo_rl.cli import load as command
 from echo_rl.contracts import Request, SamplingParams
-from echo_rl.env.workload import Arrivals, parse
 from echo_rl.errors import ConfigError
 from echo_rl.load import plots
 from echo_rl.load.client import Client, chat_body
@@ -27,9 +26,10 @@ from echo_rl.load.record import LoadRecord
 from echo_rl.load.report import errors
 from echo_rl.load.run import WARMUP_REQUESTS, Keys, run_load
 from echo_rl.load.stream import Events, Stream, spread
-from echo_rl.metrics import SLO
-from echo_rl.prompts import Prompt
-from echo_rl.records import CUT
+from echo_rl.workloads.arrivals import Arrivals, parse
+from echo_rl.workloads.datasets import Prompt
+from echo_rl.workloads.metrics import SLO
+from echo_rl.workloads.records import CUT
 
 PROMPTS = [Prompt("gsm8k", str(i), ({"role": "user", "content": f"prompt {i}"},)) for i in range(6)]
 QUIET = Console(quiet=True)
@@ -589,7 +589,7 @@ def test_impossible_load_tests_are_refused(changes, message):
 
 
 def test_the_command_shows_a_table_and_draws_plots(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("echo_rl.prompts.load_prompts", lambda *args, **more: PROMPTS)
+    monkeypatch.setattr("echo_rl.workloads.datasets.load_prompts", lambda *args, **more: PROMPTS)
     monkeypatch.setenv("COLUMNS", "200")
     with Running(FakeServer(by_controller)) as server:
         done = command.Load(
@@ -630,7 +630,7 @@ def test_plots_hold_every_arm_and_only_finished_requests(tmp_path):
     ],
 )
 def test_bad_input_is_a_config_error(options, message, monkeypatch, tmp_path):
-    monkeypatch.setattr("echo_rl.prompts.load_prompts", lambda *args, **more: PROMPTS)
+    monkeypatch.setattr("echo_rl.workloads.datasets.load_prompts", lambda *args, **more: PROMPTS)
     with pytest.raises(ConfigError, match=message):
         command.Load(**options, out=tmp_path / "out").run()
     assert not (tmp_path / "out").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from echo_rl.intervals import Interval
+from echo_rl.utils.statistics import Interval
 from tables.markdown import Result, machine, number, table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from echo_rl.intervals import Interval, geometric_mean
+from echo_rl.utils.statistics import Interval, geometric_mean
 from tables.markdown import Result, number, table
 
 

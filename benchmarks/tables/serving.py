@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from echo_rl.intervals import Interval
+from echo_rl.utils.statistics import Interval
 from tables.markdown import Result, machine, table
 
 

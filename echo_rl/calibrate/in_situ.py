@@ -21,8 +21,8 @@ from echo_rl.controllers.base import BaseController
 from echo_rl.costs import CostArrays
 from echo_rl.env.timing import Floats, Phases, Work, step_phases
 from echo_rl.grid import monotone
-from echo_rl.loop import serve
 from echo_rl.profile import CostProfile
+from echo_rl.workloads.driver import serve
 
 SHAPES = (
     (0.0, 1, 1), (0.0, 1, 1), (0.5, 2, 2), (1.0, 2, 2), (1.0, 3, 3), (2.0, 2, 2), (2.0, 3, 3), (3.0, 3, 1), (3.0, 3, 3),

@@ -21,10 +21,10 @@ from echo_rl.calibration_files import packaged
 from echo_rl.contracts import Forest, LoadView, Request, SamplingParams, Selection, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.gates import GateCalibration
-from echo_rl.loop import serve
 from echo_rl.profile import CostProfile
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.ondevice.step import DeviceStep
+from echo_rl.workloads.driver import serve
 
 DEPTH, WIDTH, NODES = 8, 10, 60  # ECHO's batch-1 set-up: depth 8, top-k 10, 60 nodes
 LIVE_REQUESTS, LIVE_TOKENS, MOST_LIVE = 10, 64, 32  # of the live run that corrects the cost profile

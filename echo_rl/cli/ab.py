@@ -70,9 +70,9 @@ class Ab:
 
     def config(self) -> TrialConfig:
         """Raises `ConfigError`."""
-        from echo_rl.metrics import SLO
         from echo_rl.sweep import TrialConfig
         from echo_rl.tune import load_tuned
+        from echo_rl.workloads.metrics import SLO
 
         tuned = load_tuned(self.tuned) if self.tuned else {}
         return TrialConfig(
@@ -128,9 +128,9 @@ def table(venue: Mapping[str, Any], a: str, b: str, width: int = WIDE) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from echo_rl.intervals import Interval
     from echo_rl.plots_ab import NAMES
     from echo_rl.report_html import verdict
+    from echo_rl.utils.statistics import Interval
 
     title = f"On {venue['venue']}: B = {b} over A = {a}, 95 % intervals over blocks"
     view = Table(title=escape(title), title_justify="left")

@@ -54,8 +54,8 @@ class Bench:
 
     def config(self) -> BenchConfig:
         """Raises `ConfigError`."""
-        from echo_rl.metrics import SLO
         from echo_rl.sweep import BenchConfig, Load
+        from echo_rl.workloads.metrics import SLO
 
         if (self.slo_ttft is None) != (self.slo_tpot is None):
             raise ConfigError("goodput needs both --slo-ttft and --slo-tpot")

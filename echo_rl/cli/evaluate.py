@@ -92,7 +92,7 @@ def ranking(result: Mapping[str, Any]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from echo_rl.intervals import Interval
+    from echo_rl.utils.statistics import Interval
 
     best = {winner["concurrency"]: {winner["arm"], *winner["tied"]} for winner in result["winners"]}
     cells = {(cell["arm"], cell["concurrency"]): cell for cell in result["cells"]}
@@ -120,7 +120,7 @@ def loads(result: Mapping[str, Any]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from echo_rl.intervals import Interval
+    from echo_rl.utils.statistics import Interval
 
     title = f"By load, 95 % intervals over blocks\nCosts: {result['machine']['title']}"
     view = Table(title=title, title_justify="left")

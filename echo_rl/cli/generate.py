@@ -14,8 +14,8 @@ from echo_rl.contracts import Request, RequestOutput, SamplingParams
 from echo_rl.errors import RequestError
 
 if TYPE_CHECKING:
-    from echo_rl.loop import RunRecord
     from echo_rl.runtime.engine import Engine
+    from echo_rl.workloads.driver import RunRecord
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Generate:
 
         from echo_rl.controllers import registry
         from echo_rl.controllers.arm import Arm
-        from echo_rl.loop import serve
         from echo_rl.runtime.engine import Engine
+        from echo_rl.workloads.driver import serve
 
         arm = Arm.parse(self.controller)
         controller = registry.make(arm.controller, **arm.options)
@@ -75,7 +75,7 @@ def _show(output: RequestOutput) -> None:
 
 
 def _speed(record: RunRecord) -> str:
-    from echo_rl import metrics
+    from echo_rl.workloads import metrics
 
     mat = metrics.mean_accepted_tokens(record.steps)
     first = metrics.ttft(record.requests[0])

@@ -72,7 +72,7 @@ class Load:
 
         from echo_rl.load import plots
         from echo_rl.load.run import Keys, run_load
-        from echo_rl.prompts import load_prompts
+        from echo_rl.workloads.datasets import load_prompts
 
         console, config = Console(), self.config()
         prompts = load_prompts(self.suite, seed=self.seed)
@@ -88,7 +88,7 @@ class Load:
     def config(self) -> LoadConfig:
         """Raises `ConfigError`."""
         from echo_rl.load.config import LoadConfig
-        from echo_rl.metrics import SLO
+        from echo_rl.workloads.metrics import SLO
 
         return LoadConfig(
             urls=self.url,
@@ -155,7 +155,7 @@ def table(result: Mapping[str, Any], width: int = WIDE) -> Table:
 
 
 def _values(cell: Mapping[str, Any], compared: bool, full: bool) -> dict[str, str]:
-    from echo_rl.intervals import Interval
+    from echo_rl.utils.statistics import Interval
 
     values = {"tokens/s": Interval(**cell["rates"]["tokens_per_second"]).text(1)}
     if compared:
@@ -176,7 +176,7 @@ def _milliseconds(latency: Mapping[str, float] | None) -> str:
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
     """What the table leaves out: overall ratios, unequal outputs, errors by kind, what the client itself cost."""
-    from echo_rl.intervals import Interval
+    from echo_rl.utils.statistics import Interval
 
     cells = result["cells"]
     lines = [

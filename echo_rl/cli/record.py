@@ -41,9 +41,9 @@ class Record:
 
         from echo_rl.cli.session import load_engine
         from echo_rl.contracts import SamplingParams
-        from echo_rl.prompts import load_prompts
         from echo_rl.record import record
-        from echo_rl.requests import chat_requests
+        from echo_rl.workloads.datasets import load_prompts
+        from echo_rl.workloads.requests import chat_requests
 
         console = Console()
         chosen = load_prompts(self.suite, self.prompts, self.seed)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from echo_rl.intervals import Interval
+from echo_rl.utils.statistics import Interval
 
 WIDE = 130
 """Terminal columns that the whole table needs."""

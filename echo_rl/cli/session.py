@@ -23,7 +23,7 @@ def run_and_show(engine_config: EngineConfig, config: BenchConfig, out: Path, co
     from echo_rl.bench import run_bench
     from echo_rl.cli import render
     from echo_rl.controllers import registry
-    from echo_rl.prompts import load_prompts
+    from echo_rl.workloads.datasets import load_prompts
 
     prompts = load_prompts(config.suite, seed=config.seed)
     with console.status("loading the model"):

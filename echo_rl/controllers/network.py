@@ -25,7 +25,7 @@ from safetensors.numpy import load, save
 
 from echo_rl.codec import CODEC_VERSION, FEATURES, ActionTable
 from echo_rl.errors import PolicyError
-from echo_rl.files import replacing
+from echo_rl.utils.files import replacing
 
 KIND = "echo-rl policy"
 POLICY_VERSION = 1

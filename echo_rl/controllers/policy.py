@@ -19,8 +19,8 @@ from echo_rl.controllers.echo import CalibratedSelection, Echo, EchoOptions
 from echo_rl.controllers.gates import GateCalibration
 from echo_rl.controllers.network import Policy
 from echo_rl.errors import ConfigError
-from echo_rl.packages import shipped_checkpoints
 from echo_rl.profile import CostProfile
+from echo_rl.utils.archives import shipped_checkpoints
 
 Action = tuple[int, ...]
 MOST_UNREAD = 32

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echo_rl.errors import ConfigError
-from echo_rl.files import replacing
+from echo_rl.utils.files import replacing
 from echo_rl.utils.result_store import digest_of
 
 

@@ -19,8 +19,8 @@ from echo_rl.env.lane import LaneOptions, Lanes, Turn, sums
 from echo_rl.env.timing import Phases, Plain, Work, noise, plain_step, step_phases
 from echo_rl.env.trace import Trace
 from echo_rl.env.verdicts import Orders, Tables, Verdicts
-from echo_rl.env.workload import Arrivals, Workload
 from echo_rl.errors import ConfigError
+from echo_rl.workloads.arrivals import Arrivals, Workload
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -14,8 +14,8 @@ import numpy as np
 
 from echo_rl.contracts import Backend, LoadView, Request, Restartable, SpecPlan, StepReport
 from echo_rl.env.stepper import Clock, Served, Steerable, Stepper
-from echo_rl.env.workload import Arrivals, Workload
 from echo_rl.errors import ConfigError
+from echo_rl.workloads.arrivals import Arrivals, Workload
 
 IDLE_STEPS = 10_000
 """Steps and waits without a decoding request after which a workload counts as broken."""

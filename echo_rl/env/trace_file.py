@@ -16,7 +16,7 @@ from echo_rl.contracts import SamplingParams
 from echo_rl.env.levels import Level
 from echo_rl.env.trace import Response, Trace
 from echo_rl.errors import TraceError
-from echo_rl.files import replacing
+from echo_rl.utils.files import replacing
 
 KIND = "echo-rl trace"
 TRACE_VERSION = 1

@@ -18,8 +18,8 @@ from echo_rl.env.machines import another
 from echo_rl.env.reward import RewardMeter, RewardOptions
 from echo_rl.env.spec_env import observation_space
 from echo_rl.env.trace import Trace
-from echo_rl.env.workload import Workload, parse
 from echo_rl.errors import ConfigError
+from echo_rl.workloads.arrivals import Workload, parse
 
 
 @dataclass(frozen=True)

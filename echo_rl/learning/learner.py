@@ -23,9 +23,9 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from echo_rl.controllers.network import Activation, Policy
 from echo_rl.errors import ConfigError
-from echo_rl.files import replacing
 from echo_rl.learning.callbacks import Bar, Keeper, Schedules, Telemetry
 from echo_rl.learning.export import ACTIVATIONS
+from echo_rl.utils.files import replacing
 from echo_rl.utils.result_store import differing
 
 STATE_FILE = "training_state.pt"

@@ -19,7 +19,7 @@ from echo_rl.env.replay import ReplayBackend, ReplayOptions
 from echo_rl.env.server import ServedStep, Server
 from echo_rl.env.timing import plain_step
 from echo_rl.env.trace import Trace
-from echo_rl.env.workload import parse
+from echo_rl.workloads.arrivals import parse
 from echo_rl.wrapping import Wrapping
 
 MakeController = Callable[[], Controller]

@@ -11,7 +11,7 @@ from echo_rl.contracts import Request
 from echo_rl.errors import ConfigError
 from echo_rl.load.connection import OK, Answer, Endpoint, ProtocolError
 from echo_rl.load.stream import Stream, message
-from echo_rl.prompts import Message
+from echo_rl.workloads.datasets import Message
 
 BUSY = (429, 503)
 """Answers that mean "later"."""

@@ -8,12 +8,12 @@ from itertools import product
 from typing import Any
 
 from echo_rl.contracts import Request, SamplingParams
-from echo_rl.env.workload import SUITES, Workload, parse
 from echo_rl.errors import ConfigError
 from echo_rl.load.drive import Ends
-from echo_rl.metrics import SLO
-from echo_rl.prompts import Prompt
 from echo_rl.sweep import TrialConfig
+from echo_rl.workloads.arrivals import SUITES, Workload, parse
+from echo_rl.workloads.datasets import Prompt
+from echo_rl.workloads.metrics import SLO
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from echo_rl.contracts import Request
-from echo_rl.env.workload import Arrivals
 from echo_rl.errors import ConfigError
 from echo_rl.load.client import Client
 from echo_rl.load.record import UNKNOWN, LoadRecord
 from echo_rl.load.stream import Stream
-from echo_rl.records import CUT, RequestRecord, RunRecord
+from echo_rl.workloads.arrivals import Arrivals
+from echo_rl.workloads.records import CUT, RequestRecord, RunRecord
 
 PAUSE = 0.1
 """Seconds that a failed request keeps its place, so that a closed load does not flood a server that fails at once."""

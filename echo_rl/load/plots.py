@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from echo_rl.load.config import LoadConfig
 from echo_rl.load.record import LoadRecord, together
 from echo_rl.load.report import LATENCIES
-from echo_rl.metrics import inter_token_latencies
-from echo_rl.records import RunRecord
 from echo_rl.sweep import Trial
 from echo_rl.utils.plotting import COLOURS, STYLE
+from echo_rl.workloads.metrics import inter_token_latencies
+from echo_rl.workloads.records import RunRecord
 
 NAMES = {"ttft": "time to first token", "tpot": "time per output token", "e2e": "whole request"}
 BINS = 30

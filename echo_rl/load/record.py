@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from echo_rl.records import RunRecord, pool
+from echo_rl.workloads.records import RunRecord, pool
 
 UNKNOWN = -1
 """The id of a token of which the client saw only the text."""

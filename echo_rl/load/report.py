@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from echo_rl import intervals, metrics
-from echo_rl.env.workload import Workload
 from echo_rl.load.config import LoadConfig
 from echo_rl.load.record import LoadRecord, together
-from echo_rl.records import RequestRecord, RunRecord
 from echo_rl.results import compare_outputs
 from echo_rl.sweep import Trial
 from echo_rl.trials import headline, rates
+from echo_rl.utils import statistics
+from echo_rl.workloads import metrics
+from echo_rl.workloads.arrivals import Workload
+from echo_rl.workloads.records import RequestRecord, RunRecord
 
 KINDS = ("tokens_per_second", "tokens_per_request_second")
 """Of `trials.RATES`, those that a client can measure."""
@@ -51,7 +52,7 @@ def report(
             | cell(ours, blocks[text, arms[0]] if arm != arms[0] else None, config.slo)
             for (text, arm), ours in blocks.items()
         ],
-        "overall": {arm: asdict(intervals.mean_ratio(paired[arm], paired[arms[0]])) for arm in arms[1:]},
+        "overall": {arm: asdict(statistics.mean_ratio(paired[arm], paired[arms[0]])) for arm in arms[1:]},
     }
 
 
@@ -67,7 +68,7 @@ def cell(
     return {
         **{key: summary[key] for key in SEEN},
         "requests_per_second": _finished(whole.served) / whole.run.seconds,
-        "rates": {kind: asdict(intervals.rate(_rates(blocks, kind))) for kind in KINDS},
+        "rates": {kind: asdict(statistics.rate(_rates(blocks, kind))) for kind in KINDS},
         "ratios": ratios(blocks, baseline) if baseline else {},
         "outputs": compare_outputs(whole.texts_as_tokens, together(baseline).texts_as_tokens) if baseline else None,
         "cut": sum(request.cut for request in whole.run.requests),
@@ -84,12 +85,12 @@ def ratios(ours: Sequence[LoadRecord], theirs: Sequence[LoadRecord]) -> dict[str
 
     A latency that a block of either side lacks is None.
     """
-    pairs = ((kind, intervals.rate_ratio(_rates(ours, kind), _rates(theirs, kind))) for kind in KINDS)
+    pairs = ((kind, statistics.rate_ratio(_rates(ours, kind), _rates(theirs, kind))) for kind in KINDS)
     found: dict[str, Any] = {kind: asdict(ratio) for kind, ratio in pairs}
     for name, value in LATENCIES.items():
         sides = [[_mean(record.served, value) for record in side] for side in (ours, theirs)]
         known = all(rate is not None and rate.amount > 0 for side in sides for rate in side)
-        found[name] = asdict(intervals.rate_ratio(*sides)) if known else None  # type: ignore[arg-type]
+        found[name] = asdict(statistics.rate_ratio(*sides)) if known else None  # type: ignore[arg-type]
     return found
 
 
@@ -98,14 +99,14 @@ def errors(run: RunRecord) -> dict[str, int]:
     return dict(Counter(r.error.partition(":")[0] for r in run.requests if r.error is not None).most_common())
 
 
-def _rates(blocks: Sequence[LoadRecord], kind: str) -> list[intervals.Rate]:
+def _rates(blocks: Sequence[LoadRecord], kind: str) -> list[statistics.Rate]:
     return rates([record.served for record in blocks], kind)
 
 
-def _mean(run: RunRecord, value: Callable[[RequestRecord], float | None]) -> intervals.Rate | None:
+def _mean(run: RunRecord, value: Callable[[RequestRecord], float | None]) -> statistics.Rate | None:
     """A mean as an amount per request, so that it pools and pairs as rates do."""
     known = [found for request in run.requests if not request.cut and (found := value(request)) is not None]
-    return intervals.Rate(sum(known), len(known)) if known else None
+    return statistics.Rate(sum(known), len(known)) if known else None
 
 
 def _finished(run: RunRecord) -> int:

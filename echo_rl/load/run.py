@@ -13,7 +13,6 @@ from rich.console import Console
 
 from echo_rl.bench import run_missing
 from echo_rl.contracts import Request
-from echo_rl.env.workload import Arrivals, closed
 from echo_rl.errors import ConfigError
 from echo_rl.load.client import Client, chat_body
 from echo_rl.load.config import LoadConfig, Target
@@ -21,11 +20,12 @@ from echo_rl.load.connection import run_async
 from echo_rl.load.drive import Ends, drive
 from echo_rl.load.record import LoadRecord
 from echo_rl.load.report import report
-from echo_rl.prompts import Prompt
 from echo_rl.sweep import Trial, trials
 from echo_rl.trials import Rotation, seed_of
 from echo_rl.utils.machine import machine
 from echo_rl.utils.result_store import Store, write_json
+from echo_rl.workloads.arrivals import Arrivals, closed
+from echo_rl.workloads.datasets import Prompt
 
 T = TypeVar("T")
 WARMUP_REQUESTS = 4

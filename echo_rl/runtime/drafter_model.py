@@ -29,10 +29,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from echo_rl.errors import DrafterMismatch, WeightsError
-from echo_rl.files import replacing
 from echo_rl.runtime.checkpoint import read_tensors
 from echo_rl.runtime.documents import Document, read_document
 from echo_rl.runtime.drafter_variants import WEIGHTS_FILE, canonical, refuse_variants, require_safetensors
+from echo_rl.utils.files import replacing
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 CONFIG_FILE = "config.json"

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from fastapi import FastAPI
 
 from echo_rl import __version__
-from echo_rl.packages import shipped_checkpoints
 from echo_rl.server import admin, errors, health, logs, openai, ui
 from echo_rl.server.auth import Keys, admin_guard, api_guard
 from echo_rl.server.choices import Choices
@@ -17,6 +16,7 @@ from echo_rl.server.host import EngineHost
 from echo_rl.server.limits import Admission, BodyLimit
 from echo_rl.server.metrics import Metrics
 from echo_rl.server.trail import Trail, Trails
+from echo_rl.utils.archives import shipped_checkpoints
 
 QUIET = ("/health", "/health/live", "/health/ready", "/metrics")
 """Routes that are polled, and so leave no line in the log."""

@@ -13,7 +13,6 @@ from echo_rl.contracts import Backend, Request, StepReport
 from echo_rl.controllers.soundness import Limits
 from echo_rl.errors import EchoError, PlanViolation, RequestError
 from echo_rl.profile import CostProfile
-from echo_rl.records import StepRecord
 from echo_rl.server.messages import (
     Cancel,
     Command,
@@ -29,6 +28,7 @@ from echo_rl.server.messages import (
 )
 from echo_rl.server.options import SwitchOptions
 from echo_rl.server.switch import MakeController, Switch
+from echo_rl.workloads.records import StepRecord
 
 Receive = Callable[[float | None], Sequence[Command]]
 """The commands that are there; with a timeout waits so many seconds for the first, with None for ever."""

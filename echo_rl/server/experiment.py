@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from echo_rl.errors import ConfigError
-from echo_rl.intervals import Interval, Rate, rate_ratio
+from echo_rl.utils.statistics import Interval, Rate, rate_ratio
 
 CONTROL, TREATMENT = "control", "treatment"
 CARRY_OVER = 2

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from echo_rl.contracts import Request, RequestOutput, RequestTree
-from echo_rl.records import StepRecord
+from echo_rl.workloads.records import StepRecord
 
 
 @dataclass(frozen=True)

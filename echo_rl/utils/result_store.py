@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from echo_rl.errors import ConfigError
-from echo_rl.files import replacing
-from echo_rl.ledger import read_lines
+from echo_rl.utils.files import replacing
+from echo_rl.utils.ledger import read_lines
 
 
 class Storable(Protocol):

@@ -9,11 +9,11 @@ from types import MappingProxyType
 from typing import Any
 from xml.etree import ElementTree
 
-from echo_rl.intervals import Interval
-from echo_rl.ledger import read_lines
 from echo_rl.load.record import LoadRecord
 from echo_rl.load.report import cell
 from echo_rl.profile import CostProfile
+from echo_rl.utils.ledger import read_lines
+from echo_rl.utils.statistics import Interval
 
 Rows = list[dict[str, Any]]
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, ElementTree.ParseError)

@@ -22,12 +22,12 @@ from echo_rl.calibrate.live import calibration_prompts
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import AUTOREGRESSIVE, LoadView, PhaseTimes, Request, SamplingParams, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.loop import serve
 from echo_rl.runtime.eager import EagerStep
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.ondevice.graphs import Graphs
 from echo_rl.runtime.ondevice.step import DeviceStep
 from echo_rl.utils.result_store import write_json
+from echo_rl.workloads.driver import serve
 
 SHAPES = ((0, 1, 1), (3, 3, 2), (5, 5, 1), (8, 4, 4), (5, 3, 3), (24, 5, 6))
 """(nodes a request, depth, width) of the plans, in turn."""

@@ -26,9 +26,9 @@ from echo_rl.env.replay import ReplayBackend, ReplayOptions
 from echo_rl.env.trace import Trace
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
 from echo_rl.env.verdicts import Orders, Tables, Verdicts
-from echo_rl.env.workload import closed, parse
 from echo_rl.errors import ConfigError, TraceError
 from echo_rl.profile import CostProfile
+from echo_rl.workloads.arrivals import closed, parse
 from tests.one_lane import loads_of, outcomes_of
 from tests.recorded import DEPTH, WIDTH, random_levels, random_trace
 

@@ -18,9 +18,9 @@ from echo_rl.env.lane import LaneOptions
 from echo_rl.env.replay import ReplayBackend, ReplayOptions
 from echo_rl.env.trace import Trace
 from echo_rl.errors import ConfigError, RequestError, TraceError
-from echo_rl.loop import serve
 from echo_rl.profile import CostProfile
 from echo_rl.record import RecordOptions, record
+from echo_rl.workloads.driver import serve
 from tests import tiny
 
 PROMPTS = ((70, 71, 72, 80, 66), (75,) * 9, (66, 67), (80, 81, 82) * 7, (70,), (85, 66) * 11)

@@ -21,9 +21,9 @@ from echo_rl.controllers.base import BaseController
 from echo_rl.costs import CostArrays
 from echo_rl.env.reward import RewardOptions
 from echo_rl.env.spec_env import SpecEnv, SpecEnvOptions
-from echo_rl.env.workload import Phase, Workload, closed, parse
 from echo_rl.errors import ConfigError
 from echo_rl.profile import CostProfile
+from echo_rl.workloads.arrivals import Phase, Workload, closed, parse
 from tests import tiny
 
 PLAIN = [0, 0, 0, 2, 0]

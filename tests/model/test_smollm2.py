@@ -7,14 +7,14 @@ import time
 import pytest
 import torch
 
-from echo_rl import metrics
 from echo_rl.calibrate.live import calibration_prompts
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.controllers import registry
-from echo_rl.loop import serve
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.tokenizer import Tokenizer
+from echo_rl.workloads import metrics
+from echo_rl.workloads.driver import serve
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 

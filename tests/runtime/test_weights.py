@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 
 from echo_rl.config import EngineConfig
 from echo_rl.errors import ConfigError, DrafterMismatch, WeightsError
-from echo_rl.packages import Archive, PackageUnavailable
 from echo_rl.runtime import weights
 from echo_rl.runtime.architecture import rope_table
 from echo_rl.runtime.checkpoint import read_tensors
@@ -24,6 +23,7 @@ from echo_rl.runtime.device import resolve
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.gguf_reader import read_gguf
 from echo_rl.runtime.kv_cache import KVCache
+from echo_rl.utils.archives import Archive, PackageUnavailable
 from tests import tiny
 
 

@@ -12,7 +12,6 @@ from echo_rl.contracts import AUTOREGRESSIVE, Request, SamplingParams, SpecPlan
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.soundness import Limits
 from echo_rl.errors import ConfigError, IntegrityError, PlanViolation
-from echo_rl.loop import serve
 from echo_rl.profile import CostProfile
 from echo_rl.server.core import CoreOptions, EngineCore
 from echo_rl.server.messages import (
@@ -31,6 +30,7 @@ from echo_rl.server.messages import (
 )
 from echo_rl.server.options import SwitchOptions
 from echo_rl.server.worker import build_controller
+from echo_rl.workloads.driver import serve
 from tests import tiny
 from tests.server.hosts import ServedFake, request_of
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_rl.errors import ConfigError
-from echo_rl.intervals import Rate, rate_ratio
 from echo_rl.server.experiment import CARRY_OVER, CONTROL, PAIRS_FOR_HARM, TREATMENT, ExperimentOptions, Switchback
+from echo_rl.utils.statistics import Rate, rate_ratio
 
 
 def options(**changes) -> ExperimentOptions:

@@ -9,9 +9,9 @@ from itertools import zip_longest
 from typing import Any
 
 from echo_rl.contracts import PhaseTimes, RequestTree
-from echo_rl.metrics import PHASES
 from echo_rl.server.choices import public, public_report
 from echo_rl.server.messages import ExperimentReport, StepStats
+from echo_rl.workloads.metrics import PHASES
 
 MOST_TREES = 32
 """Requests whose trees a frame carries at most; the page has no room for more."""

@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from echo_rl import intervals, metrics
 from echo_rl.contracts import PhaseTimes
 from echo_rl.errors import ConfigError
-from echo_rl.loop import RequestRecord, RunRecord, StepRecord
+from echo_rl.utils import statistics
+from echo_rl.workloads import metrics
+from echo_rl.workloads.driver import RequestRecord, RunRecord, StepRecord
 
 
 def step(batch=2, budget=0, verified=0, committed=2, reached=(), accepted=(), seconds=1.0, **times) -> StepRecord:
@@ -103,7 +104,7 @@ def test_goodput_counts_requests_within_both_limits():
 
 
 def test_a_rate_pools_blocks_rather_than_averaging_their_rates():
-    interval = intervals.rate([intervals.Rate(10, 1.0), intervals.Rate(10, 3.0)])
+    interval = statistics.rate([statistics.Rate(10, 1.0), statistics.Rate(10, 3.0)])
     assert interval.estimate == 5.0 and interval.blocks == 2
     assert interval.low is not None and interval.high is not None
     assert interval.low < 10 / 3 and interval.high > 10.0  # two blocks tell little
@@ -111,9 +112,9 @@ def test_a_rate_pools_blocks_rather_than_averaging_their_rates():
 
 def test_pairing_cancels_noise_that_both_arms_share():
     slow = [1.0, 5.0, 2.0, 9.0, 1.5, 7.0]
-    theirs = [intervals.Rate(100, seconds) for seconds in slow]
-    ours = [intervals.Rate(100, seconds / 2) for seconds in slow]
-    ratio = intervals.rate_ratio(ours, theirs)
+    theirs = [statistics.Rate(100, seconds) for seconds in slow]
+    ours = [statistics.Rate(100, seconds / 2) for seconds in slow]
+    ratio = statistics.rate_ratio(ours, theirs)
     assert (ratio.estimate, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
@@ -123,23 +124,23 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(blocks):
 
     generator, hits, trials = np.random.default_rng(1), 0, 200
     for _ in range(trials):
-        base = [intervals.Rate(1.0, s) for s in generator.lognormal(0, 0.2, blocks)]
+        base = [statistics.Rate(1.0, s) for s in generator.lognormal(0, 0.2, blocks)]
         noise = generator.lognormal(0, 0.1, blocks)
-        ours = [intervals.Rate(1.0, r.seconds / 1.5 * n) for r, n in zip(base, noise, strict=True)]
-        ratio = intervals.rate_ratio(ours, base, resamples=400)
+        ours = [statistics.Rate(1.0, r.seconds / 1.5 * n) for r, n in zip(base, noise, strict=True)]
+        ratio = statistics.rate_ratio(ours, base, resamples=400)
         hits += ratio.low <= 1.5 <= ratio.high
     assert 0.89 <= hits / trials <= 0.99
 
 
 def test_one_block_has_no_interval_and_unequal_arms_are_refused():
-    one = intervals.rate([intervals.Rate(4, 2.0)])
+    one = statistics.rate([statistics.Rate(4, 2.0)])
     assert (one.estimate, one.low, one.high) == (2.0, None, None)
     assert one.text(1, "x") == "2.0x"
-    assert intervals.Interval(1.234, 1.1, 1.3, 4).text(2, "x") == "1.23x [1.10, 1.30]"
+    assert statistics.Interval(1.234, 1.1, 1.3, 4).text(2, "x") == "1.23x [1.10, 1.30]"
     with pytest.raises(ConfigError, match="2 and 1"):
-        intervals.rate_ratio([intervals.Rate(1, 1)] * 2, [intervals.Rate(1, 1)])
+        statistics.rate_ratio([statistics.Rate(1, 1)] * 2, [statistics.Rate(1, 1)])
     with pytest.raises(ConfigError, match="at least one"):
-        intervals.rate([])
+        statistics.rate([])
 
 
 def test_the_summary_is_json(fake_engine, make_controller):
@@ -151,10 +152,10 @@ def test_the_summary_is_json(fake_engine, make_controller):
 
 
 def test_geometric_mean_of_ratios():
-    found = intervals.geometric_mean([0.5, 2.0, 1.0, 1.0])
+    found = statistics.geometric_mean([0.5, 2.0, 1.0, 1.0])
     assert found.estimate == pytest.approx(1.0) and found.low < 1.0 < found.high and found.blocks == 4
-    assert intervals.geometric_mean([1.5] * 3).text() == "1.50 [1.50, 1.50]"
-    assert intervals.geometric_mean([[2.0, 0.5, 1.0]]) == intervals.geometric_mean([2.0, 0.5, 1.0])
+    assert statistics.geometric_mean([1.5] * 3).text() == "1.50 [1.50, 1.50]"
+    assert statistics.geometric_mean([[2.0, 0.5, 1.0]]) == statistics.geometric_mean([2.0, 0.5, 1.0])
 
 
 def test_policies_that_met_the_same_seeds_are_not_as_many_independent_ones():
@@ -162,9 +163,9 @@ def test_policies_that_met_the_same_seeds_are_not_as_many_independent_ones():
     rng, held = np.random.default_rng(0), 0
     for seed in range(100):
         shared = np.exp(0.02 * rng.normal(size=6))
-        found = intervals.geometric_mean(np.tile(shared, (5, 1)), seed=seed)
+        found = statistics.geometric_mean(np.tile(shared, (5, 1)), seed=seed)
         assert found.estimate == pytest.approx(np.exp(np.log(shared).mean())) and found.blocks == 6
         held += found.low <= 1.0 <= found.high
     assert held >= 88  # of 95 expected
     with pytest.raises(ConfigError):
-        intervals.geometric_mean([])
+        statistics.geometric_mean([])

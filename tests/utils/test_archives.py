@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from echo_rl import packages
+from echo_rl.utils import archives
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 CHECKPOINTS = ROOT / "checkpoints"
 
 
 def test_an_installation_without_sources_has_its_own(monkeypatch, tmp_path):
     monkeypatch.delenv("ECHO_RL_CHECKPOINTS", raising=False)
-    assert packages.shipped_checkpoints() == CHECKPOINTS
-    monkeypatch.setattr(packages, "__file__", str(tmp_path / "site-packages" / "echo_rl" / "packages.py"))
-    assert packages.shipped_checkpoints() == Path(sysconfig.get_path("data")) / "share" / "echo-rl" / "checkpoints"
+    assert archives.shipped_checkpoints() == CHECKPOINTS
+    monkeypatch.setattr(archives, "__file__", str(tmp_path / "site-packages" / "echo_rl" / "utils" / "archives.py"))
+    assert archives.shipped_checkpoints() == Path(sysconfig.get_path("data")) / "share" / "echo-rl" / "checkpoints"
     monkeypatch.setenv("ECHO_RL_CHECKPOINTS", str(tmp_path))
-    assert packages.shipped_checkpoints() == tmp_path
+    assert archives.shipped_checkpoints() == tmp_path
 
 
 def test_a_wheel_installs_all_of_them_there():

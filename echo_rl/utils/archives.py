@@ -29,7 +29,7 @@ def shipped_checkpoints() -> Path:
     """``$ECHO_RL_CHECKPOINTS``, or the `checkpoints` of the source tree, or the installed ones without one."""
     if told := os.environ.get("ECHO_RL_CHECKPOINTS"):
         return Path(told)
-    source = Path(__file__).resolve().parents[1] / "checkpoints"
+    source = Path(__file__).resolve().parents[2] / "checkpoints"
     return source if source.is_dir() else Path(sysconfig.get_path("data"), "share", "echo-rl", "checkpoints")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from echo_rl.contracts import Backend, Request, SamplingParams
-from echo_rl.prompts import Message, Prompt
+from echo_rl.workloads.datasets import Message, Prompt
 
 
 class ChatTokenizer(Protocol):

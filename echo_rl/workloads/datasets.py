@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_rl.errors import ConfigError
-from echo_rl.packages import Archive, PackageUnavailable, cache_root
+from echo_rl.utils.archives import Archive, PackageUnavailable, cache_root
 
 Message = dict[str, str]
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_rl.env.workload import Arrivals, Phase, Workload, bursty, closed, parse, poisson, ramp, shift
 from echo_rl.errors import ConfigError
+from echo_rl.workloads.arrivals import Arrivals, Phase, Workload, bursty, closed, parse, poisson, ramp, shift
 
 MIXED = Workload("mixed", (Phase(3.0, rate=4.0, suites=("a", "b")), Phase(2.0, rate=1.0, rate_end=9.0, suites=("c",))))
 

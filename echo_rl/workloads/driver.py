@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from echo_rl.contracts import Backend, Controller, Request, RequestOutput
 from echo_rl.errors import ConfigError
-from echo_rl.records import CUT, RequestRecord, RunRecord, StepRecord
+from echo_rl.workloads.records import CUT, RequestRecord, RunRecord, StepRecord
 
 if TYPE_CHECKING:
-    from echo_rl.env.workload import Arrivals
+    from echo_rl.workloads.arrivals import Arrivals
 
 
 @dataclass

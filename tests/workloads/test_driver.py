@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from echo_rl.contracts import Request, SamplingParams
-from echo_rl.env.workload import Arrivals, parse
 from echo_rl.errors import ConfigError, RequestError
-from echo_rl.loop import drive, serve
-from echo_rl.records import RunRecord, pool
+from echo_rl.workloads.arrivals import Arrivals, parse
+from echo_rl.workloads.driver import drive, serve
+from echo_rl.workloads.records import RunRecord, pool
 
 
 def requests(count: int, tokens: int = 4, prompt: str = "hi") -> list[Request]:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from echo_rl.errors import ConfigError
-from echo_rl.packages import Archive, PackageUnavailable, cache_root
-from echo_rl.prompts import SOURCES, Source, load_prompts, read_member
+from echo_rl.utils.archives import Archive, PackageUnavailable, cache_root
+from echo_rl.workloads.datasets import SOURCES, Source, load_prompts, read_member
 
 ROWS = {
     "mt_bench": [

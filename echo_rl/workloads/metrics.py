@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 
 from echo_rl.contracts import PhaseTimes
-from echo_rl.records import RequestRecord, RunRecord, StepRecord
+from echo_rl.workloads.records import RequestRecord, RunRecord, StepRecord
 
 PHASES: tuple[str, ...] = tuple(phase.name for phase in fields(PhaseTimes))
 
