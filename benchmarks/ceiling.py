@@ -27,9 +27,9 @@ from ceiling_ranker import accepted_nodes, ranked
 from common import CONSOLE, RESULTS, Ledger, Place, main
 from echo_rl.codec.actions import ActionTable
 from echo_rl.controllers.gates import GateCalibration
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.profile import CostProfile
 from echo_rl.env.trace import Trace, fingerprint
-from echo_rl.profile import CostProfile
 from echo_rl.utils import statistics
 from echo_rl.utils.result_store import digest_of, write_json
 

@@ -26,12 +26,12 @@ from echo_rl.contracts import Backend, Request
 from echo_rl.controllers import registry
 from echo_rl.controllers.arm import Arm
 from echo_rl.controllers.gates import GateCalibration
-from echo_rl.costs import SCALARS, CostArrays
+from echo_rl.costs.batched import SCALARS, CostArrays
+from echo_rl.costs.interpolation import monotone
+from echo_rl.costs.profile import CostProfile
 from echo_rl.env.replay import ReplayBackend
 from echo_rl.env.trace import Trace
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
-from echo_rl.grid import monotone
-from echo_rl.profile import CostProfile
 from echo_rl.record import RecordOptions, record
 from echo_rl.runtime.engine import Engine
 from echo_rl.utils.result_store import write_json

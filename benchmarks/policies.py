@@ -21,14 +21,14 @@ from echo_rl.contracts import Controller
 from echo_rl.controllers import registry
 from echo_rl.controllers.arm import Arm
 from echo_rl.controllers.policy import Ppo, PpoOptions
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.profile import CostProfile
 from echo_rl.env.machines import another
 from echo_rl.env.replay import ReplayBackend
 from echo_rl.env.reward import RewardOptions
 from echo_rl.env.trace import Trace, fingerprint
 from echo_rl.learning.learner import LearnerOptions
 from echo_rl.learning.play import World, measure
-from echo_rl.profile import CostProfile
 from echo_rl.stopwatch import Timed
 from echo_rl.train import TrainConfig, train
 from echo_rl.utils.result_store import digest_of, write_json

@@ -1,6 +1,6 @@
 """What speculation would cost on GPUs that were not measured: modelled profiles under the forests of the shipped trace.
 
-MODELLED, in two ways. Seconds come from a roofline (`echo_rl.roofline`), not from a GPU; and what is accepted is what
+MODELLED, in two ways. Seconds come from a roofline (`costs.roofline`), not from a GPU; and what is accepted is what
 the drafter of this project's small default model got accepted, not an EAGLE-3 head of Llama or Qwen. Shapes can be
 compared with published results, tokens a second can not. Prompts cost nothing here (as where another server reads
 them), so a step is decoding alone; up to 256 requests are served at once, each recorded response by several of them at
@@ -25,16 +25,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common import CONSOLE, Ledger, Place, main
-from echo_rl.calibration_files import packaged
 from echo_rl.contracts import Controller, LoadView, Request, SpecPlan
 from echo_rl.controllers import registry
 from echo_rl.controllers.policy import Steered
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.files import packaged
+from echo_rl.costs.profile import CostProfile
+from echo_rl.costs.roofline.surface import modelled_profile, roofline
 from echo_rl.env.lane import LaneOptions
 from echo_rl.env.replay import ReplayBackend, ReplayOptions
 from echo_rl.env.trace import Trace, fingerprint
-from echo_rl.profile import CostProfile
-from echo_rl.roofline.surface import modelled_profile, roofline
 from echo_rl.utils import plotting, statistics
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.arrivals import Arrivals, closed

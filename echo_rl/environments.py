@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from echo_rl.codec import ActionTable
     from echo_rl.config import EngineConfig
     from echo_rl.controllers.gates import GateCalibration
+    from echo_rl.costs.profile import CostProfile
     from echo_rl.env.reward import Form, RewardOptions
     from echo_rl.env.spec_env import SpecEnv, SpecEnvOptions
     from echo_rl.env.trace import Trace
-    from echo_rl.profile import CostProfile
 
 LIVE, REPLAY = "EchoRL/Live-v0", "EchoRL/Replay-v0"
 WORKLOADS = ("closed:1", "closed:2", "closed:4", "closed:8", "closed:16", "closed:32")
@@ -56,11 +56,11 @@ def make_replay(
     """
     from echo_rl.controllers.gates import GateCalibration
     from echo_rl.controllers.policy import Steered
-    from echo_rl.costs import CostArrays
+    from echo_rl.costs.batched import CostArrays
+    from echo_rl.costs.profile import CostProfile
     from echo_rl.env.replay import ReplayBackend, ReplayOptions
     from echo_rl.env.spec_env import SpecEnv
     from echo_rl.env.trace import Trace
-    from echo_rl.profile import CostProfile
 
     gates = GateCalibration.of(calibration)
     options = _options(workloads, reward, horizon, repeat, table, gates)
@@ -95,9 +95,9 @@ def make_live(
     from echo_rl.contracts import SamplingParams, SpecPlan
     from echo_rl.controllers.gates import GateCalibration
     from echo_rl.controllers.policy import Steered
-    from echo_rl.costs import CostArrays
+    from echo_rl.costs.batched import CostArrays
+    from echo_rl.costs.profile import CostProfile
     from echo_rl.env.spec_env import SpecEnv
-    from echo_rl.profile import CostProfile
     from echo_rl.runtime.engine import Engine
     from echo_rl.workloads.datasets import load_prompts
     from echo_rl.workloads.requests import chat_requests

@@ -25,7 +25,7 @@ from rich.progress import Progress
 from echo_rl import __version__
 from echo_rl.contracts import Controller, MakeController, Request
 from echo_rl.controllers.arm import Arm
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
 from echo_rl.env.lane import LaneOptions
 from echo_rl.env.replay import ReplayBackend, ReplayOptions
 from echo_rl.env.trace import Trace, fingerprint

@@ -22,7 +22,8 @@ from echo_rl.controllers.echo import Echo, EchoOptions
 from echo_rl.controllers.gates import GateCalibration
 from echo_rl.controllers.network import Policy, bound
 from echo_rl.controllers.policy import Ppo, PpoOptions
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.profile import CostProfile
 from echo_rl.env.machines import another
 from echo_rl.env.reward import RewardOptions
 from echo_rl.env.trace import Trace, fingerprint
@@ -32,7 +33,6 @@ from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, clone, d
 from echo_rl.learning.export import commit, export_policy
 from echo_rl.learning.learner import POLICY_FOLDER, LearnerOptions, Score, fit
 from echo_rl.learning.play import HeldOut, MakeController, World
-from echo_rl.profile import CostProfile
 from echo_rl.utils.result_store import digest_of
 from echo_rl.workloads.arrivals import parse
 

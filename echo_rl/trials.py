@@ -63,10 +63,10 @@ class Venue:
 
 def replay_venue(trace: Trace, noise: bool = True) -> Venue:
     """Simulated time over recorded responses, at this machine's measured costs."""
-    from echo_rl.calibration_files import own_or_packaged
-    from echo_rl.costs import CostArrays
+    from echo_rl.costs.batched import CostArrays
+    from echo_rl.costs.files import own_or_packaged
+    from echo_rl.costs.profile import CostProfile
     from echo_rl.env.replay import ReplayBackend, ReplayOptions
-    from echo_rl.profile import CostProfile
     from echo_rl.utils.result_store import digest
 
     profile = CostProfile.default()

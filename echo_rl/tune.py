@@ -21,7 +21,7 @@ from rich.progress import Progress
 from echo_rl.contracts import MakeController
 from echo_rl.controllers import registry
 from echo_rl.controllers.arm import Arm
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
 from echo_rl.env.trace import Trace
 from echo_rl.errors import ConfigError, TraceError, UnknownController
 from echo_rl.evaluate import EvalConfig, Replayer, halving

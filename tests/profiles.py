@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from echo_rl.profile import CostProfile
+from echo_rl.costs.profile import CostProfile
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)

@@ -223,7 +223,7 @@ def test_generate_gives_the_same_text_whoever_speculates(tiny_model, capsys):
 
 
 def test_calibrate_cost_writes_a_profile_that_echo_can_use(tiny_model, tmp_path, capsys):
-    from echo_rl.profile import CostProfile
+    from echo_rl.costs.profile import CostProfile
 
     grid = ["--batches", "1", "2", "--rows", "1", "2", "8", "--contexts", "8", "32", "--widths", "1", "2"]
     grid += ["--depths", "1", "2", "--draft-context", "8", "--repeats", "2"]

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_rl.calibration_files import packaged
 from echo_rl.controllers import registry
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.files import packaged
+from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, PolicyError, TraceError, UnknownController
 from echo_rl.evaluate import EvalConfig, Replayer, best_fixed, evaluate, halving
-from echo_rl.profile import CostProfile
 from echo_rl.ranking import HINDSIGHT, Block, mean_speedup, report
 from echo_rl.results import made_of
 from echo_rl.wrapping import Wrapping

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 
 import pytest
 
-from echo_rl.calibration_files import packaged
 from echo_rl.contracts import LoadView, SpecPlan
 from echo_rl.controllers import registry
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.registry import Family
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.files import packaged
+from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, UnknownController
-from echo_rl.profile import CostProfile
 from echo_rl.tune import TuneConfig, arm_text, candidates, load_tuned, tune
 from tests.recorded import random_trace
 

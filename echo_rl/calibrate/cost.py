@@ -19,10 +19,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from echo_rl.calibration_files import read_record, write_record
+from echo_rl.costs.files import read_record, write_record
+from echo_rl.costs.interpolation import Axis, Surface
+from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError
-from echo_rl.grid import Axis, Surface
-from echo_rl.profile import CostProfile
 from echo_rl.utils.result_store import differing
 
 SAMPLES_VERSION = 1

@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from echo_rl.controllers.gates import GateCalibration, Rate
-from echo_rl.profile import CostProfile
+from echo_rl.costs.profile import CostProfile
 from echo_rl.utils.plotting import COLOURS, MARKERS, STYLE
 
 

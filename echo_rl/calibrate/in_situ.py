@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from echo_rl.codec import gates_asked
 from echo_rl.contracts import Backend, LoadView, Request, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.interpolation import monotone
+from echo_rl.costs.profile import CostProfile
 from echo_rl.env.timing import Floats, Phases, Work, step_phases
-from echo_rl.grid import monotone
-from echo_rl.profile import CostProfile
 from echo_rl.workloads.driver import serve
 
 SHAPES = (

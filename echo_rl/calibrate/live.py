@@ -17,11 +17,11 @@ from echo_rl.calibrate.cost import Grid, Machine, measure
 from echo_rl.calibrate.device_passes import passes, usual
 from echo_rl.calibrate.gates import GateObservation, GateOptions, best_paths, calibrate
 from echo_rl.calibrate.in_situ import correct, observe_steps
-from echo_rl.calibration_files import packaged
 from echo_rl.contracts import Forest, LoadView, Request, SamplingParams, Selection, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.gates import GateCalibration
-from echo_rl.profile import CostProfile
+from echo_rl.costs.files import packaged
+from echo_rl.costs.profile import CostProfile
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.ondevice.step import DeviceStep
 from echo_rl.workloads.driver import serve

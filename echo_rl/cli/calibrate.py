@@ -10,18 +10,18 @@ import tyro
 
 from echo_rl.calibrate.cost import Grid
 from echo_rl.calibrate.gates import GateOptions
-from echo_rl.calibration_files import calibrated
 from echo_rl.cli.options import EngineOptions
 from echo_rl.config import EngineConfig
+from echo_rl.costs.files import calibrated
+from echo_rl.costs.roofline.hardware import Assumptions
+from echo_rl.costs.roofline.timing import Dtype
 from echo_rl.errors import ConfigError
-from echo_rl.roofline.hardware import Assumptions
-from echo_rl.roofline.timing import Dtype
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from echo_rl.controllers.gates import GateCalibration
-    from echo_rl.profile import CostProfile
+    from echo_rl.costs.profile import CostProfile
 
 OUT = calibrated("")
 
@@ -114,7 +114,7 @@ class Roofline:
     def run(self) -> int:
         from rich.console import Console
 
-        from echo_rl.roofline.surface import modelled_profile, roofline
+        from echo_rl.costs.roofline.surface import modelled_profile, roofline
 
         if self.out.resolve() == calibrated("profile.json").resolve():
             raise ConfigError(f"{self.out} is where this machine's measured costs belong; give another --out")

@@ -47,9 +47,9 @@ class Eval:
         from rich.console import Console
 
         from echo_rl.controllers import registry
-        from echo_rl.costs import CostArrays
+        from echo_rl.costs.batched import CostArrays
+        from echo_rl.costs.profile import CostProfile
         from echo_rl.evaluate import evaluate
-        from echo_rl.profile import CostProfile
 
         console = Console()
         config = self.config()

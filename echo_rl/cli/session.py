@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from echo_rl.calibrate.cost import Grid
-    from echo_rl.profile import CostProfile
+    from echo_rl.costs.profile import CostProfile
     from echo_rl.runtime.engine import Engine
     from echo_rl.sweep import BenchConfig
 
@@ -50,7 +50,7 @@ def environment_of(config: EngineConfig) -> dict[str, str]:
     import torch
 
     from echo_rl import __version__
-    from echo_rl.calibration_files import own_or_packaged
+    from echo_rl.costs.files import own_or_packaged
     from echo_rl.runtime.device import resolve
     from echo_rl.runtime.weights import resolve_drafter
     from echo_rl.utils.machine import machine

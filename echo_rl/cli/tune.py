@@ -38,8 +38,8 @@ class Tune:
         from rich.console import Console
 
         from echo_rl.cli.evaluate import load_trace
-        from echo_rl.costs import CostArrays
-        from echo_rl.profile import CostProfile
+        from echo_rl.costs.batched import CostArrays
+        from echo_rl.costs.profile import CostProfile
         from echo_rl.tune import TuneConfig, tune
 
         console = Console()

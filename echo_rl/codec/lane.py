@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from echo_rl.codec.features import CONFIDENCE, COST_NODES, DEPTHS, FEATURES, FIRST, RATE, SPARSE_RATE
 from echo_rl.contracts import LoadView, StepReport
-from echo_rl.pace import Pace, hats
-from echo_rl.profile import CostProfile, context_of, half_octave
+from echo_rl.costs.correction import Pace, hats
+from echo_rl.costs.profile import CostProfile, context_of, half_octave
 
 Floats = NDArray[np.float64]
 

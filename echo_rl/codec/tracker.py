@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echo_rl.codec.features import CONFIDENCE, COST_NODES, DEPTHS, FEATURES, FIRST, RATE, SPARSE_RATE
-from echo_rl.codec.loads import Loads, Outcomes
-from echo_rl.codec.paces import Paces
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched_correction import Paces
+from echo_rl.costs.outcomes import Loads, Outcomes
 
 Floats = NDArray[np.float64]
 

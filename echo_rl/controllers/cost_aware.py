@@ -23,9 +23,9 @@ from echo_rl.contracts import AUTOREGRESSIVE, NO_GATE, Forest, Frontier, LoadVie
 from echo_rl.controllers.dynamic import TreeOptions, Values, beam, closed, every_level, existing, probabilities
 from echo_rl.controllers.fixed import Eagle3
 from echo_rl.controllers.picking import MISSING, likeliest, pack, per_request_top_k
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.profile import CostProfile, context_of, half_octave
 from echo_rl.errors import ConfigError
-from echo_rl.profile import CostProfile, context_of, half_octave
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from echo_rl.controllers.gates import GateCalibration
 from echo_rl.controllers.picking import even_split, likeliest, pack, per_request_top_k, scaled
 from echo_rl.controllers.planner import BudgetPlanner, PlannerOptions, Shape
 from echo_rl.controllers.shapes import affordable
+from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError
-from echo_rl.profile import CostProfile
 
 Gates = tuple[tuple[int, float], ...]
 

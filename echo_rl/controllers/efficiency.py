@@ -23,10 +23,10 @@ from echo_rl.controllers.clock import ProbeLedger
 from echo_rl.controllers.dynamic import Gates, probabilities
 from echo_rl.controllers.picking import likeliest
 from echo_rl.controllers.shapes import REFERENCE_HIT
-from echo_rl.costs import CostArrays, Floats
+from echo_rl.costs.batched import CostArrays, Floats
+from echo_rl.costs.correction import Pace, hats
+from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError
-from echo_rl.pace import Pace, hats
-from echo_rl.profile import CostProfile
 
 MOST_LEVELS = 8
 """Levels that recordings hold."""

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from echo_rl.calibration_files import own_or_packaged, read_record, write_record
+from echo_rl.costs.files import own_or_packaged, read_record, write_record
 from echo_rl.errors import ConfigError
 
 GATES_VERSION = 1

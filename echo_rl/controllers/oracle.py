@@ -12,8 +12,8 @@ from echo_rl.contracts import AUTOREGRESSIVE, OFF_PATH, Forest, LoadView, Select
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.picking import pack
 from echo_rl.controllers.shapes import MAX_DEPTH
+from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, PlanViolation
-from echo_rl.profile import CostProfile
 
 
 @dataclass(frozen=True)

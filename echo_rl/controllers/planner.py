@@ -17,9 +17,9 @@ from echo_rl.contracts import LoadView, StepReport
 from echo_rl.controllers.acceptance import AcceptanceModel
 from echo_rl.controllers.clock import PlainLooks, ProbeLedger, PromptShare
 from echo_rl.controllers.shapes import affordable_trees
+from echo_rl.costs.correction import Pace, hats
+from echo_rl.costs.profile import BREAK_EVEN_ACCEPTANCE, CostProfile, context_of, half_octave
 from echo_rl.errors import ConfigError
-from echo_rl.pace import Pace, hats
-from echo_rl.profile import BREAK_EVEN_ACCEPTANCE, CostProfile, context_of, half_octave
 
 Floats = NDArray[np.float64]
 

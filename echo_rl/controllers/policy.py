@@ -18,8 +18,8 @@ from echo_rl.controllers.clock import PlainLooks
 from echo_rl.controllers.echo import CalibratedSelection, Echo, EchoOptions
 from echo_rl.controllers.gates import GateCalibration
 from echo_rl.controllers.network import Policy
+from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError
-from echo_rl.profile import CostProfile
 from echo_rl.utils.archives import shipped_checkpoints
 
 Action = tuple[int, ...]

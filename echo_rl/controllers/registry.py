@@ -54,8 +54,8 @@ from echo_rl.controllers.goodput import AdaSpec, AdaSpecOptions, TurboSpec, Turb
 from echo_rl.controllers.oracle import Oracle, OracleOptions
 from echo_rl.controllers.policy import Ppo, PpoOptions
 from echo_rl.controllers.sequoia import Sequoia, SequoiaOptions
+from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, UnknownController
-from echo_rl.profile import CostProfile
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from echo_rl.controllers.cost_aware import CostAwareOptions
 from echo_rl.controllers.dynamic import Values
 from echo_rl.controllers.fixed import Path, Static, StaticOptions
 from echo_rl.controllers.shapes import REFERENCE_HIT, likeliest_tree
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.profile import CostProfile, context_of, half_octave
 from echo_rl.errors import ConfigError
-from echo_rl.profile import CostProfile, context_of, half_octave
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from echo_rl.codec import CALIBRATED, DEPTHS, Knobs, Loads, Outcomes, planned_gates, quantiles
 from echo_rl.contracts import NO_GATE
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
 from echo_rl.env.lane import LaneOptions, Lanes, Turn, sums
 from echo_rl.env.timing import Phases, Plain, Work, noise, plain_step, step_phases
 from echo_rl.env.trace import Trace

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_rl.grid import monotone
-from echo_rl.profile import CostProfile
+from echo_rl.costs.interpolation import monotone
+from echo_rl.costs.profile import CostProfile
 
 Floats = NDArray[np.float64]
 

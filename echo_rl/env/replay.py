@@ -27,7 +27,7 @@ from echo_rl.contracts import (
     SpecPlan,
     StepReport,
 )
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
 from echo_rl.env.lane import Gain, LaneOptions, Lanes, Turn
 from echo_rl.env.timing import Work, noise, step_phases
 from echo_rl.env.trace import Trace, key

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from echo_rl.codec import FEATURES, ActionTable, Gates, Lane
 from echo_rl.contracts import Backend, LoadView, Request, StepReport
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
 from echo_rl.env.reward import RewardMeter, RewardOptions
 from echo_rl.env.server import ServedStep, Server
 from echo_rl.env.stepper import Clock, Steerable

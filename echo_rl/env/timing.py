@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
 
 Floats = NDArray[np.float64]
 

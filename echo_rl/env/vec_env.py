@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from echo_rl.codec import ActionTable, Tracker, visible
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
 from echo_rl.env.fleet import Fleet, FleetStep, Gates, Plans
 from echo_rl.env.lane import LaneOptions
 from echo_rl.env.machines import another

@@ -18,9 +18,9 @@ from torch.nn.functional import cross_entropy
 
 from echo_rl.codec import ActionTable, Gates, Lane
 from echo_rl.contracts import LoadView, SpecPlan
+from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError
 from echo_rl.learning.play import MakeController, World, play
-from echo_rl.profile import CostProfile
 
 PLAIN = 0
 """The index of zero nodes: with it, the other knobs mean nothing."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from echo_rl.contracts import Controller, LoadView, SpecPlan, StepReport
 from echo_rl.controllers.network import Policy
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
 from echo_rl.env.replay import ReplayBackend, ReplayOptions
 from echo_rl.env.server import ServedStep, Server
 from echo_rl.env.timing import plain_step

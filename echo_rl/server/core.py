@@ -11,8 +11,8 @@ from typing import Protocol
 
 from echo_rl.contracts import Backend, Request, StepReport
 from echo_rl.controllers.soundness import Limits
+from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import EchoError, PlanViolation, RequestError
-from echo_rl.profile import CostProfile
 from echo_rl.server.messages import (
     Cancel,
     Command,

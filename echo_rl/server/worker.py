@@ -61,7 +61,7 @@ def live(
     machine's cost profile is not readable.
     """
     from echo_rl.controllers.soundness import Limits
-    from echo_rl.profile import CostProfile
+    from echo_rl.costs.profile import CostProfile
     from echo_rl.server.core import CoreOptions
 
     engine, environment = load(config)

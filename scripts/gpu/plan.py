@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from echo_rl.calibration_files import calibrated
+from echo_rl.costs.files import calibrated
 from echo_rl.errors import ConfigError
 from scripts.gpu.sglang_stages import sglang_stages
 from scripts.gpu.steps import ECHO, ROOMY, Args, Stage, Step, load, module, script, tests

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from echo_rl.calibrate.cost import Grid, Machine, isotonic, measure
+from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError
-from echo_rl.profile import CostProfile
 
 MACHINE = Machine("cpu", "float32", "fake", 1)
 GRID = Grid(batches=(1, 4), rows=(1, 2, 4, 8, 16, 32), contexts=(64, 256), widths=(1, 4), depths=(1, 4), repeats=5)

@@ -9,7 +9,7 @@ import pytest
 
 from echo_rl.calibrate.in_situ import GATES, SHAPES, STRETCH, RandomPlans, Sample, correct, predicted
 from echo_rl.contracts import LoadView, PhaseTimes, RequestOutput, SpecPlan, StepReport
-from echo_rl.profile import CostProfile
+from echo_rl.costs.profile import CostProfile
 
 SINGLE = CostProfile.default()
 LIVE = replace(

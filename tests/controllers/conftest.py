@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from echo_rl.contracts import Controller, Forest, LoadView, PhaseTimes, SpecPlan, StepReport
-from echo_rl.profile import CostProfile
+from echo_rl.costs.profile import CostProfile
 from tests.profiles import hinge_profile
 
 Node = tuple[int, float]  # (parent, cumulative probability; 0 = does not exist)

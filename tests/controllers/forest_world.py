@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from echo_rl.contracts import NO_GATE, Controller, Forest, LoadView, PhaseTimes, StepReport
-from echo_rl.profile import CostProfile
+from echo_rl.costs.profile import CostProfile
 from tests.controllers.conftest import load_of
 from tests.controllers.test_dynamic import serve
 

@@ -8,12 +8,12 @@ from itertools import pairwise
 
 import pytest
 
-from echo_rl.calibration_files import packaged
 from echo_rl.contracts import PhaseTimes, StepReport
 from echo_rl.controllers import make
 from echo_rl.controllers.planner import PlannerOptions
+from echo_rl.costs.files import packaged
+from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError
-from echo_rl.profile import CostProfile
 
 
 @pytest.fixture

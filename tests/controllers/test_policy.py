@@ -19,7 +19,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_rl.calibration_files import packaged
 from echo_rl.codec import CALIBRATED, CODEC_VERSION, FEATURES, ActionTable
 from echo_rl.contracts import AUTOREGRESSIVE, LoadView, PhaseTimes, SpecPlan, StepReport
 from echo_rl.controllers import make
@@ -27,8 +26,9 @@ from echo_rl.controllers.echo import Echo, EchoOptions
 from echo_rl.controllers.gates import DepthGate, GateCalibration
 from echo_rl.controllers.network import MANIFEST_FILE, WEIGHTS_FILE, Layer, Policy
 from echo_rl.controllers.policy import Ppo, PpoOptions, Steered
+from echo_rl.costs.files import packaged
+from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, EchoError, PolicyError
-from echo_rl.profile import CostProfile
 from tests.policies import SIZES, constant_policy
 
 GATES = GateCalibration((DepthGate(0, 0.2), DepthGate(2, 0.35)), (0, 2), score_power=(1.0, 1.5))

@@ -11,13 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_rl.calibration_files import packaged
 from echo_rl.codec import CALIBRATED, DEPTHS, ActionTable, Knobs, Lane, Tracker, planned_gates
 from echo_rl.contracts import NO_GATE, Forest, Frontier, SpecPlan
 from echo_rl.controllers.echo import CalibratedSelection
 from echo_rl.controllers.gates import GateCalibration
 from echo_rl.controllers.picking import global_top_k
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.files import packaged
+from echo_rl.costs.profile import CostProfile
 from echo_rl.env.fleet import Fleet
 from echo_rl.env.lane import LaneOptions, Lanes
 from echo_rl.env.levels import restrict
@@ -27,7 +28,6 @@ from echo_rl.env.trace import Trace
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
 from echo_rl.env.verdicts import Orders, Tables, Verdicts
 from echo_rl.errors import ConfigError, TraceError
-from echo_rl.profile import CostProfile
 from echo_rl.workloads.arrivals import closed, parse
 from tests.one_lane import loads_of, outcomes_of
 from tests.recorded import DEPTH, WIDTH, random_levels, random_trace

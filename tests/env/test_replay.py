@@ -7,18 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from echo_rl.calibration_files import packaged
 from echo_rl.contracts import Request, SamplingParams, SpecPlan
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.echo import EchoOptions, EchoUnscheduled
 from echo_rl.controllers.fixed import Chain, ChainOptions, Eagle3, Eagle3Options, Static, StaticOptions
 from echo_rl.controllers.gates import DepthGate, GateCalibration
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.files import packaged
+from echo_rl.costs.profile import CostProfile
 from echo_rl.env.lane import LaneOptions
 from echo_rl.env.replay import ReplayBackend, ReplayOptions
 from echo_rl.env.trace import Trace
 from echo_rl.errors import ConfigError, RequestError, TraceError
-from echo_rl.profile import CostProfile
 from echo_rl.record import RecordOptions, record
 from echo_rl.workloads.driver import serve
 from tests import tiny

@@ -18,11 +18,11 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from echo_rl.codec import FEATURES, ActionTable
 from echo_rl.contracts import AUTOREGRESSIVE, LoadView, PhaseTimes, Request, RequestOutput, SamplingParams, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.profile import CostProfile
 from echo_rl.env.reward import RewardOptions
 from echo_rl.env.spec_env import SpecEnv, SpecEnvOptions
 from echo_rl.errors import ConfigError
-from echo_rl.profile import CostProfile
 from echo_rl.workloads.arrivals import Phase, Workload, closed, parse
 from tests import tiny
 

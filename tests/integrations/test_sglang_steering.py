@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from echo_rl.contracts import AUTOREGRESSIVE, Request, SamplingParams, SpecPlan
 from echo_rl.controllers import registry
 from echo_rl.controllers.base import BaseController
+from echo_rl.costs.profile import CostProfile
 from echo_rl.integrations.sglang.settings import ALLOWED, CHAINS, PluginConfig, Shape
 from echo_rl.integrations.sglang.steering import Steering
-from echo_rl.profile import CostProfile
 from tests import tiny
 from tests.integrations.sglang_fakes import Clock, load
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from echo_rl.contracts import Forest, LoadView, SpecPlan
 from echo_rl.controllers import registry
 from echo_rl.controllers.picking import per_request_top_k
+from echo_rl.costs.profile import CostProfile
 from echo_rl.integrations.sglang import contract, trees
 from echo_rl.integrations.sglang.settings import PluginConfig, Shape
-from echo_rl.profile import CostProfile
 from echo_rl.runtime.drafter_model import default_taps, draft_to_target, load_drafter
 from echo_rl.utils.archives import shipped_checkpoints
 from scripts.gpu.sglang_stages import MODES, servers, settings

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tyro
 
-from echo_rl.calibration_files import packaged
 from echo_rl.cli.train import Train
 from echo_rl.codec import FEATURES, ActionTable
 from echo_rl.contracts import SpecPlan
@@ -19,14 +18,15 @@ from echo_rl.controllers import make, network
 from echo_rl.controllers.gates import GateCalibration
 from echo_rl.controllers.network import Policy
 from echo_rl.controllers.policy import Ppo, PpoOptions, Steered
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.files import packaged
+from echo_rl.costs.profile import CostProfile
 from echo_rl.env.machines import another
 from echo_rl.env.trace import Trace
 from echo_rl.errors import ConfigError
 from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, agreement, clone, demonstrate
 from echo_rl.learning.learner import LearnerOptions, build
 from echo_rl.learning.play import HeldOut, World, measure, play
-from echo_rl.profile import CostProfile
 from echo_rl.train import Setting, TrainConfig, make_score, train
 
 TABLE = ActionTable()

@@ -11,8 +11,8 @@ import pytest
 from echo_rl.contracts import AUTOREGRESSIVE, Request, SamplingParams, SpecPlan
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.soundness import Limits
+from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, IntegrityError, PlanViolation
-from echo_rl.profile import CostProfile
 from echo_rl.server.core import CoreOptions, EngineCore
 from echo_rl.server.messages import (
     Cancel,

@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args
 from echo_rl.config import from_mapping
 from echo_rl.contracts import Controller
 from echo_rl.controllers import registry
+from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError
-from echo_rl.profile import CostProfile
 
 EXAMPLE = """\
 mode = "adaptive"       # chains of a decided length; "trees": trees of a decided size

@@ -19,9 +19,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from echo_rl.contracts import AUTOREGRESSIVE, Controller, LoadView, PhaseTimes, SpecPlan, StepReport
+from echo_rl.costs.profile import CostProfile
 from echo_rl.integrations.sglang.settings import Shape
 from echo_rl.integrations.sglang.survival import Survival, chain_nodes
-from echo_rl.profile import CostProfile
 
 log = logging.getLogger(__name__)
 

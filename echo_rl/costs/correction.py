@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from echo_rl.contracts import StepReport
-from echo_rl.profile import CostProfile
+from echo_rl.costs.profile import CostProfile
 
 Floats = NDArray[np.float64]
 

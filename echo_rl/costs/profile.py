@@ -13,9 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from echo_rl.calibration_files import own_or_packaged, read_record, write_record
+from echo_rl.costs.files import own_or_packaged, read_record, write_record
+from echo_rl.costs.interpolation import Axis, Surface, check_surface, interpolate, locate, lower_hull
 from echo_rl.errors import ConfigError
-from echo_rl.grid import Axis, Surface, check_surface, interpolate, locate, lower_hull
 
 PROFILE_VERSION = 2
 BREAK_EVEN_ACCEPTANCE = 0.6
@@ -75,7 +75,7 @@ class CostProfile:
     """Standard deviation of log(measured / profile)."""
     provenance: str = ""
     modelled: bool = field(default=False, repr=False)
-    """Worked out from published figures (`echo_rl.roofline`), not measured; `device` and `provenance` say so too. Not
+    """Worked out from published figures (`costs.roofline`), not measured; `device` and `provenance` say so too. Not
     in the repr: ledgers digest that, and what was begun before there was a label goes on."""
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ def own_or_packaged(name: str) -> Path:
 
 def packaged(name: str) -> Path:
     """Path of a calibration file that ships with the package."""
-    return Path(str(files("echo_rl").joinpath("calibrate", "data", name)))
+    return Path(str(files("echo_rl").joinpath("costs", "data", name)))
 
 
 def read_record(path: str | Path, kind: str, version: int) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from echo_rl.costs.interpolation import Axis
+from echo_rl.costs.profile import CostProfile
+from echo_rl.costs.roofline.hardware import HARDWARE, Assumptions
+from echo_rl.costs.roofline.models import MODELS
+from echo_rl.costs.roofline.timing import Dtype, Roofline
 from echo_rl.errors import ConfigError
-from echo_rl.grid import Axis
-from echo_rl.profile import CostProfile
-from echo_rl.roofline.hardware import HARDWARE, Assumptions
-from echo_rl.roofline.models import MODELS
-from echo_rl.roofline.timing import Dtype, Roofline
 
 LARGEST_TREE = 61
 """Rows a request of the largest tree (60 nodes and a root) that the grid reaches at every batch size."""

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError
-from echo_rl.profile import CostProfile
 
 BATCHES, ROWS, CONTEXTS = (1, 4, 16), (1, 2, 4, 8, 16, 24, 32, 64), (100, 1000)
 WIDTHS, DEPTHS = (1, 10), (1, 2, 8)

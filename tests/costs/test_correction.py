@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_rl.codec.paces import Curves
 from echo_rl.contracts import LoadView, PhaseTimes, SpecPlan, StepReport
-from echo_rl.pace import PRIOR, Curve, Pace, hats
+from echo_rl.costs.batched_correction import Curves
+from echo_rl.costs.correction import PRIOR, Curve, Pace, hats
 from tests.profiles import hinge_profile
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_rl.codec.loads import Outcomes
-from echo_rl.costs import CostArrays
-from echo_rl.pace import FORGOTTEN, NOISE, OCTAVES, OUTLIER, PRIOR, RATE, STEP, hats
+from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.correction import FORGOTTEN, NOISE, OCTAVES, OUTLIER, PRIOR, RATE, STEP, hats
+from echo_rl.costs.outcomes import Outcomes
 
 Floats = NDArray[np.float64]
 Lanes = NDArray[np.bool_]

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 import roofline as benchmark
 from echo_rl.cli import main
-from echo_rl.costs import CostArrays
+from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.profile import CostProfile
+from echo_rl.costs.roofline.hardware import HARDWARE, Assumptions
+from echo_rl.costs.roofline.models import MODELS, Experts
+from echo_rl.costs.roofline.surface import ModelledGrid, modelled_profile, roofline
 from echo_rl.errors import ConfigError
-from echo_rl.profile import CostProfile
-from echo_rl.roofline.hardware import HARDWARE, Assumptions
-from echo_rl.roofline.models import MODELS, Experts
-from echo_rl.roofline.surface import ModelledGrid, modelled_profile, roofline
 from tests.recorded import random_trace
 
 DENSE, MOE = roofline("h100", "llama-3.1-8b"), roofline("h100", "qwen3-235b-a22b", 8)

@@ -14,9 +14,9 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
+from echo_rl.costs.roofline.hardware import Assumptions, Hardware
+from echo_rl.costs.roofline.models import FUSED_STATES, Model, Sizes
 from echo_rl.errors import ConfigError
-from echo_rl.roofline.hardware import Assumptions, Hardware
-from echo_rl.roofline.models import FUSED_STATES, Model, Sizes
 
 Dtype = Literal["bfloat16", "fp8"]
 WEIGHT_BYTES: Mapping[str, int] = MappingProxyType({"bfloat16": 2, "fp8": 1})

@@ -1,0 +1,1 @@
+"""What a step costs on one machine: measured profiles, their interpolation and their correction in service."""
