@@ -7,9 +7,9 @@ networks or where steps come from.
 """
 
 from echo_rl.codec.actions import CALIBRATED, ActionTable, Gates, Knobs, gates_asked, planned_gates
+from echo_rl.codec.batched_observations import Tracker, quantiles
 from echo_rl.codec.features import CODEC_VERSION, CONFIDENCE, DEPTHS, FEATURES, GROUPS, visible
-from echo_rl.codec.lane import Lane
-from echo_rl.codec.tracker import Tracker, quantiles
+from echo_rl.codec.observations import Lane
 from echo_rl.costs.outcomes import Loads, Outcomes
 
 __all__ = [
