@@ -23,11 +23,11 @@ from echo_rl.contracts import Forest, SamplingParams, SpecPlan
 from echo_rl.controllers.picking import global_top_k
 from echo_rl.controllers.picking import pack as pack_selection
 from echo_rl.controllers.registry import make
-from echo_rl.runtime.drafter import Drafter
-from echo_rl.runtime.forest import _children, _Expansion, _following, _gate
+from echo_rl.runtime.drafters.eagle3 import Drafter
+from echo_rl.runtime.drafters.growing import _children, _Expansion, _following, _gate
 from echo_rl.runtime.layout import Layout
 from echo_rl.runtime.scheduler import Batch
-from echo_rl.runtime.verify import RowLogits, SuperTree, accept, flatten
+from echo_rl.runtime.verification import RowLogits, SuperTree, accept, flatten
 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh"}
 FREE |= {"_unsafe_view", "_reshape_alias", "_local_scalar_dense", "view", "unbind"}

@@ -169,7 +169,7 @@ def make_controller() -> Callable[..., FakeController]:
 @pytest.fixture(scope="session")
 def model_folder() -> Path:
     """The real SmolLM2 folder. Where it can't be had the test is skipped, except in CI, where that is a failure."""
-    from echo_rl.runtime.weights import fetch_smollm2
+    from echo_rl.runtime.models.weights import fetch_smollm2
 
     try:
         return fetch_smollm2()

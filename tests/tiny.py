@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from echo_rl.config import EngineConfig
-from echo_rl.runtime.drafter_model import DrafterConfig, save_drafter
+from echo_rl.runtime.drafters.folder import DrafterConfig, save_drafter
 from echo_rl.runtime.engine import Engine
 
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 256, 32, 4, 4, 2, 16, 48

@@ -13,10 +13,10 @@ from echo_rl.contracts import AUTOREGRESSIVE, LoadView, PhaseTimes, SpecPlan, St
 from echo_rl.controllers.base import BaseController
 from echo_rl.errors import ConfigError
 from echo_rl.runtime.engine import Engine
-from echo_rl.runtime.ondevice.step import DeviceStep
 from echo_rl.runtime.probe import Probe
 from echo_rl.runtime.scheduler import Batch
-from echo_rl.runtime.step import Clock
+from echo_rl.runtime.step.base import Clock
+from echo_rl.runtime.step.device.step import DeviceStep
 
 RUNS = 4
 """Most runs of a size until one is served as usual: the first compiles, the second captures the graphs."""

@@ -23,7 +23,7 @@ from echo_rl.controllers.gates import GateCalibration
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
 from echo_rl.runtime.engine import Engine
-from echo_rl.runtime.ondevice.step import DeviceStep
+from echo_rl.runtime.step.device.step import DeviceStep
 from echo_rl.workloads.driver import serve
 
 DEPTH, WIDTH, NODES = 8, 10, 60  # ECHO's batch-1 set-up: depth 8, top-k 10, 60 nodes

@@ -24,7 +24,7 @@ class Demo:
 
         from echo_rl.cli import render
         from echo_rl.cli.session import run_and_show
-        from echo_rl.runtime.weights import fetch_smollm2
+        from echo_rl.runtime.models.weights import fetch_smollm2
         from echo_rl.sweep import BenchConfig, Load
 
         console = Console()

@@ -14,10 +14,10 @@ from echo_rl.contracts import Request, SamplingParams
 from echo_rl.controllers import registry
 from echo_rl.drafting.warm_start import TargetParts
 from echo_rl.errors import ConfigError, WeightsError
-from echo_rl.runtime.architecture import read_architecture
-from echo_rl.runtime.checkpoint import read_tensors
 from echo_rl.runtime.device import resolve
 from echo_rl.runtime.engine import Engine
+from echo_rl.runtime.models.architecture import read_architecture
+from echo_rl.runtime.models.checkpoint import read_tensors
 from echo_rl.workloads.driver import serve
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from echo_rl.drafting.model import FEATURE_SCALE, DrafterNet
 from echo_rl.errors import ConfigError
-from echo_rl.runtime.drafter_model import draft_to_target, load_drafter
+from echo_rl.runtime.drafters.folder import draft_to_target, load_drafter
 
 RIDGE = 1e-2
 FREE = ("draft_vocab", "max_positions")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echo_rl.drafting.batches import Batch
-from echo_rl.runtime.drafter_model import DrafterConfig, offsets_of
+from echo_rl.runtime.drafters.folder import DrafterConfig, offsets_of
 
 FEATURE_SCALE = 1 / 16
 """Training sees features times this power of two, so that `fc` is as well conditioned as the other matrices.

@@ -32,7 +32,7 @@ from echo_rl.drafting.model import DrafterNet, Rotary, Unroll
 from echo_rl.drafting.train_config import TrainConfig
 from echo_rl.drafting.warm_start import TargetParts, warm_start
 from echo_rl.errors import ConfigError
-from echo_rl.runtime.drafter_model import DrafterConfig, save_drafter
+from echo_rl.runtime.drafters.folder import DrafterConfig, save_drafter
 from echo_rl.utils.files import replacing
 from echo_rl.utils.result_store import digest
 

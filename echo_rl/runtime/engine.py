@@ -24,16 +24,16 @@ from echo_rl.contracts import (
 from echo_rl.errors import ConfigError, PlanViolation, RequestError
 from echo_rl.runtime.block_manager import BlockManager
 from echo_rl.runtime.device import resolve
-from echo_rl.runtime.drafter import Drafter
-from echo_rl.runtime.eager import EagerStep
-from echo_rl.runtime.ondevice.step import DeviceStep
+from echo_rl.runtime.drafters.eagle3 import Drafter
+from echo_rl.runtime.models.target import Target
+from echo_rl.runtime.models.weights import resolve_drafter, resolve_model
 from echo_rl.runtime.runner import Runner
 from echo_rl.runtime.scheduler import Batch, Scheduler
 from echo_rl.runtime.sequence import Sequence
-from echo_rl.runtime.step import Clock, Served, Step
-from echo_rl.runtime.target import Target
+from echo_rl.runtime.step.base import Clock, Served, Step
+from echo_rl.runtime.step.device.step import DeviceStep
+from echo_rl.runtime.step.eager import EagerStep
 from echo_rl.runtime.tokenizer import TextStream, Tokenizer
-from echo_rl.runtime.weights import resolve_drafter, resolve_model
 
 
 class Engine:

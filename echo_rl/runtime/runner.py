@@ -12,14 +12,14 @@ import torch
 
 from echo_rl.contracts import Forest, Frontier, Selection, SpecPlan
 from echo_rl.errors import ConfigError
-from echo_rl.runtime.drafter import Drafter
-from echo_rl.runtime.forest import grow
+from echo_rl.runtime.drafters.eagle3 import Drafter
+from echo_rl.runtime.drafters.growing import grow
 from echo_rl.runtime.kv_cache import KVCache
 from echo_rl.runtime.layout import Layout
+from echo_rl.runtime.models.target import Target
 from echo_rl.runtime.scheduler import Batch
 from echo_rl.runtime.sequence import Sequence
-from echo_rl.runtime.target import Target
-from echo_rl.runtime.verify import RowLogits, SuperTree, flatten
+from echo_rl.runtime.verification import RowLogits, SuperTree, flatten
 
 ABSORB_REQUESTS = 16
 """Requests far behind whose committed tokens the drafter reads in one pass."""

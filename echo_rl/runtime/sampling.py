@@ -13,7 +13,7 @@ import torch
 
 from echo_kernels import ops_for
 from echo_rl.contracts import SamplingParams, TokenLogprob
-from echo_rl.runtime.ondevice.filtering import outside
+from echo_rl.runtime.filtering import outside
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
 from echo_rl.errors import RequestError, WeightsError
-from echo_rl.runtime.documents import Document, read_document, read_text
+from echo_rl.runtime.models.documents import Document, read_document, read_text
 
 
 class Tokenizer:

@@ -16,8 +16,8 @@ import uvicorn
 
 from echo_rl.config import EngineConfig
 from echo_rl.errors import ConfigError
+from echo_rl.runtime.models.weights import resolve_model
 from echo_rl.runtime.tokenizer import Tokenizer
-from echo_rl.runtime.weights import resolve_model
 from echo_rl.server import logs
 from echo_rl.server.app import create_app
 from echo_rl.server.auth import Keys, is_loopback

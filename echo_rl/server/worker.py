@@ -86,7 +86,7 @@ def logging_as(form: str, factory: Factory, switch: SwitchOptions) -> Served:
 def ways_of(engine: Engine) -> dict[str, int]:
     """Steps that the device served by itself (``device``) and that were left to the host, by cause (``eager:CAUSE``),
     and what became of their bodies (``graphs:replayed``, ...); empty for an engine that serves all on the host."""
-    from echo_rl.runtime.ondevice.step import DeviceStep
+    from echo_rl.runtime.step.device.step import DeviceStep
 
     serving = engine.serving
     if not isinstance(serving, DeviceStep):

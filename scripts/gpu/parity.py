@@ -22,10 +22,10 @@ from echo_rl.calibrate.live import calibration_prompts
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import AUTOREGRESSIVE, LoadView, PhaseTimes, Request, SamplingParams, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.runtime.eager import EagerStep
 from echo_rl.runtime.engine import Engine
-from echo_rl.runtime.ondevice.graphs import Graphs
-from echo_rl.runtime.ondevice.step import DeviceStep
+from echo_rl.runtime.step.device.graphs import Graphs
+from echo_rl.runtime.step.device.step import DeviceStep
+from echo_rl.runtime.step.eager import EagerStep
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.driver import serve
 

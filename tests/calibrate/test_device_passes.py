@@ -11,13 +11,13 @@ from echo_rl.calibrate.cost import Grid, Machine
 from echo_rl.calibrate.device_passes import DevicePasses, Replays, _tree, passes, usual
 from echo_rl.contracts import AUTOREGRESSIVE, Request, SamplingParams, SpecPlan
 from echo_rl.errors import ConfigError
-from echo_rl.runtime.ondevice.graphs import Graphs
-from echo_rl.runtime.ondevice.rule import DevicePlan
 from echo_rl.runtime.probe import Probe
+from echo_rl.runtime.step.device.graphs import Graphs
+from echo_rl.runtime.step.device.rule import DevicePlan
 from tests import tiny
 from tests.runtime.driving import requests
-from tests.runtime.test_device_graphs import with_graphs
-from tests.runtime.test_device_step import Ruled
+from tests.runtime.step.test_device_graphs import with_graphs
+from tests.runtime.step.test_device_step import Ruled
 
 MACHINE = Machine("cpu", "float32", "tiny", 1)
 GRID = Grid(batches=(1, 3), rows=(1, 3, 6, 12), contexts=(16, 40), widths=(1, 3), depths=(1, 3), draft_context=20,

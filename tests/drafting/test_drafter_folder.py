@@ -12,13 +12,7 @@ from torch import Tensor
 
 from echo_rl.drafting.model import DrafterNet
 from echo_rl.errors import DrafterMismatch, WeightsError
-from echo_rl.runtime.drafter_model import (
-    DrafterConfig,
-    draft_to_target,
-    load_drafter,
-    offsets_of,
-    save_drafter,
-)
+from echo_rl.runtime.drafters.folder import DrafterConfig, draft_to_target, load_drafter, offsets_of, save_drafter
 
 CONFIG = DrafterConfig(16, 16, 40, (1, 3, 4), 2, 1, 8, 24, 12, rope_theta=100.0, max_positions=64)
 IDS = torch.tensor([0, 2, 3, 5, 8, 13, 21, 22, 30, 37, 38, 39])

@@ -17,7 +17,7 @@ from echo_rl.drafting.train import STATE_FILE, Run, check, train
 from echo_rl.drafting.train_config import TrainConfig
 from echo_rl.drafting.warm_start import TargetParts
 from echo_rl.errors import ConfigError, WeightsError
-from echo_rl.runtime.drafter_model import load_drafter
+from echo_rl.runtime.drafters.folder import load_drafter
 from echo_rl.utils.result_store import digest
 from tests.drafting.conftest import HEADS
 

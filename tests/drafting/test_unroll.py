@@ -11,7 +11,7 @@ from echo_rl.drafting.features import open_features
 from echo_rl.drafting.model import DrafterNet, Rotary, Unroll
 from echo_rl.drafting.train_config import TrainConfig
 from echo_rl.drafting.warm_start import TargetParts
-from echo_rl.runtime.drafter_model import DrafterConfig
+from echo_rl.runtime.drafters.folder import DrafterConfig
 
 
 class LiteralDrafter:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from echo_rl.errors import WeightsError
-from echo_rl.runtime.drafter_model import load_drafter
+from echo_rl.runtime.drafters.folder import load_drafter
 from tests import tiny
 
 

@@ -23,7 +23,7 @@ from echo_rl.controllers.picking import per_request_top_k
 from echo_rl.costs.profile import CostProfile
 from echo_rl.integrations.sglang import contract, trees
 from echo_rl.integrations.sglang.settings import PluginConfig, Shape
-from echo_rl.runtime.drafter_model import default_taps, draft_to_target, load_drafter
+from echo_rl.runtime.drafters.folder import default_taps, draft_to_target, load_drafter
 from echo_rl.utils.archives import shipped_checkpoints
 from scripts.gpu.sglang_stages import MODES, servers, settings
 from scripts.gpu.steps import Args

@@ -14,8 +14,8 @@ from echo_kernels import ops_for
 from echo_kernels.device_interface import Level
 from echo_kernels.device_ops import DeviceOps
 from echo_rl.contracts import Frontier, SpecPlan
-from echo_rl.runtime.drafter import Drafter
-from echo_rl.runtime.forest import _children, _Expansion, _following, _of_all
+from echo_rl.runtime.drafters.eagle3 import Drafter
+from echo_rl.runtime.drafters.growing import _children, _Expansion, _following, _of_all
 from tests.kernels.device_cases import REFERENCE, TRITON, same
 
 both = pytest.mark.parametrize("ops", [REFERENCE, TRITON], ids=["reference", "triton"])

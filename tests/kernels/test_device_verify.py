@@ -13,7 +13,7 @@ from echo_kernels.device_ops import DeviceOps, device_ops_for
 from echo_kernels.device_reference import draw_rows
 from echo_rl.contracts import SamplingParams, Verdict
 from echo_rl.runtime.sampling import _filtered
-from echo_rl.runtime.verify import RowLogits, SuperTree, accept
+from echo_rl.runtime.verification import RowLogits, SuperTree, accept
 from tests.kernels.device_cases import REFERENCE, TRITON, budget, forest, same
 
 both = pytest.mark.parametrize("ops", [REFERENCE, TRITON], ids=["reference", "triton"])

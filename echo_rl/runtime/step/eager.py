@@ -10,8 +10,8 @@ from echo_rl.contracts import Controller, Forest, Selection, SpecPlan
 from echo_rl.errors import PlanViolation
 from echo_rl.runtime.runner import Runner
 from echo_rl.runtime.scheduler import Batch
-from echo_rl.runtime.step import Clock, Growth, Served
-from echo_rl.runtime.verify import accept
+from echo_rl.runtime.step.base import Clock, Growth, Served
+from echo_rl.runtime.verification import accept
 
 
 class EagerStep:

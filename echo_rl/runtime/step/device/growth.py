@@ -1,6 +1,6 @@
 """Tree growth and selection without the host: a stopped request keeps its rows, which then propose nothing.
 
-The same trees as `echo_rl.runtime.forest.grow` makes and a `FollowsPlan` controller selects from.
+The same trees as `echo_rl.runtime.drafters.growing.grow` makes and a `FollowsPlan` controller selects from.
 Shapes: B requests, F expanded nodes a request, D levels, C the bucket's capacity in nodes.
 """
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from echo_kernels.device_interface import Candidates, Level, TreeRows
 from echo_kernels.device_ops import DeviceOps
-from echo_rl.runtime.drafter import Drafter
+from echo_rl.runtime.drafters.eagle3 import Drafter
 from echo_rl.runtime.kv_cache import KVCache
-from echo_rl.runtime.ondevice.buckets import Bucket
-from echo_rl.runtime.ondevice.inputs import Given, Pairs
+from echo_rl.runtime.step.device.buckets import Bucket
+from echo_rl.runtime.step.device.inputs import Given, Pairs
 
 ABSORB_ROWS = 1024
 """Committed pairs that the drafter reads in one pass."""

@@ -16,11 +16,11 @@ from echo_kernels.device_interface import DrawKeys
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import SamplingParams
 from echo_rl.runtime.layout import Pages
-from echo_rl.runtime.ondevice.buckets import Bucket
-from echo_rl.runtime.ondevice.buffers import Mirror
-from echo_rl.runtime.ondevice.rule import DevicePlan
 from echo_rl.runtime.scheduler import Batch, Chunk
 from echo_rl.runtime.sequence import Sequence
+from echo_rl.runtime.step.device.buckets import Bucket
+from echo_rl.runtime.step.device.buffers import Mirror
+from echo_rl.runtime.step.device.rule import DevicePlan
 
 NEVER = float("inf")
 """A top-p that no sum of probabilities reaches."""

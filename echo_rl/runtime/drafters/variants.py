@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from echo_rl.errors import WeightsError
-from echo_rl.runtime.documents import Document
+from echo_rl.runtime.models.documents import Document
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"

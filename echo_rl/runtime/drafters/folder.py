@@ -3,7 +3,7 @@
 Knows the published EAGLE-3 layout (``config.json`` + ``model.safetensors``) and checks every name and
 shape on the way in and out, because the engines that read this layout skip unknown names silently.
 How other makers write the layout is known to `drafter_variants`. Knows nothing about how the drafter is run
-(`echo_rl.runtime.drafter`) or trained (`echo_rl.drafting`).
+(`echo_rl.runtime.drafters.eagle3`) or trained (`echo_rl.drafting`).
 
 The model, for a token pair at position i:
 
@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from echo_rl.errors import DrafterMismatch, WeightsError
-from echo_rl.runtime.checkpoint import read_tensors
-from echo_rl.runtime.documents import Document, read_document
-from echo_rl.runtime.drafter_variants import WEIGHTS_FILE, canonical, refuse_variants, require_safetensors
+from echo_rl.runtime.drafters.variants import WEIGHTS_FILE, canonical, refuse_variants, require_safetensors
+from echo_rl.runtime.models.checkpoint import read_tensors
+from echo_rl.runtime.models.documents import Document, read_document
 from echo_rl.utils.files import replacing
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"

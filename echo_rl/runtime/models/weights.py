@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from echo_rl.errors import WeightsError
-from echo_rl.runtime.gguf_reader import read_gguf
+from echo_rl.runtime.models.gguf import read_gguf
 from echo_rl.utils.archives import Archive, cache_root, shipped_checkpoints
 
 WHEEL = Archive(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from echo_rl.runtime.ondevice.rule import DevicePlan
+from echo_rl.runtime.step.device.rule import DevicePlan
 
 
 @dataclass(frozen=True)

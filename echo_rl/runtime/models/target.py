@@ -15,10 +15,10 @@ from echo_kernels import ops_for
 from echo_kernels.interface import Implementation
 from echo_kernels.ops import Ops
 from echo_rl.errors import WeightsError
-from echo_rl.runtime.architecture import Architecture, read_architecture, rope_table
-from echo_rl.runtime.checkpoint import TensorReader, read_tensors
 from echo_rl.runtime.kv_cache import AttentionView, KVCache
-from echo_rl.runtime.linear import Linear
+from echo_rl.runtime.models.architecture import Architecture, read_architecture, rope_table
+from echo_rl.runtime.models.checkpoint import TensorReader, read_tensors
+from echo_rl.runtime.models.linear import Linear
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 
 from echo_rl.config import EngineConfig
 from echo_rl.errors import ConfigError, DrafterMismatch, WeightsError
-from echo_rl.runtime import weights
-from echo_rl.runtime.architecture import rope_table
-from echo_rl.runtime.checkpoint import read_tensors
 from echo_rl.runtime.device import resolve
 from echo_rl.runtime.engine import Engine
-from echo_rl.runtime.gguf_reader import read_gguf
 from echo_rl.runtime.kv_cache import KVCache
+from echo_rl.runtime.models import weights
+from echo_rl.runtime.models.architecture import rope_table
+from echo_rl.runtime.models.checkpoint import read_tensors
+from echo_rl.runtime.models.gguf import read_gguf
 from echo_rl.utils.archives import Archive, PackageUnavailable
 from tests import tiny
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from echo_rl.runtime.linear import Linear
+from echo_rl.runtime.models.linear import Linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from echo_rl.errors import WeightsError
-from echo_rl.runtime.documents import Document, read_document
 from echo_rl.runtime.memory import allocating
+from echo_rl.runtime.models.documents import Document, read_document
 
 SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")

@@ -15,7 +15,7 @@ from echo_rl.controllers.gates import GateCalibration
 from echo_rl.controllers.picking import pack, per_request_top_k
 from echo_rl.errors import ConfigError
 from echo_rl.runtime.engine import Engine
-from echo_rl.runtime.ondevice.step import DeviceStep
+from echo_rl.runtime.step.device.step import DeviceStep
 from tests import tiny
 from tests.runtime.driving import requests, run
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from echo_kernels.device_interface import TreeRows, Walk
 from echo_rl.contracts import Selection, Verdict
-from echo_rl.runtime.ondevice.buckets import Bucket
-from echo_rl.runtime.ondevice.growth import Grown
-from echo_rl.runtime.step import Growth, Served
+from echo_rl.runtime.step.base import Growth, Served
+from echo_rl.runtime.step.device.buckets import Bucket
+from echo_rl.runtime.step.device.growth import Grown
 
 
 def joined(*parts: Tensor) -> Tensor:

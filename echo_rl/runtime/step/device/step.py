@@ -18,17 +18,17 @@ from echo_kernels.device_interface import TreeRows
 from echo_kernels.device_ops import DeviceOps, device_ops_for
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller, SpecPlan
-from echo_rl.runtime.ondevice.buckets import Bucket, Buckets
-from echo_rl.runtime.ondevice.buffers import Landing, Stopwatch
-from echo_rl.runtime.ondevice.graphs import Capture, Graphs, capture_for
-from echo_rl.runtime.ondevice.growth import Growth
-from echo_rl.runtime.ondevice.inputs import Inputs, Pairs, Prompts, filters
-from echo_rl.runtime.ondevice.results import Sizes, growth_size, of_growth, of_step, read, step_size
-from echo_rl.runtime.ondevice.rule import DevicePlan, device_plan
-from echo_rl.runtime.ondevice.verification import Verification, single_rows
 from echo_rl.runtime.runner import Runner
 from echo_rl.runtime.scheduler import Batch
-from echo_rl.runtime.step import Clock, Served, Step
+from echo_rl.runtime.step.base import Clock, Served, Step
+from echo_rl.runtime.step.device.buckets import Bucket, Buckets
+from echo_rl.runtime.step.device.buffers import Landing, Stopwatch
+from echo_rl.runtime.step.device.graphs import Capture, Graphs, capture_for
+from echo_rl.runtime.step.device.growth import Growth
+from echo_rl.runtime.step.device.inputs import Inputs, Pairs, Prompts, filters
+from echo_rl.runtime.step.device.results import Sizes, growth_size, of_growth, of_step, read, step_size
+from echo_rl.runtime.step.device.rule import DevicePlan, device_plan
+from echo_rl.runtime.step.device.verification import Verification, single_rows
 
 
 @dataclass

@@ -22,12 +22,12 @@ from echo_kernels.device_ops import DTYPES, DeviceOps
 from echo_kernels.ops import Ops
 from echo_rl.config import EngineConfig
 from echo_rl.runtime import kv_cache
-from echo_rl.runtime.ondevice import inputs
-from echo_rl.runtime.ondevice import step as step_module
-from echo_rl.runtime.ondevice.buckets import Bucket
-from echo_rl.runtime.ondevice.growth import Growth
-from echo_rl.runtime.ondevice.inputs import Drawing, DrawKeys, Pairs, Prompts
-from echo_rl.runtime.ondevice.verification import Verification
+from echo_rl.runtime.step.device import inputs
+from echo_rl.runtime.step.device import step as step_module
+from echo_rl.runtime.step.device.buckets import Bucket
+from echo_rl.runtime.step.device.growth import Growth
+from echo_rl.runtime.step.device.inputs import Drawing, DrawKeys, Pairs, Prompts
+from echo_rl.runtime.step.device.verification import Verification
 from tests import tiny
 
 DEVICE = torch.device("meta")

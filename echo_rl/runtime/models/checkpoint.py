@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from echo_rl.errors import WeightsError
-from echo_rl.runtime.documents import read_document
+from echo_rl.runtime.models.documents import read_document
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import AUTOREGRESSIVE, SpecPlan
-from echo_rl.runtime.ondevice.buckets import Buckets, ladder
-from echo_rl.runtime.ondevice.graphs import Graphs, capture_for
-from echo_rl.runtime.ondevice.rule import DevicePlan
-from echo_rl.runtime.ondevice.step import DeviceStep
+from echo_rl.runtime.step.device.buckets import Buckets, ladder
+from echo_rl.runtime.step.device.graphs import Graphs, capture_for
+from echo_rl.runtime.step.device.rule import DevicePlan
+from echo_rl.runtime.step.device.step import DeviceStep
 from tests import tiny
 from tests.runtime.driving import requests, run
-from tests.runtime.test_device_step import Ruled, assert_equal_reports, both
+from tests.runtime.step.test_device_step import Ruled, assert_equal_reports, both
 
 
 class FakeGraph:

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from echo_rl.errors import WeightsError
-from echo_rl.runtime.architecture import SUPPORTED, rope_table
 from echo_rl.runtime.block_manager import BlockManager
 from echo_rl.runtime.kv_cache import KVCache
 from echo_rl.runtime.layout import Layout, spread
+from echo_rl.runtime.models.architecture import SUPPORTED, rope_table
+from echo_rl.runtime.models.target import Target
 from echo_rl.runtime.sequence import Sequence
-from echo_rl.runtime.target import Target
 from tests import tiny
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from echo_rl.contracts import AUTOREGRESSIVE, Forest, LoadView, Request, SamplingParams, SpecPlan
 from echo_rl.controllers.base import BaseController
-from echo_rl.runtime.architecture import rope_table
 from echo_rl.runtime.engine import Engine
+from echo_rl.runtime.models.architecture import rope_table
 from echo_rl.runtime.runner import FAR_BEHIND
 from tests import tiny
 

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from echo_rl.contracts import NO_GATE, Forest, Frontier, SpecPlan
-from echo_rl.runtime.drafter import Drafter
+from echo_rl.runtime.drafters.eagle3 import Drafter
 from echo_rl.runtime.kv_cache import KVCache
 from echo_rl.runtime.layout import Layout
 

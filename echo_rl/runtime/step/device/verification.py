@@ -1,6 +1,6 @@
 """Verification without the host: the target's pass over the super-tree, every row's token, the walk, the moves.
 
-The same decisions as `echo_rl.runtime.verify.accept` makes and `Runner.keep` carries out. Shapes: B
+The same decisions as `echo_rl.runtime.verification.accept` makes and `Runner.keep` carries out. Shapes: B
 requests, N tree rows, T prompt rows of P requests, D levels.
 """
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from echo_kernels.device_interface import TreeRows, Walk
 from echo_kernels.device_ops import DeviceOps
+from echo_rl.runtime.filtering import outside
 from echo_rl.runtime.kv_cache import AttentionView, KVCache
 from echo_rl.runtime.layout import Pages
-from echo_rl.runtime.ondevice.buckets import Bucket
-from echo_rl.runtime.ondevice.filtering import outside
-from echo_rl.runtime.ondevice.inputs import Drawing, Given, Prompts
-from echo_rl.runtime.target import Target
+from echo_rl.runtime.models.target import Target
+from echo_rl.runtime.step.device.buckets import Bucket
+from echo_rl.runtime.step.device.inputs import Drawing, Given, Prompts
 
 
 class Verification:

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from echo_rl.runtime.architecture import rope_table
-from echo_rl.runtime.drafter_model import DrafterConfig, draft_to_target, load_drafter
+from echo_rl.runtime.drafters.folder import DrafterConfig, draft_to_target, load_drafter
 from echo_rl.runtime.kv_cache import AttentionView, KVCache
-from echo_rl.runtime.linear import Linear
-from echo_rl.runtime.target import Target
+from echo_rl.runtime.models.architecture import rope_table
+from echo_rl.runtime.models.linear import Linear
+from echo_rl.runtime.models.target import Target
 
 
 class Drafter:

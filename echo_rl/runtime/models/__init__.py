@@ -1,0 +1,1 @@
+"""Target models and the formats that their folders come in."""
