@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from ceiling_ranker import accepted_nodes, ranked
 from common import CONSOLE, RESULTS, Ledger, Place, main
 from echo_rl.codec.actions import ActionTable
-from echo_rl.controllers.gates import GateCalibration
+from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.costs.batched import CostArrays
 from echo_rl.costs.profile import CostProfile
 from echo_rl.env.trace import Trace, fingerprint

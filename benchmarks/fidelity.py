@@ -25,7 +25,7 @@ from echo_rl.config import EngineConfig
 from echo_rl.contracts import Backend, Request
 from echo_rl.controllers import registry
 from echo_rl.controllers.arm import Arm
-from echo_rl.controllers.gates import GateCalibration
+from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.costs.batched import SCALARS, CostArrays
 from echo_rl.costs.interpolation import monotone
 from echo_rl.costs.profile import CostProfile

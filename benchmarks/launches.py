@@ -20,9 +20,9 @@ from echo_kernels import triton as fused
 from echo_kernels.device_interface import Candidates, DrawKeys
 from echo_kernels.triton import gate_topk, pack, verify
 from echo_rl.contracts import Forest, SamplingParams, SpecPlan
-from echo_rl.controllers.picking import global_top_k
-from echo_rl.controllers.picking import pack as pack_selection
 from echo_rl.controllers.registry import make
+from echo_rl.controllers.selection import global_top_k
+from echo_rl.controllers.selection import pack as pack_selection
 from echo_rl.runtime.drafters.eagle3 import Drafter
 from echo_rl.runtime.drafters.growing import _children, _Expansion, _following, _gate
 from echo_rl.runtime.layout import Layout

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from common import CONSOLE, Ledger, Place, main
 from echo_rl.contracts import Controller, LoadView, Request, SpecPlan
 from echo_rl.controllers import registry
-from echo_rl.controllers.policy import Steered
+from echo_rl.controllers.policy.ppo import Steered
 from echo_rl.costs.batched import CostArrays
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile

@@ -18,7 +18,7 @@ from echo_rl.errors import ConfigError
 if TYPE_CHECKING:
     from echo_rl.codec import ActionTable
     from echo_rl.config import EngineConfig
-    from echo_rl.controllers.gates import GateCalibration
+    from echo_rl.controllers.echo.gates import GateCalibration
     from echo_rl.costs.profile import CostProfile
     from echo_rl.env.reward import Form, RewardOptions
     from echo_rl.env.spec_env import SpecEnv, SpecEnvOptions
@@ -54,8 +54,8 @@ def make_replay(
     this machine's calibration (the packaged one where there is none). `workloads`: see
     `workload.parse`. Raises `ConfigError` and `TraceError`.
     """
-    from echo_rl.controllers.gates import GateCalibration
-    from echo_rl.controllers.policy import Steered
+    from echo_rl.controllers.echo.gates import GateCalibration
+    from echo_rl.controllers.policy.ppo import Steered
     from echo_rl.costs.batched import CostArrays
     from echo_rl.costs.profile import CostProfile
     from echo_rl.env.replay import ReplayBackend, ReplayOptions
@@ -93,8 +93,8 @@ def make_live(
     """
     from echo_rl.config import EngineConfig
     from echo_rl.contracts import SamplingParams, SpecPlan
-    from echo_rl.controllers.gates import GateCalibration
-    from echo_rl.controllers.policy import Steered
+    from echo_rl.controllers.echo.gates import GateCalibration
+    from echo_rl.controllers.policy.ppo import Steered
     from echo_rl.costs.batched import CostArrays
     from echo_rl.costs.profile import CostProfile
     from echo_rl.env.spec_env import SpecEnv

@@ -20,7 +20,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 
 from echo_rl.contracts import Backend, Forest, LoadView, Request, Selection, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.picking import pack
+from echo_rl.controllers.selection import pack
 from echo_rl.env.levels import Level, beams
 from echo_rl.env.trace import Response, Trace
 from echo_rl.errors import ConfigError

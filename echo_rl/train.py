@@ -18,10 +18,10 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 
 from echo_rl.codec import ActionTable, Gates, visible
-from echo_rl.controllers.echo import Echo, EchoOptions
-from echo_rl.controllers.gates import GateCalibration
-from echo_rl.controllers.network import Policy, bound
-from echo_rl.controllers.policy import Ppo, PpoOptions
+from echo_rl.controllers.echo.echo import Echo, EchoOptions
+from echo_rl.controllers.echo.gates import GateCalibration
+from echo_rl.controllers.policy.network import Policy, bound
+from echo_rl.controllers.policy.ppo import Ppo, PpoOptions
 from echo_rl.costs.batched import CostArrays
 from echo_rl.costs.profile import CostProfile
 from echo_rl.env.machines import another

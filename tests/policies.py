@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from echo_rl.codec import FEATURES, ActionTable
-from echo_rl.controllers.network import Layer, Policy
+from echo_rl.controllers.policy.network import Layer, Policy
 
 SIZES = ActionTable().sizes
 

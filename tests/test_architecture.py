@@ -33,7 +33,7 @@ ROOMS = (
 )
 """Lowest first; rooms of one line may import each other."""
 MOVING = {
-    **dict.fromkeys(("wrapping", "stopwatch"), "controllers"),
+    "wrapping": "utils",
     **dict.fromkeys(("record",), "experiments"),
     **dict.fromkeys(("train",), "learning"),
     **dict.fromkeys(("sweep", "results", "bench", "plots", "environments", "ab", "evaluate", "ranking"), "experiments"),
@@ -44,16 +44,9 @@ RANK |= {name: RANK[room] for name, room in MOVING.items()}
 SEPARATE = {"runtime", "env", "controllers"}
 TORCH_FREE = (
     *("contracts", "errors", "config", "utils.archives", "utils.files", "utils.ledger", "utils.statistics"),
-    *("utils.result_store", "costs.batched", "costs.correction", "costs.profile", "costs.files", "codec", "wrapping"),
-    *(
-        "workloads.driver",
-        "workloads.metrics",
-        "workloads.records",
-        "workloads.datasets",
-        "sweep",
-        "results",
-        "load.run",
-    ),
+    *("utils.result_store", "costs.batched", "costs.correction", "costs.profile", "costs.files", "codec"),
+    *("workloads.driver", "workloads.metrics", "workloads.records", "workloads.datasets"),
+    *("wrapping", "sweep", "results", "load.run"),
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from echo_rl.controllers.gates import GateCalibration, Rate
+from echo_rl.controllers.echo.gates import GateCalibration, Rate
 from echo_rl.costs.profile import CostProfile
 from echo_rl.utils.plotting import COLOURS, MARKERS, STYLE
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from echo_rl.calibrate.cost import isotonic
 from echo_rl.contracts import Forest
-from echo_rl.controllers.gates import DepthGate, GateCalibration, Rate
+from echo_rl.controllers.echo.gates import DepthGate, GateCalibration, Rate
 from echo_rl.errors import ConfigError
 
 Floats = NDArray[np.float64]

@@ -19,7 +19,7 @@ from echo_rl.calibrate.gates import GateObservation, GateOptions, best_paths, ca
 from echo_rl.calibrate.in_situ import correct, observe_steps
 from echo_rl.contracts import Forest, LoadView, Request, SamplingParams, Selection, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.gates import GateCalibration
+from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
 from echo_rl.runtime.engine import Engine

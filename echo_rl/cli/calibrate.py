@@ -20,7 +20,7 @@ from echo_rl.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from echo_rl.controllers.gates import GateCalibration
+    from echo_rl.controllers.echo.gates import GateCalibration
     from echo_rl.costs.profile import CostProfile
 
 OUT = calibrated("")

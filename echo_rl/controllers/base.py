@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from echo_rl.contracts import AUTOREGRESSIVE, Forest, Frontier, LoadView, Selection, SpecPlan, StepReport
-from echo_rl.controllers.picking import likeliest, passing
+from echo_rl.controllers.selection import likeliest, passing
 
 
 class BaseController(ABC):

@@ -19,7 +19,7 @@ from torch import Tensor
 from echo_rl.contracts import AUTOREGRESSIVE, Controller, Forest, Frontier, LoadView, Selection, SpecPlan, StepReport
 from echo_rl.controllers.aside import Aside
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.policy import Ppo
+from echo_rl.controllers.policy.ppo import Ppo
 from echo_rl.controllers.soundness import Limits, Unsound, check_mask, check_plan, check_selection, cut
 from echo_rl.controllers.standby import MOST_REPORTS, show
 

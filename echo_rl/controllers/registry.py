@@ -10,8 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 from echo_rl.contracts import Controller
-from echo_rl.controllers.bandit import Bandit, BanditOptions
-from echo_rl.controllers.batch_level import (
+from echo_rl.controllers.baselines.bandit import Bandit, BanditOptions
+from echo_rl.controllers.baselines.batch_level import (
     DSpark,
     DSparkOptions,
     SglangAdaptive,
@@ -19,15 +19,8 @@ from echo_rl.controllers.batch_level import (
     Tetris,
     TetrisOptions,
 )
-from echo_rl.controllers.cost_aware import (
-    Cast,
-    CastOptions,
-    Evict,
-    EvictOptions,
-    Smart,
-    SmartOptions,
-)
-from echo_rl.controllers.dynamic import (
+from echo_rl.controllers.baselines.cost_aware import Cast, CastOptions, Evict, EvictOptions, Smart, SmartOptions
+from echo_rl.controllers.baselines.dynamic import (
     Ddd,
     DddOptions,
     Eagle2,
@@ -37,8 +30,7 @@ from echo_rl.controllers.dynamic import (
     Talon,
     TalonOptions,
 )
-from echo_rl.controllers.echo import Echo, EchoDense, EchoFixed, EchoFixedOptions, EchoOptions, EchoUnscheduled
-from echo_rl.controllers.fixed import (
+from echo_rl.controllers.baselines.fixed import (
     Chain,
     ChainOptions,
     Eagle3,
@@ -50,10 +42,11 @@ from echo_rl.controllers.fixed import (
     Static,
     StaticOptions,
 )
-from echo_rl.controllers.goodput import AdaSpec, AdaSpecOptions, TurboSpec, TurboSpecOptions
-from echo_rl.controllers.oracle import Oracle, OracleOptions
-from echo_rl.controllers.policy import Ppo, PpoOptions
-from echo_rl.controllers.sequoia import Sequoia, SequoiaOptions
+from echo_rl.controllers.baselines.goodput import AdaSpec, AdaSpecOptions, TurboSpec, TurboSpecOptions
+from echo_rl.controllers.baselines.oracle import Oracle, OracleOptions
+from echo_rl.controllers.baselines.sequoia import Sequoia, SequoiaOptions
+from echo_rl.controllers.echo.echo import Echo, EchoDense, EchoFixed, EchoFixedOptions, EchoOptions, EchoUnscheduled
+from echo_rl.controllers.policy.ppo import Ppo, PpoOptions
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, UnknownController
 

@@ -14,7 +14,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from echo_rl.controllers.network import Policy
+from echo_rl.controllers.policy.network import Policy
 from echo_rl.errors import PolicyError
 
 if TYPE_CHECKING:

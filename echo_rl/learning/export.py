@@ -11,7 +11,7 @@ import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from echo_rl.codec import ActionTable, visible
-from echo_rl.controllers.network import Activation, Layer, Policy
+from echo_rl.controllers.policy.network import Activation, Layer, Policy
 
 ACTIVATIONS: dict[Activation, type[torch.nn.Module]] = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}
 

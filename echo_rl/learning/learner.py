@@ -21,7 +21,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 
-from echo_rl.controllers.network import Activation, Policy
+from echo_rl.controllers.policy.network import Activation, Policy
 from echo_rl.errors import ConfigError
 from echo_rl.learning.callbacks import Bar, Keeper, Schedules, Telemetry
 from echo_rl.learning.export import ACTIVATIONS

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from echo_rl.contracts import Controller, LoadView, SpecPlan, StepReport
-from echo_rl.controllers.network import Policy
+from echo_rl.controllers.policy.network import Policy
 from echo_rl.costs.batched import CostArrays
 from echo_rl.env.replay import ReplayBackend, ReplayOptions
 from echo_rl.env.server import ServedStep, Server

@@ -13,7 +13,7 @@ from typing import Any
 
 from echo_rl.controllers import registry
 from echo_rl.controllers.arm import Arm
-from echo_rl.controllers.network import read_manifest
+from echo_rl.controllers.policy.network import read_manifest
 from echo_rl.errors import ConfigError, PolicyError
 
 SPECS = ("controller", "previous", "control", "treatment")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from echo_rl.contracts import Controller, Forest, Frontier, LoadView, PhaseTimes, SpecPlan, StepReport
-from echo_rl.controllers.policy import Ppo
+from echo_rl.controllers.policy.ppo import Ppo
 from echo_rl.controllers.soundness import Limits, check_mask, check_plan, check_selection, cut
 from echo_rl.errors import ConfigError
 

@@ -18,7 +18,7 @@ from echo_rl.calibrate.gates import (
     wilson,
 )
 from echo_rl.contracts import Forest
-from echo_rl.controllers.gates import GateCalibration
+from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.errors import ConfigError
 
 

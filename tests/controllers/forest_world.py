@@ -13,8 +13,8 @@ import torch
 
 from echo_rl.contracts import NO_GATE, Controller, Forest, LoadView, PhaseTimes, StepReport
 from echo_rl.costs.profile import CostProfile
+from tests.controllers.baselines.test_dynamic import serve
 from tests.controllers.conftest import load_of
-from tests.controllers.test_dynamic import serve
 
 
 @dataclass

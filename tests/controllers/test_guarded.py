@@ -27,14 +27,14 @@ from echo_rl.contracts import (
 from echo_rl.controllers import make
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.guarded import EVERYTHING, MOST_FAULTS, PATIENCE, Guarded, kept_aside
-from echo_rl.controllers.network import Policy
-from echo_rl.controllers.picking import global_top_k, pack
-from echo_rl.controllers.policy import Ppo, PpoOptions
+from echo_rl.controllers.policy.network import Policy
+from echo_rl.controllers.policy.ppo import Ppo, PpoOptions
+from echo_rl.controllers.selection import global_top_k, pack
 from echo_rl.controllers.soundness import Limits, Unsound, check_plan, check_selection, cut
 from echo_rl.controllers.standby import MOST_REPORTS, Standby
 from tests import tiny
 from tests.controllers.conftest import forest_of, load_of
-from tests.controllers.test_policy import random_policy
+from tests.controllers.policy.test_policy import random_policy
 from tests.controllers.test_selection import forests
 
 NAN = float("nan")

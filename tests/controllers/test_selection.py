@@ -11,17 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_rl.contracts import NO_GATE, Forest, Frontier, Selection
-from echo_rl.controllers import picking
-from echo_rl.controllers.fixed import Static, StaticOptions, child_ranks, path_ids
-from echo_rl.controllers.picking import (
-    even_split,
-    global_top_k,
-    likeliest,
-    pack,
-    passing,
-    per_request_top_k,
-    scaled,
-)
+from echo_rl.controllers import selection
+from echo_rl.controllers.baselines.fixed import Static, StaticOptions, child_ranks, path_ids
+from echo_rl.controllers.selection import even_split, global_top_k, likeliest, pack, passing, per_request_top_k, scaled
 
 LEVELS = (0.0, -0.25, -0.5, -1.0, -3.0, float("nan"), NO_GATE)  # few values, so that ties are common
 
@@ -166,7 +158,7 @@ def test_the_quick_pick_is_the_specified_one(forest, k, limit, powers, floor, fe
     powers = None if powers is None else np.array(powers, dtype=np.float32)
     mask = global_top_k(scaled(forest, powers, floor), k, limit)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(picking, "FEW", few)
+        patch.setattr(selection, "FEW", few)
         picked = likeliest(forest, k, limit, powers, floor)
     check_packed(forest, mask, picked)
     for field, wanted in vars(pack(forest, mask)).items():
@@ -177,14 +169,14 @@ def test_the_quick_pick_is_the_specified_one(forest, k, limit, powers, floor, fe
     chances=st.lists(st.sampled_from(CHANCES), min_size=1, max_size=6),
     alive=st.booleans(),
     gate=st.sampled_from((0.0, *CHANCES[2:])),
-    few=st.sampled_from((0, picking.FEW)),
+    few=st.sampled_from((0, selection.FEW)),
 )
 def test_requests_pass_a_gate_by_their_best_path(chances, alive, gate, few):
     scores = torch.tensor([chances, [1.0 if alive else 0.0] * len(chances)]).log()
     frontier = Frontier(1, scores, torch.tensor([True, alive]))
     best = scores.amax(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(picking, "FEW", few)
+        patch.setattr(selection, "FEW", few)
         passed = passing(frontier, gate)
     least = math.log(gate) if gate > 0.0 else NO_GATE
     assert (passed & frontier.alive).tolist() == (frontier.alive & (best >= least)).tolist()

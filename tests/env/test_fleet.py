@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from echo_rl.codec import CALIBRATED, DEPTHS, ActionTable, Knobs, Lane, Tracker, planned_gates
 from echo_rl.contracts import NO_GATE, Forest, Frontier, SpecPlan
-from echo_rl.controllers.echo import CalibratedSelection
-from echo_rl.controllers.gates import GateCalibration
-from echo_rl.controllers.picking import global_top_k
+from echo_rl.controllers.echo.echo import CalibratedSelection
+from echo_rl.controllers.echo.gates import GateCalibration
+from echo_rl.controllers.selection import global_top_k
 from echo_rl.costs.batched import CostArrays
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile

@@ -9,9 +9,9 @@ import torch
 
 from echo_rl.contracts import Request, SamplingParams, SpecPlan
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.echo import EchoOptions, EchoUnscheduled
-from echo_rl.controllers.fixed import Chain, ChainOptions, Eagle3, Eagle3Options, Static, StaticOptions
-from echo_rl.controllers.gates import DepthGate, GateCalibration
+from echo_rl.controllers.baselines.fixed import Chain, ChainOptions, Eagle3, Eagle3Options, Static, StaticOptions
+from echo_rl.controllers.echo.echo import EchoOptions, EchoUnscheduled
+from echo_rl.controllers.echo.gates import DepthGate, GateCalibration
 from echo_rl.costs.batched import CostArrays
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from echo_rl.contracts import Forest, LoadView, SpecPlan
 from echo_rl.controllers import registry
-from echo_rl.controllers.picking import per_request_top_k
+from echo_rl.controllers.selection import per_request_top_k
 from echo_rl.costs.profile import CostProfile
 from echo_rl.integrations.sglang import contract, trees
 from echo_rl.integrations.sglang.settings import PluginConfig, Shape

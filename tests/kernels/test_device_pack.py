@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from echo_kernels.device_interface import Candidates, TreeRows
 from echo_kernels.device_ops import DeviceOps
 from echo_rl.contracts import Forest, Selection
-from echo_rl.controllers.picking import global_top_k, pack
+from echo_rl.controllers.selection import global_top_k, pack
 from tests.kernels.device_cases import REFERENCE, TRITON, budget, closed, forest, same, with_holes
 
 both = pytest.mark.parametrize("ops", [REFERENCE, TRITON], ids=["reference", "triton"])

@@ -10,7 +10,7 @@ import pytest
 from stable_baselines3.common.vec_env import VecEnv
 
 from echo_rl.codec import FEATURES, ActionTable
-from echo_rl.controllers.network import Policy
+from echo_rl.controllers.policy.network import Policy
 
 FIRST, TARGETS = 6, 8
 """The target is shown one-hot in these features (the acceptances)."""

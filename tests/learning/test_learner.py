@@ -13,7 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from echo_rl.codec import FEATURES, GROUPS, ActionTable
-from echo_rl.controllers.network import Policy
+from echo_rl.controllers.policy.network import Policy
 from echo_rl.errors import ConfigError, PolicyError
 from echo_rl.learning.export import export_policy
 from echo_rl.learning.learner import STATE_FILE, LearnerOptions, build, fit, torch_threads

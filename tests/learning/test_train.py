@@ -14,10 +14,11 @@ import tyro
 from echo_rl.cli.train import Train
 from echo_rl.codec import FEATURES, ActionTable
 from echo_rl.contracts import SpecPlan
-from echo_rl.controllers import make, network
-from echo_rl.controllers.gates import GateCalibration
-from echo_rl.controllers.network import Policy
-from echo_rl.controllers.policy import Ppo, PpoOptions, Steered
+from echo_rl.controllers import make
+from echo_rl.controllers.echo.gates import GateCalibration
+from echo_rl.controllers.policy import network
+from echo_rl.controllers.policy.network import Policy
+from echo_rl.controllers.policy.ppo import Ppo, PpoOptions, Steered
 from echo_rl.costs.batched import CostArrays
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile

@@ -11,7 +11,7 @@ import torch
 
 from echo_rl.contracts import AUTOREGRESSIVE, Forest, Frontier, LoadView, Request, SamplingParams, Selection, SpecPlan
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.picking import pack
+from echo_rl.controllers.selection import pack
 from echo_rl.errors import ConfigError, PlanViolation, RequestError
 from echo_rl.runtime.engine import Engine
 from tests import tiny

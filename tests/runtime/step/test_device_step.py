@@ -10,9 +10,9 @@ import torch
 
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import AUTOREGRESSIVE, LoadView, PhaseTimes, Request, SamplingParams, SpecPlan
-from echo_rl.controllers.echo import CalibratedSelection
-from echo_rl.controllers.gates import GateCalibration
-from echo_rl.controllers.picking import pack, per_request_top_k
+from echo_rl.controllers.echo.echo import CalibratedSelection
+from echo_rl.controllers.echo.gates import GateCalibration
+from echo_rl.controllers.selection import pack, per_request_top_k
 from echo_rl.errors import ConfigError
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.step.device.step import DeviceStep

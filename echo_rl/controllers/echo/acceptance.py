@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echo_rl.contracts import StepReport
-from echo_rl.controllers.shapes import MAX_DEPTH, REFERENCE_HIT, pooled_yield, separate_yield
+from echo_rl.controllers.tree_shapes import MAX_DEPTH, REFERENCE_HIT, pooled_yield, separate_yield
 
 Floats = NDArray[np.float64]
 

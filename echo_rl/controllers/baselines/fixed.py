@@ -11,8 +11,8 @@ from torch import Tensor
 
 from echo_rl.contracts import AUTOREGRESSIVE, Forest, LoadView, Selection, SpecPlan
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.picking import pack, per_request_top_k
-from echo_rl.controllers.shapes import likeliest_tree
+from echo_rl.controllers.selection import pack, per_request_top_k
+from echo_rl.controllers.tree_shapes import likeliest_tree
 from echo_rl.errors import ConfigError
 
 Path = tuple[int, ...]

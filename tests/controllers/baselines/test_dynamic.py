@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import NO_GATE, Controller, Forest, Frontier, LoadView, Selection, SpecPlan
-from echo_rl.controllers.dynamic import (
+from echo_rl.controllers.baselines.dynamic import (
     Ddd,
     DddOptions,
     Eagle2,

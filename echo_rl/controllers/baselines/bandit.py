@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, get_args
 
 from echo_rl.contracts import AUTOREGRESSIVE, LoadView, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.dynamic import Values
+from echo_rl.controllers.baselines.dynamic import Values
 from echo_rl.errors import ConfigError
 
 Arm = tuple[float, int, int]

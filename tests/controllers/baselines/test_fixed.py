@@ -7,7 +7,7 @@ import torch
 
 from echo_rl.contracts import AUTOREGRESSIVE, Frontier, SpecPlan
 from echo_rl.controllers import make
-from echo_rl.controllers.fixed import EAGLE1_TREE, Static, StaticOptions
+from echo_rl.controllers.baselines.fixed import EAGLE1_TREE, Static, StaticOptions
 from echo_rl.errors import ConfigError
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from echo_rl.contracts import AUTOREGRESSIVE, Frontier, LoadView, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.dynamic import Values, every_level, probabilities
-from echo_rl.controllers.efficiency import (
+from echo_rl.controllers.baselines.dynamic import Values, every_level, probabilities
+from echo_rl.controllers.baselines.efficiency import (
     MOST_LEVELS,
     Acceptance,
     CostedOptions,

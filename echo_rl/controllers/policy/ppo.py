@@ -14,10 +14,10 @@ import numpy as np
 
 from echo_rl.codec import Lane
 from echo_rl.contracts import AUTOREGRESSIVE, LoadView, SpecPlan, StepReport
-from echo_rl.controllers.clock import PlainLooks
-from echo_rl.controllers.echo import CalibratedSelection, Echo, EchoOptions
-from echo_rl.controllers.gates import GateCalibration
-from echo_rl.controllers.network import Policy
+from echo_rl.controllers.echo.echo import CalibratedSelection, Echo, EchoOptions
+from echo_rl.controllers.echo.gates import GateCalibration
+from echo_rl.controllers.policy.network import Policy
+from echo_rl.controllers.probing import PlainLooks
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError
 from echo_rl.utils.archives import shipped_checkpoints

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from echo_rl.contracts import NO_GATE, Forest, Frontier, LoadView, Selection, SpecPlan
-from echo_rl.controllers.fixed import Eagle3, Eagle3Options
-from echo_rl.controllers.picking import MISSING, pack, per_request_top_k
+from echo_rl.controllers.baselines.fixed import Eagle3, Eagle3Options
+from echo_rl.controllers.selection import MISSING, pack, per_request_top_k
 from echo_rl.errors import ConfigError
 
 Gates = tuple[tuple[int, float], ...]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_rl.contracts import AUTOREGRESSIVE, PhaseTimes, SpecPlan, StepReport
-from echo_rl.controllers.batch_level import (
+from echo_rl.controllers.baselines.batch_level import (
     DSpark,
     DSparkOptions,
     SglangAdaptive,
@@ -18,9 +18,9 @@ from echo_rl.controllers.batch_level import (
     TetrisOptions,
 )
 from echo_rl.errors import ConfigError
+from tests.controllers.baselines.test_dynamic import check_step
 from tests.controllers.conftest import load_of
 from tests.controllers.forest_world import ForestWorld, check_values, cut
-from tests.controllers.test_dynamic import check_step
 from tests.controllers.test_selection import forests
 from tests.profiles import hinge_profile
 

@@ -9,7 +9,7 @@ import torch
 
 from echo_rl.contracts import Frontier, SpecPlan
 from echo_rl.controllers import make
-from echo_rl.controllers.gates import DepthGate, GateCalibration
+from echo_rl.controllers.echo.gates import DepthGate, GateCalibration
 
 GATES = GateCalibration((DepthGate(0, 0.2), DepthGate(1, 0.25), DepthGate(2, 0.35), DepthGate(4, 0.4)), (0, 2))
 FAMILY = ("echo", "echo_dense", "echo_fixed", "echo_unscheduled")

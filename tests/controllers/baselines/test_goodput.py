@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_rl.contracts import AUTOREGRESSIVE, PhaseTimes, SpecPlan, StepReport
-from echo_rl.controllers.efficiency import CostedOptions, StepClock, Switch, YieldCurve, running_sum
-from echo_rl.controllers.goodput import AdaSpec, AdaSpecOptions, TurboSpec, TurboSpecOptions
-from echo_rl.controllers.shapes import REFERENCE_HIT
+from echo_rl.controllers.baselines.efficiency import CostedOptions, StepClock, Switch, YieldCurve, running_sum
+from echo_rl.controllers.baselines.goodput import AdaSpec, AdaSpecOptions, TurboSpec, TurboSpecOptions
+from echo_rl.controllers.tree_shapes import REFERENCE_HIT
 from echo_rl.errors import ConfigError
+from tests.controllers.baselines.test_dynamic import check_step, level
 from tests.controllers.conftest import load_of
 from tests.controllers.forest_world import ForestWorld, check_values, cut
-from tests.controllers.test_dynamic import check_step, level
 from tests.controllers.test_selection import forests
 from tests.profiles import hinge_profile
 

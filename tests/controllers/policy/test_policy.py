@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from echo_rl.codec import CALIBRATED, CODEC_VERSION, FEATURES, ActionTable
 from echo_rl.contracts import AUTOREGRESSIVE, LoadView, PhaseTimes, SpecPlan, StepReport
 from echo_rl.controllers import make
-from echo_rl.controllers.echo import Echo, EchoOptions
-from echo_rl.controllers.gates import DepthGate, GateCalibration
-from echo_rl.controllers.network import MANIFEST_FILE, WEIGHTS_FILE, Layer, Policy
-from echo_rl.controllers.policy import Ppo, PpoOptions, Steered
+from echo_rl.controllers.echo.echo import Echo, EchoOptions
+from echo_rl.controllers.echo.gates import DepthGate, GateCalibration
+from echo_rl.controllers.policy.network import MANIFEST_FILE, WEIGHTS_FILE, Layer, Policy
+from echo_rl.controllers.policy.ppo import Ppo, PpoOptions, Steered
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, EchoError, PolicyError
@@ -299,7 +299,7 @@ def test_steered_follows_and_selects_as_echo(make_forest, make_load, make_profil
 # --- serving
 
 
-@pytest.mark.parametrize("module", ["echo_rl.controllers.registry", "echo_rl.controllers.policy"])
+@pytest.mark.parametrize("module", ["echo_rl.controllers.registry", "echo_rl.controllers.policy.ppo"])
 def test_serving_loads_no_training_library(module):
     code = (
         f"import sys, {module}; sys.exit(bool({{'stable_baselines3', 'gymnasium', 'tensorboard'}} & set(sys.modules)))"

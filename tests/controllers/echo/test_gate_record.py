@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from echo_rl.controllers.gates import DepthGate, GateCalibration, Rate
+from echo_rl.controllers.echo.gates import DepthGate, GateCalibration, Rate
 from echo_rl.errors import ConfigError
 
 CALIBRATION = GateCalibration(

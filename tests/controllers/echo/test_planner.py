@@ -10,7 +10,7 @@ import pytest
 
 from echo_rl.contracts import PhaseTimes, StepReport
 from echo_rl.controllers import make
-from echo_rl.controllers.planner import PlannerOptions
+from echo_rl.controllers.echo.planner import PlannerOptions
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError

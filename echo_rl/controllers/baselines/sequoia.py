@@ -10,10 +10,10 @@ import numpy as np
 
 from echo_rl.contracts import AUTOREGRESSIVE, Forest, LoadView, Selection, SpecPlan
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.cost_aware import CostAwareOptions
-from echo_rl.controllers.dynamic import Values
-from echo_rl.controllers.fixed import Path, Static, StaticOptions
-from echo_rl.controllers.shapes import REFERENCE_HIT, likeliest_tree
+from echo_rl.controllers.baselines.cost_aware import CostAwareOptions
+from echo_rl.controllers.baselines.dynamic import Values
+from echo_rl.controllers.baselines.fixed import Path, Static, StaticOptions
+from echo_rl.controllers.tree_shapes import REFERENCE_HIT, likeliest_tree
 from echo_rl.costs.batched import CostArrays
 from echo_rl.costs.profile import CostProfile, context_of, half_octave
 from echo_rl.errors import ConfigError

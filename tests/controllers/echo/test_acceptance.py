@@ -8,9 +8,9 @@ from itertools import pairwise
 import pytest
 
 from echo_rl.contracts import LoadView, PhaseTimes, SpecPlan, StepReport
-from echo_rl.controllers.acceptance import AcceptanceModel
-from echo_rl.controllers.clock import ProbeLedger, PromptShare
-from echo_rl.controllers.shapes import affordable, likeliest_tree, pooled_yield, separate_yield
+from echo_rl.controllers.echo.acceptance import AcceptanceModel
+from echo_rl.controllers.probing import ProbeLedger, PromptShare
+from echo_rl.controllers.tree_shapes import affordable, likeliest_tree, pooled_yield, separate_yield
 
 
 def report_of(accepted, batch=8, nodes=4, times=PhaseTimes(), depth=None):  # noqa: B008 - frozen

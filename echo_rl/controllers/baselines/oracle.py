@@ -10,8 +10,8 @@ import torch
 
 from echo_rl.contracts import AUTOREGRESSIVE, OFF_PATH, Forest, LoadView, Selection, SpecPlan
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.picking import pack
-from echo_rl.controllers.shapes import MAX_DEPTH
+from echo_rl.controllers.selection import pack
+from echo_rl.controllers.tree_shapes import MAX_DEPTH
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, PlanViolation
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_rl.contracts import AUTOREGRESSIVE, PhaseTimes, SpecPlan, StepReport
-from echo_rl.controllers.bandit import PLAIN_ARM, Bandit, BanditOptions, _Choice, _Context
+from echo_rl.controllers.baselines.bandit import PLAIN_ARM, Bandit, BanditOptions, _Choice, _Context
 from echo_rl.errors import ConfigError
+from tests.controllers.baselines.test_dynamic import check_step
 from tests.controllers.conftest import load_of
 from tests.controllers.forest_world import ForestWorld, check_values, cut
-from tests.controllers.test_dynamic import check_step
 from tests.controllers.test_selection import forests
 
 TWO = (PLAIN_ARM, (2.0, 2, 1))

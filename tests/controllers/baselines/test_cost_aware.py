@@ -10,18 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_rl.contracts import AUTOREGRESSIVE, LoadView
-from echo_rl.controllers.cost_aware import (
-    Cast,
-    CastOptions,
-    Evict,
-    EvictOptions,
-    Smart,
-    SmartOptions,
-)
-from echo_rl.controllers.sequoia import Sequoia, SequoiaOptions
-from echo_rl.controllers.shapes import likeliest_tree
+from echo_rl.controllers.baselines.cost_aware import Cast, CastOptions, Evict, EvictOptions, Smart, SmartOptions
+from echo_rl.controllers.baselines.sequoia import Sequoia, SequoiaOptions
+from echo_rl.controllers.tree_shapes import likeliest_tree
 from echo_rl.errors import ConfigError
-from tests.controllers.test_dynamic import check_step, check_tunable, level, serve
+from tests.controllers.baselines.test_dynamic import check_step, check_tunable, level, serve
 from tests.controllers.test_selection import forests
 from tests.profiles import hinge_profile
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from echo_rl.contracts import AUTOREGRESSIVE, Forest, LoadView, Selection, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.clock import ProbeLedger
-from echo_rl.controllers.dynamic import Gates, probabilities
-from echo_rl.controllers.picking import likeliest
-from echo_rl.controllers.shapes import REFERENCE_HIT
+from echo_rl.controllers.baselines.dynamic import Gates, probabilities
+from echo_rl.controllers.probing import ProbeLedger
+from echo_rl.controllers.selection import likeliest
+from echo_rl.controllers.tree_shapes import REFERENCE_HIT
 from echo_rl.costs.batched import CostArrays, Floats
 from echo_rl.costs.correction import Pace, hats
 from echo_rl.costs.profile import CostProfile

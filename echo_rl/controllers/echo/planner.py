@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echo_rl.contracts import LoadView, StepReport
-from echo_rl.controllers.acceptance import AcceptanceModel
-from echo_rl.controllers.clock import PlainLooks, ProbeLedger, PromptShare
-from echo_rl.controllers.shapes import affordable_trees
+from echo_rl.controllers.echo.acceptance import AcceptanceModel
+from echo_rl.controllers.probing import PlainLooks, ProbeLedger, PromptShare
+from echo_rl.controllers.tree_shapes import affordable_trees
 from echo_rl.costs.correction import Pace, hats
 from echo_rl.costs.profile import BREAK_EVEN_ACCEPTANCE, CostProfile, context_of, half_octave
 from echo_rl.errors import ConfigError

@@ -20,9 +20,17 @@ import torch
 from torch import Tensor
 
 from echo_rl.contracts import AUTOREGRESSIVE, NO_GATE, Forest, Frontier, LoadView, Selection, SpecPlan
-from echo_rl.controllers.dynamic import TreeOptions, Values, beam, closed, every_level, existing, probabilities
-from echo_rl.controllers.fixed import Eagle3
-from echo_rl.controllers.picking import MISSING, likeliest, pack, per_request_top_k
+from echo_rl.controllers.baselines.dynamic import (
+    TreeOptions,
+    Values,
+    beam,
+    closed,
+    every_level,
+    existing,
+    probabilities,
+)
+from echo_rl.controllers.baselines.fixed import Eagle3
+from echo_rl.controllers.selection import MISSING, likeliest, pack, per_request_top_k
 from echo_rl.costs.batched import CostArrays
 from echo_rl.costs.profile import CostProfile, context_of, half_octave
 from echo_rl.errors import ConfigError

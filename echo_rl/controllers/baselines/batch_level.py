@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from echo_rl.contracts import AUTOREGRESSIVE, LoadView, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.clock import ProbeLedger
-from echo_rl.controllers.dynamic import Values
-from echo_rl.controllers.efficiency import MOST_LEVELS, CostedOptions, Efficient
+from echo_rl.controllers.baselines.dynamic import Values
+from echo_rl.controllers.baselines.efficiency import MOST_LEVELS, CostedOptions, Efficient
+from echo_rl.controllers.probing import ProbeLedger
 from echo_rl.errors import ConfigError
 
 

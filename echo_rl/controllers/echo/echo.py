@@ -22,10 +22,10 @@ import numpy as np
 
 from echo_rl.contracts import AUTOREGRESSIVE, Forest, LoadView, Selection, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.gates import GateCalibration
-from echo_rl.controllers.picking import even_split, likeliest, pack, per_request_top_k, scaled
-from echo_rl.controllers.planner import BudgetPlanner, PlannerOptions, Shape
-from echo_rl.controllers.shapes import affordable
+from echo_rl.controllers.echo.gates import GateCalibration
+from echo_rl.controllers.echo.planner import BudgetPlanner, PlannerOptions, Shape
+from echo_rl.controllers.selection import even_split, likeliest, pack, per_request_top_k, scaled
+from echo_rl.controllers.tree_shapes import affordable
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError
 

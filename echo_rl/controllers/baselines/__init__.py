@@ -1,0 +1,1 @@
+"""Published rivals and fixed plans."""

@@ -1,0 +1,1 @@
+"""Learned policies: plans from a network, and the network as plain arrays."""
