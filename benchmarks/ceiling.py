@@ -29,7 +29,7 @@ from echo_rl.codec.actions import ActionTable
 from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.costs.batched import CostArrays
 from echo_rl.costs.profile import CostProfile
-from echo_rl.env.trace import Trace, fingerprint
+from echo_rl.replay.trace import Trace, fingerprint
 from echo_rl.utils import statistics
 from echo_rl.utils.result_store import digest_of, write_json
 

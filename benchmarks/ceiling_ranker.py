@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from echo_rl.env.levels import Restricted
-from echo_rl.env.trace import Trace
+from echo_rl.replay.levels import Restricted
+from echo_rl.replay.trace import Trace
 
 WIDTH = 4
 LEAST = -7.0

@@ -29,10 +29,10 @@ from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.costs.batched import SCALARS, CostArrays
 from echo_rl.costs.interpolation import monotone
 from echo_rl.costs.profile import CostProfile
-from echo_rl.env.replay import ReplayBackend
-from echo_rl.env.trace import Trace
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
-from echo_rl.record import RecordOptions, record
+from echo_rl.replay.backend import ReplayBackend
+from echo_rl.replay.recorder import RecordOptions, record
+from echo_rl.replay.trace import Trace
 from echo_rl.runtime.engine import Engine
 from echo_rl.utils.result_store import write_json
 from echo_rl.utils.statistics import kendall

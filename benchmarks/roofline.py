@@ -32,9 +32,9 @@ from echo_rl.costs.batched import CostArrays
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
 from echo_rl.costs.roofline.surface import modelled_profile, roofline
-from echo_rl.env.lane import LaneOptions
-from echo_rl.env.replay import ReplayBackend, ReplayOptions
-from echo_rl.env.trace import Trace, fingerprint
+from echo_rl.replay.backend import ReplayBackend, ReplayOptions
+from echo_rl.replay.scheduler import LaneOptions
+from echo_rl.replay.trace import Trace, fingerprint
 from echo_rl.utils import plotting, statistics
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.arrivals import Arrivals, closed

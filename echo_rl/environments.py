@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from echo_rl.costs.profile import CostProfile
     from echo_rl.env.reward import Form, RewardOptions
     from echo_rl.env.spec_env import SpecEnv, SpecEnvOptions
-    from echo_rl.env.trace import Trace
+    from echo_rl.replay.trace import Trace
 
 LIVE, REPLAY = "EchoRL/Live-v0", "EchoRL/Replay-v0"
 WORKLOADS = ("closed:1", "closed:2", "closed:4", "closed:8", "closed:16", "closed:32")
@@ -58,9 +58,9 @@ def make_replay(
     from echo_rl.controllers.policy.ppo import Steered
     from echo_rl.costs.batched import CostArrays
     from echo_rl.costs.profile import CostProfile
-    from echo_rl.env.replay import ReplayBackend, ReplayOptions
     from echo_rl.env.spec_env import SpecEnv
-    from echo_rl.env.trace import Trace
+    from echo_rl.replay.backend import ReplayBackend, ReplayOptions
+    from echo_rl.replay.trace import Trace
 
     gates = GateCalibration.of(calibration)
     options = _options(workloads, reward, horizon, repeat, table, gates)

@@ -24,15 +24,15 @@ from echo_rl.controllers.policy.network import Policy, bound
 from echo_rl.controllers.policy.ppo import Ppo, PpoOptions
 from echo_rl.costs.batched import CostArrays
 from echo_rl.costs.profile import CostProfile
-from echo_rl.env.machines import another
 from echo_rl.env.reward import RewardOptions
-from echo_rl.env.trace import Trace, fingerprint
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
 from echo_rl.errors import ConfigError
 from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, clone, demonstrate
 from echo_rl.learning.export import commit, export_policy
 from echo_rl.learning.learner import POLICY_FOLDER, LearnerOptions, Score, fit
 from echo_rl.learning.play import HeldOut, MakeController, World
+from echo_rl.replay.machines import another
+from echo_rl.replay.trace import Trace, fingerprint
 from echo_rl.utils.result_store import digest_of
 from echo_rl.workloads.arrivals import parse
 

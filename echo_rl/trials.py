@@ -33,7 +33,7 @@ from echo_rl.workloads.records import RunRecord, StepRecord
 from echo_rl.wrapping import Wrapping
 
 if TYPE_CHECKING:
-    from echo_rl.env.trace import Trace
+    from echo_rl.replay.trace import Trace
 
 WARMUP_STEPS = 20
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def replay_venue(trace: Trace, noise: bool = True) -> Venue:
     from echo_rl.costs.batched import CostArrays
     from echo_rl.costs.files import own_or_packaged
     from echo_rl.costs.profile import CostProfile
-    from echo_rl.env.replay import ReplayBackend, ReplayOptions
+    from echo_rl.replay.backend import ReplayBackend, ReplayOptions
     from echo_rl.utils.result_store import digest
 
     profile = CostProfile.default()
@@ -84,7 +84,7 @@ def live_venue(engine: Backend, environment: Mapping[str, str], trace: Trace) ->
 
 
 def _facts(trace: Trace) -> dict[str, str]:
-    from echo_rl.env.trace import fingerprint
+    from echo_rl.replay.trace import fingerprint
 
     return {"trace": f"{trace.provenance}, {len(trace.responses)} responses", "trace digest": fingerprint(trace)}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from echo_rl.contracts import SamplingParams
-from echo_rl.env.levels import Level
-from echo_rl.env.trace import Response, Trace
+from echo_rl.replay.levels import Level
+from echo_rl.replay.trace import Response, Trace
 
 DEPTH, WIDTH = 5, 4
 

@@ -294,7 +294,7 @@ def tiny_trace(root: Path):
     """What the tiny model answers, with the forests of its random drafter."""
     from echo_rl.config import EngineConfig
     from echo_rl.contracts import Request, SamplingParams
-    from echo_rl.record import RecordOptions, record
+    from echo_rl.replay.recorder import RecordOptions, record
     from echo_rl.runtime.engine import Engine
 
     options = RecordOptions(batch=8)

@@ -21,7 +21,7 @@ from echo_rl.controllers.base import BaseController
 from echo_rl.costs.batched import CostArrays
 from echo_rl.costs.interpolation import monotone
 from echo_rl.costs.profile import CostProfile
-from echo_rl.env.timing import Floats, Phases, Work, step_phases
+from echo_rl.replay.timing import Floats, Phases, Work, step_phases
 from echo_rl.workloads.driver import serve
 
 SHAPES = (

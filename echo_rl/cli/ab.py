@@ -87,7 +87,7 @@ class Ab:
 
     def venues(self, console: Any) -> list[Venue]:
         """Both serve the same requests. Raises `TraceError` and what the engine raises on loading."""
-        from echo_rl.env.trace import Trace
+        from echo_rl.replay.trace import Trace
         from echo_rl.trials import live_venue, replay_venue
 
         whole = Trace.load(self.trace) if self.trace else Trace.packaged()

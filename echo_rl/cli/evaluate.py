@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from echo_rl.env.trace import Trace
     from echo_rl.evaluate import EvalConfig
+    from echo_rl.replay.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Eval:
 
 def load_trace(path: Path | None) -> Trace:
     """The trace at `path`, else the packaged one. Raises `TraceError`."""
-    from echo_rl.env.trace import Trace
+    from echo_rl.replay.trace import Trace
 
     return Trace.load(path) if path else Trace.packaged()
 

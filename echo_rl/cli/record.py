@@ -10,7 +10,7 @@ import tyro
 
 from echo_rl.cli.options import EngineOptions
 from echo_rl.config import EngineConfig
-from echo_rl.record import RecordOptions
+from echo_rl.replay.recorder import RecordOptions
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Record:
 
         from echo_rl.cli.session import load_engine
         from echo_rl.contracts import SamplingParams
-        from echo_rl.record import record
+        from echo_rl.replay.recorder import record
         from echo_rl.workloads.datasets import load_prompts
         from echo_rl.workloads.requests import chat_requests
 

@@ -18,8 +18,8 @@ from echo_rl.costs.batched import CostArrays
 from echo_rl.env.reward import RewardMeter, RewardOptions
 from echo_rl.env.server import ServedStep, Server
 from echo_rl.env.stepper import Clock, Steerable
-from echo_rl.env.timing import plain_step
 from echo_rl.errors import ConfigError
+from echo_rl.replay.timing import plain_step
 from echo_rl.workloads.arrivals import Workload, closed
 
 Observation = NDArray[np.float32]

@@ -12,13 +12,13 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from echo_rl.codec import ActionTable, Tracker, visible
 from echo_rl.costs.batched import CostArrays
-from echo_rl.env.fleet import Fleet, FleetStep, Gates, Plans
-from echo_rl.env.lane import LaneOptions
-from echo_rl.env.machines import another
 from echo_rl.env.reward import RewardMeter, RewardOptions
 from echo_rl.env.spec_env import observation_space
-from echo_rl.env.trace import Trace
 from echo_rl.errors import ConfigError
+from echo_rl.replay.machines import another
+from echo_rl.replay.scheduler import LaneOptions
+from echo_rl.replay.trace import Trace
+from echo_rl.replay.vector import Fleet, FleetStep, Gates, Plans
 from echo_rl.workloads.arrivals import Workload, parse
 
 

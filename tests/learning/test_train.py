@@ -22,12 +22,12 @@ from echo_rl.controllers.policy.ppo import Ppo, PpoOptions, Steered
 from echo_rl.costs.batched import CostArrays
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
-from echo_rl.env.machines import another
-from echo_rl.env.trace import Trace
 from echo_rl.errors import ConfigError
 from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, agreement, clone, demonstrate
 from echo_rl.learning.learner import LearnerOptions, build
 from echo_rl.learning.play import HeldOut, World, measure, play
+from echo_rl.replay.machines import another
+from echo_rl.replay.trace import Trace
 from echo_rl.train import Setting, TrainConfig, make_score, train
 
 TABLE = ActionTable()

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echo_rl.codec import Loads
-from echo_rl.env.trace import Trace
 from echo_rl.errors import ConfigError
+from echo_rl.replay.trace import Trace
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from echo_rl.codec import CALIBRATED, DEPTHS, Knobs, Loads, Outcomes, planned_gates, quantiles
 from echo_rl.contracts import NO_GATE
 from echo_rl.costs.batched import CostArrays
-from echo_rl.env.lane import LaneOptions, Lanes, Turn, sums
-from echo_rl.env.timing import Phases, Plain, Work, noise, plain_step, step_phases
-from echo_rl.env.trace import Trace
-from echo_rl.env.verdicts import Orders, Tables, Verdicts
 from echo_rl.errors import ConfigError
+from echo_rl.replay.scheduler import LaneOptions, Lanes, Turn, sums
+from echo_rl.replay.timing import Phases, Plain, Work, noise, plain_step, step_phases
+from echo_rl.replay.trace import Trace
+from echo_rl.replay.vector_step import Orders, Tables, Verdicts
 from echo_rl.workloads.arrivals import Arrivals, Workload
 
 Floats = NDArray[np.float64]

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from echo_rl.contracts import SamplingParams
-from echo_rl.env.levels import Level
-from echo_rl.env.trace import Response, Trace
 from echo_rl.errors import TraceError
+from echo_rl.replay.levels import Level
+from echo_rl.replay.trace import Response, Trace
 from echo_rl.utils.files import replacing
 
 KIND = "echo-rl trace"

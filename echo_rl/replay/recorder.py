@@ -21,9 +21,9 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from echo_rl.contracts import Backend, Forest, LoadView, Request, Selection, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.selection import pack
-from echo_rl.env.levels import Level, beams
-from echo_rl.env.trace import Response, Trace
 from echo_rl.errors import ConfigError
+from echo_rl.replay.levels import Level, beams
+from echo_rl.replay.trace import Response, Trace
 from echo_rl.utils.result_store import claim, digest_of
 from echo_rl.workloads.driver import serve
 

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echo_rl.contracts import Request, SamplingParams
-from echo_rl.env.levels import Level, Restricted, restrict
 from echo_rl.errors import ConfigError, TraceError
+from echo_rl.replay.levels import Level, Restricted, restrict
 from echo_rl.utils.result_store import digest_of
 
 Ints = NDArray[np.int64]
@@ -131,21 +131,21 @@ class Trace:
 
     def save(self, path: Path, half: bool = False) -> None:
         """Write the trace; `half` keeps log-probabilities in 16 bits: near-ties may then turn out otherwise."""
-        from echo_rl.env.trace_file import write_trace
+        from echo_rl.replay.trace_file import write_trace
 
         write_trace(self, path, half)
 
     @classmethod
     def load(cls, path: Path) -> Trace:
         """Read a trace. Raises `TraceError` where the file is missing, damaged or of another version."""
-        from echo_rl.env.trace_file import read_trace
+        from echo_rl.replay.trace_file import read_trace
 
         return read_trace(path)
 
     @classmethod
     def packaged(cls) -> Trace:
         """The small trace that ships with the package."""
-        return cls.load(Path(str(files("echo_rl").joinpath("env", "data", "trace.safetensors"))))
+        return cls.load(Path(str(files("echo_rl").joinpath("replay", "data", "trace.safetensors"))))
 
 
 def key(prompt: Sequence[int], params: SamplingParams) -> tuple[Any, ...]:

@@ -15,11 +15,11 @@ from echo_rl.controllers.echo.gates import DepthGate, GateCalibration
 from echo_rl.costs.batched import CostArrays
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
-from echo_rl.env.lane import LaneOptions
-from echo_rl.env.replay import ReplayBackend, ReplayOptions
-from echo_rl.env.trace import Trace
 from echo_rl.errors import ConfigError, RequestError, TraceError
-from echo_rl.record import RecordOptions, record
+from echo_rl.replay.backend import ReplayBackend, ReplayOptions
+from echo_rl.replay.recorder import RecordOptions, record
+from echo_rl.replay.scheduler import LaneOptions
+from echo_rl.replay.trace import Trace
 from echo_rl.workloads.driver import serve
 from tests import tiny
 

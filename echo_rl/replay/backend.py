@@ -28,10 +28,10 @@ from echo_rl.contracts import (
     StepReport,
 )
 from echo_rl.costs.batched import CostArrays
-from echo_rl.env.lane import Gain, LaneOptions, Lanes, Turn
-from echo_rl.env.timing import Work, noise, step_phases
-from echo_rl.env.trace import Trace, key
 from echo_rl.errors import ConfigError, PlanViolation, RequestError, TraceError
+from echo_rl.replay.scheduler import Gain, LaneOptions, Lanes, Turn
+from echo_rl.replay.timing import Work, noise, step_phases
+from echo_rl.replay.trace import Trace, key
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,15 @@ from echo_rl.controllers.selection import global_top_k
 from echo_rl.costs.batched import CostArrays
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
-from echo_rl.env.fleet import Fleet
-from echo_rl.env.lane import LaneOptions, Lanes
-from echo_rl.env.levels import restrict
-from echo_rl.env.machines import another
-from echo_rl.env.replay import ReplayBackend, ReplayOptions
-from echo_rl.env.trace import Trace
 from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
-from echo_rl.env.verdicts import Orders, Tables, Verdicts
 from echo_rl.errors import ConfigError, TraceError
+from echo_rl.replay.backend import ReplayBackend, ReplayOptions
+from echo_rl.replay.levels import restrict
+from echo_rl.replay.machines import another
+from echo_rl.replay.scheduler import LaneOptions, Lanes
+from echo_rl.replay.trace import Trace
+from echo_rl.replay.vector import Fleet
+from echo_rl.replay.vector_step import Orders, Tables, Verdicts
 from echo_rl.workloads.arrivals import closed, parse
 from tests.one_lane import loads_of, outcomes_of
 from tests.recorded import DEPTH, WIDTH, random_levels, random_trace

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from echo_rl.codec import DEPTHS
 from echo_rl.contracts import least_score
-from echo_rl.env.levels import Restricted
+from echo_rl.replay.levels import Restricted
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
