@@ -27,10 +27,10 @@ from echo_rl.costs.profile import CostProfile
 from echo_rl.env.reward import RewardOptions
 from echo_rl.learning.learner import LearnerOptions
 from echo_rl.learning.play import World, measure
+from echo_rl.learning.train import TrainConfig, train
 from echo_rl.replay.backend import ReplayBackend
 from echo_rl.replay.machines import another
 from echo_rl.replay.trace import Trace, fingerprint
-from echo_rl.train import TrainConfig, train
 from echo_rl.utils.result_store import digest_of, write_json
 from echo_rl.utils.statistics import geometric_mean
 from echo_rl.workloads.driver import serve

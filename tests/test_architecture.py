@@ -34,7 +34,6 @@ ROOMS = (
 """Lowest first; rooms of one line may import each other."""
 MOVING = {
     "wrapping": "utils",
-    **dict.fromkeys(("train",), "learning"),
     **dict.fromkeys(("sweep", "results", "bench", "plots", "environments", "ab", "evaluate", "ranking"), "experiments"),
     **dict.fromkeys(("tune", "trials", "report_html", "plots_ab", "load"), "experiments"),
 }

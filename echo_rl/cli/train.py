@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from echo_rl.train import TrainConfig, train
+from echo_rl.learning.train import TrainConfig, train
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from echo_rl.codec import FEATURES, ActionTable, Gates, Lane
 from echo_rl.contracts import Backend, LoadView, Request, StepReport
 from echo_rl.costs.batched import CostArrays
 from echo_rl.env.reward import RewardMeter, RewardOptions
-from echo_rl.env.server import ServedStep, Server
+from echo_rl.env.session import ServedStep, Server
 from echo_rl.env.stepper import Clock, Steerable
 from echo_rl.errors import ConfigError
 from echo_rl.replay.timing import plain_step

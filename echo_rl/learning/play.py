@@ -15,7 +15,7 @@ import numpy as np
 from echo_rl.contracts import Controller, LoadView, SpecPlan, StepReport
 from echo_rl.controllers.policy.network import Policy
 from echo_rl.costs.batched import CostArrays
-from echo_rl.env.server import ServedStep, Server
+from echo_rl.env.session import ServedStep, Server
 from echo_rl.replay.backend import ReplayBackend, ReplayOptions
 from echo_rl.replay.timing import plain_step
 from echo_rl.replay.trace import Trace

@@ -26,9 +26,9 @@ from echo_rl.errors import ConfigError
 from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, agreement, clone, demonstrate
 from echo_rl.learning.learner import LearnerOptions, build
 from echo_rl.learning.play import HeldOut, World, measure, play
+from echo_rl.learning.train import Setting, TrainConfig, make_score, train
 from echo_rl.replay.machines import another
 from echo_rl.replay.trace import Trace
-from echo_rl.train import Setting, TrainConfig, make_score, train
 
 TABLE = ActionTable()
 PROFILE = CostProfile.load(packaged("profile.json"))
@@ -218,7 +218,9 @@ def test_a_state_of_another_codec_or_action_table_is_not_continued(config, monke
     with pytest.raises(ConfigError, match="another codec_version; use another out folder"):
         train(longer, baselines={})
     monkeypatch.undo()
-    monkeypatch.setattr("echo_rl.train.ActionTable", lambda: ActionTable(floors=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)))
+    monkeypatch.setattr(
+        "echo_rl.learning.train.ActionTable", lambda: ActionTable(floors=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6))
+    )
     with pytest.raises(ConfigError, match="another floors; use another out folder"):
         train(longer, baselines={})
 
@@ -226,7 +228,7 @@ def test_a_state_of_another_codec_or_action_table_is_not_continued(config, monke
 def test_workloads_are_checked_before_anything_is_learned(config, trace, monkeypatch):
     with pytest.raises(ConfigError, match="close"):
         replace(config, evaluate_on=("close:8",))
-    monkeypatch.setattr("echo_rl.train._clone_echo", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("echo_rl.learning.train._clone_echo", lambda *_: pytest.fail("too late"))
     trace.subset([i for i, r in enumerate(trace.responses) if r.suite == "gsm8k"][:12]).save(config.trace)
     for change in ({"evaluate_on": ("shift:5,4",)}, {"workloads": ("shift:5,4",)}):
         with pytest.raises(ConfigError, match="needs requests of"):
