@@ -14,11 +14,11 @@ from typing import Any
 import tyro
 
 from common import CONSOLE, EngineOptions, Place, load_engine, main
-from echo_rl.bench import run_bench
 from echo_rl.config import EngineConfig
 from echo_rl.controllers import registry
-from echo_rl.results import BlockStore
-from echo_rl.sweep import BenchConfig, Load, Unit
+from echo_rl.experiments.bench import run_bench
+from echo_rl.experiments.plan import BenchConfig, Load, Unit
+from echo_rl.experiments.report.blocks import BlockStore
 from echo_rl.utils import statistics
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.datasets import SOURCES, load_prompts

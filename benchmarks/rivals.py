@@ -15,9 +15,9 @@ from echo_rl.cli.evaluate import loads, ranking
 from echo_rl.controllers import registry
 from echo_rl.costs.batched import CostArrays
 from echo_rl.costs.profile import CostProfile
-from echo_rl.evaluate import EvalConfig, evaluate
+from echo_rl.experiments.evaluate import EvalConfig, evaluate
+from echo_rl.experiments.tune import TuneConfig, load_tuned, tune
 from echo_rl.replay.trace import Trace
-from echo_rl.tune import TuneConfig, load_tuned, tune
 from echo_rl.utils.result_store import write_json
 
 TUNED_ELSEWHERE = ("none", "static", "fixed", "ppo")

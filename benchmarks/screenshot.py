@@ -22,11 +22,11 @@ import chromium
 from common import CONSOLE, RESULTS, EngineOptions, main
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Request
-from echo_rl.load.client import Client, chat_body
-from echo_rl.load.config import LoadConfig
-from echo_rl.load.connection import Endpoint, run_async
-from echo_rl.load.drive import Ends, drive
-from echo_rl.trials import Rotation
+from echo_rl.experiments.load.client import Client, chat_body
+from echo_rl.experiments.load.config import LoadConfig
+from echo_rl.experiments.load.connection import Endpoint, run_async
+from echo_rl.experiments.load.drive import Ends, drive
+from echo_rl.experiments.trials import Rotation
 from echo_rl.workloads.arrivals import Arrivals
 from echo_rl.workloads.datasets import Prompt, load_prompts
 from server_load import name

@@ -18,14 +18,14 @@ import tyro
 from matplotlib import rc_context
 
 from common import CONSOLE, EngineOptions, Place, main
-from echo_rl import plots
-from echo_rl.bench import run_missing
 from echo_rl.config import EngineConfig
-from echo_rl.load.config import LoadConfig
-from echo_rl.load.record import LoadRecord
-from echo_rl.load.report import report
-from echo_rl.load.run import Keys, Session
-from echo_rl.sweep import Trial, trials
+from echo_rl.experiments.bench import run_missing
+from echo_rl.experiments.load.config import LoadConfig
+from echo_rl.experiments.load.record import LoadRecord
+from echo_rl.experiments.load.report import report
+from echo_rl.experiments.load.run import Keys, Session
+from echo_rl.experiments.plan import Trial, trials
+from echo_rl.experiments.report import plots
 from echo_rl.utils import plotting, statistics
 from echo_rl.utils.result_store import Store, write_json
 from echo_rl.workloads.datasets import load_prompts

@@ -14,7 +14,7 @@ from common import Ledger, Place, environment_of, load_engine
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import RequestOutput
 from echo_rl.controllers import registry
-from echo_rl.load.config import LoadConfig
+from echo_rl.experiments.load.config import LoadConfig
 from echo_rl.workloads.datasets import Prompt, load_prompts
 from echo_rl.workloads.driver import serve
 from server_load import NOWHERE, Visitor, load_of, name, tokenised

@@ -7,14 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from echo_rl.contracts import Request
-from echo_rl.load.client import Client, chat_body
-from echo_rl.load.config import LoadConfig
-from echo_rl.load.connection import Endpoint
-from echo_rl.load.drive import drive
-from echo_rl.load.record import LoadRecord
-from echo_rl.load.stream import Stream
+from echo_rl.experiments.load.client import Client, chat_body
+from echo_rl.experiments.load.config import LoadConfig
+from echo_rl.experiments.load.connection import Endpoint
+from echo_rl.experiments.load.drive import drive
+from echo_rl.experiments.load.record import LoadRecord
+from echo_rl.experiments.load.stream import Stream
+from echo_rl.experiments.trials import Rotation
 from echo_rl.runtime.engine import Engine
-from echo_rl.trials import Rotation
 from echo_rl.workloads.arrivals import Arrivals, closed
 from echo_rl.workloads.datasets import Prompt
 from serving import get

@@ -13,12 +13,12 @@ from common import Ledger, Place, environment_of, load_engine
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller
 from echo_rl.controllers import registry
-from echo_rl.load.client import Client
-from echo_rl.load.config import LoadConfig
-from echo_rl.load.connection import run_async
+from echo_rl.experiments.load.client import Client
+from echo_rl.experiments.load.config import LoadConfig
+from echo_rl.experiments.load.connection import run_async
+from echo_rl.experiments.plan import arm_order
+from echo_rl.experiments.trials import Rotation
 from echo_rl.runtime.engine import Engine
-from echo_rl.sweep import arm_order
-from echo_rl.trials import Rotation
 from echo_rl.utils import statistics
 from echo_rl.workloads.datasets import Prompt, load_prompts
 from echo_rl.workloads.driver import serve

@@ -27,7 +27,7 @@ import tyro
 
 from common import CONSOLE, EngineOptions, Place, main
 from echo_rl.config import EngineConfig
-from echo_rl.load.connection import Endpoint
+from echo_rl.experiments.load.connection import Endpoint
 from echo_rl.utils.result_store import write_json
 from serving import Server, get, resident_mb
 from soak_checks import Sample, Totals, compare_counters, compare_texts, ends, growth, too_much

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 import tyro
 
 from common import CONSOLE, EngineOptions, Place, load_engine, main
-from echo_rl import plots
-from echo_rl.bench import run_bench
 from echo_rl.cli.render import equality, table
 from echo_rl.config import EngineConfig
 from echo_rl.controllers import registry
-from echo_rl.sweep import BenchConfig, Load
+from echo_rl.experiments.bench import run_bench
+from echo_rl.experiments.plan import BenchConfig, Load
+from echo_rl.experiments.report import plots
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.datasets import load_prompts
 

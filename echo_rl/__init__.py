@@ -13,7 +13,7 @@ _HOMES = {
     "Request": ("echo_rl.contracts", "Request"),
     "SamplingParams": ("echo_rl.contracts", "SamplingParams"),
     "make_controller": ("echo_rl.controllers.registry", "make"),
-    "register_envs": ("echo_rl.environments", "register_envs"),
+    "register_envs": ("echo_rl.experiments.environments", "register_envs"),
     "serve": ("echo_rl.workloads.driver", "serve"),
 }
 __all__ = ["Engine", "EngineConfig", "Request", "SamplingParams", "make_controller", "register_envs", "serve"]

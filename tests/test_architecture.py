@@ -34,8 +34,6 @@ ROOMS = (
 """Lowest first; rooms of one line may import each other."""
 MOVING = {
     "wrapping": "utils",
-    **dict.fromkeys(("sweep", "results", "bench", "plots", "environments", "ab", "evaluate", "ranking"), "experiments"),
-    **dict.fromkeys(("tune", "trials", "report_html", "plots_ab", "load"), "experiments"),
 }
 RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
 RANK |= {name: RANK[room] for name, room in MOVING.items()}
@@ -44,7 +42,7 @@ TORCH_FREE = (
     *("contracts", "errors", "config", "utils.archives", "utils.files", "utils.ledger", "utils.statistics"),
     *("utils.result_store", "costs.batched", "costs.correction", "costs.profile", "costs.files", "codec"),
     *("workloads.driver", "workloads.metrics", "workloads.records", "workloads.datasets"),
-    *("wrapping", "sweep", "results", "load.run"),
+    *("wrapping", "experiments.plan", "experiments.report.blocks", "experiments.load.run"),
 )
 
 

@@ -14,8 +14,8 @@ from echo_rl.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from echo_rl.sweep import TrialConfig
-    from echo_rl.trials import Venue
+    from echo_rl.experiments.plan import TrialConfig
+    from echo_rl.experiments.trials import Venue
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Ab:
     def run(self) -> int:
         from rich.console import Console
 
-        from echo_rl.ab import run_ab
         from echo_rl.controllers import registry
+        from echo_rl.experiments.ab import run_ab
 
         console, config = Console(), self.config()
         result = run_ab(self.venues(console), config, registry.make, self.out, console)
@@ -70,8 +70,8 @@ class Ab:
 
     def config(self) -> TrialConfig:
         """Raises `ConfigError`."""
-        from echo_rl.sweep import TrialConfig
-        from echo_rl.tune import load_tuned
+        from echo_rl.experiments.plan import TrialConfig
+        from echo_rl.experiments.tune import load_tuned
         from echo_rl.workloads.metrics import SLO
 
         tuned = load_tuned(self.tuned) if self.tuned else {}
@@ -87,8 +87,8 @@ class Ab:
 
     def venues(self, console: Any) -> list[Venue]:
         """Both serve the same requests. Raises `TraceError` and what the engine raises on loading."""
+        from echo_rl.experiments.trials import live_venue, replay_venue
         from echo_rl.replay.trace import Trace
-        from echo_rl.trials import live_venue, replay_venue
 
         whole = Trace.load(self.trace) if self.trace else Trace.packaged()
         trace = whole.split(self.held_out)[1]
@@ -128,8 +128,8 @@ def table(venue: Mapping[str, Any], a: str, b: str, width: int = WIDE) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from echo_rl.plots_ab import NAMES
-    from echo_rl.report_html import verdict
+    from echo_rl.experiments.report.html import verdict
+    from echo_rl.experiments.report.plots_ab import NAMES
     from echo_rl.utils.statistics import Interval
 
     title = f"On {venue['venue']}: B = {b} over A = {a}, 95 % intervals over blocks"

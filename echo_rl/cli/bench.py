@@ -11,7 +11,7 @@ from echo_rl.config import EngineConfig
 from echo_rl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from echo_rl.sweep import BenchConfig
+    from echo_rl.experiments.plan import BenchConfig
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Bench:
 
     def config(self) -> BenchConfig:
         """Raises `ConfigError`."""
-        from echo_rl.sweep import BenchConfig, Load
+        from echo_rl.experiments.plan import BenchConfig, Load
         from echo_rl.workloads.metrics import SLO
 
         if (self.slo_ttft is None) != (self.slo_tpot is None):

@@ -24,8 +24,8 @@ class Demo:
 
         from echo_rl.cli import render
         from echo_rl.cli.session import run_and_show
+        from echo_rl.experiments.plan import BenchConfig, Load
         from echo_rl.runtime.models.weights import fetch_smollm2
-        from echo_rl.sweep import BenchConfig, Load
 
         console = Console()
         if self.engine.model == "smollm2":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from echo_rl.evaluate import EvalConfig
+    from echo_rl.experiments.evaluate import EvalConfig
     from echo_rl.replay.trace import Trace
 
 
@@ -49,7 +49,7 @@ class Eval:
         from echo_rl.controllers import registry
         from echo_rl.costs.batched import CostArrays
         from echo_rl.costs.profile import CostProfile
-        from echo_rl.evaluate import evaluate
+        from echo_rl.experiments.evaluate import evaluate
 
         console = Console()
         config = self.config()
@@ -68,8 +68,8 @@ class Eval:
     def config(self) -> EvalConfig:
         """Raises `ConfigError`."""
         from echo_rl.controllers import registry
-        from echo_rl.evaluate import EvalConfig
-        from echo_rl.tune import load_tuned
+        from echo_rl.experiments.evaluate import EvalConfig
+        from echo_rl.experiments.tune import load_tuned
 
         tuned = load_tuned(self.tuned) if self.tuned else {}
         arms = tuple(tuned.get(name, name) for name in self.controllers or registry.names())

@@ -14,7 +14,7 @@ from echo_rl.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from echo_rl.load.config import LoadConfig
+    from echo_rl.experiments.load.config import LoadConfig
 
 API_KEY, ADMIN_KEY = "ECHO_RL_API_KEY", "ECHO_RL_ADMIN_KEY"
 
@@ -70,8 +70,8 @@ class Load:
     def run(self) -> int:
         from rich.console import Console
 
-        from echo_rl.load import plots
-        from echo_rl.load.run import Keys, run_load
+        from echo_rl.experiments.load import plots
+        from echo_rl.experiments.load.run import Keys, run_load
         from echo_rl.workloads.datasets import load_prompts
 
         console, config = Console(), self.config()
@@ -87,7 +87,7 @@ class Load:
 
     def config(self) -> LoadConfig:
         """Raises `ConfigError`."""
-        from echo_rl.load.config import LoadConfig
+        from echo_rl.experiments.load.config import LoadConfig
         from echo_rl.workloads.metrics import SLO
 
         return LoadConfig(

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
     from echo_rl.calibrate.cost import Grid
     from echo_rl.costs.profile import CostProfile
+    from echo_rl.experiments.plan import BenchConfig
     from echo_rl.runtime.engine import Engine
-    from echo_rl.sweep import BenchConfig
 
 
 def run_and_show(engine_config: EngineConfig, config: BenchConfig, out: Path, console: Console) -> dict[str, Any]:
     """Loads the engine, runs what `out` lacks, writes the JSON and the plots there, prints the table."""
-    from echo_rl import plots
-    from echo_rl.bench import run_bench
     from echo_rl.cli import render
     from echo_rl.controllers import registry
+    from echo_rl.experiments.bench import run_bench
+    from echo_rl.experiments.report import plots
     from echo_rl.workloads.datasets import load_prompts
 
     prompts = load_prompts(config.suite, seed=config.seed)

@@ -40,7 +40,7 @@ class Tune:
         from echo_rl.cli.evaluate import load_trace
         from echo_rl.costs.batched import CostArrays
         from echo_rl.costs.profile import CostProfile
-        from echo_rl.tune import TuneConfig, tune
+        from echo_rl.experiments.tune import TuneConfig, tune
 
         console = Console()
         config = TuneConfig(self.controllers, self.concurrency, self.blocks, self.requests, self.cap, self.seed)

@@ -10,8 +10,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from echo_rl.costs.profile import CostProfile
-from echo_rl.load.record import LoadRecord
-from echo_rl.load.report import cell
+from echo_rl.experiments.load.record import LoadRecord
+from echo_rl.experiments.load.report import cell
 from echo_rl.utils.ledger import read_lines
 from echo_rl.utils.statistics import Interval
 

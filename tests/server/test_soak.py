@@ -10,7 +10,7 @@ import pytest
 
 import soak_guard
 from echo_rl.config import EngineConfig
-from echo_rl.load.connection import Answer
+from echo_rl.experiments.load.connection import Answer
 from soak import Plan, soak
 from soak_checks import ENGINE_MB, FRONT_MB, Sample, Totals, compare_counters, compare_texts, ends, growth, too_much
 from soak_plot import draw

@@ -23,8 +23,8 @@ from echo_rl.controllers import registry
 from echo_rl.controllers.arm import Arm
 from echo_rl.costs.batched import CostArrays
 from echo_rl.errors import ConfigError, TraceError, UnknownController
-from echo_rl.evaluate import EvalConfig, Replayer, halving
-from echo_rl.ranking import BASELINE, Block, mean_speedup
+from echo_rl.experiments.evaluate import EvalConfig, Replayer, halving
+from echo_rl.experiments.rank import BASELINE, Block, mean_speedup
 from echo_rl.replay.trace import Trace
 from echo_rl.utils.result_store import write_json
 

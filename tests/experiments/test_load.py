@@ -17,15 +17,15 @@ from rich.console import Console
 from echo_rl.cli import load as command
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.errors import ConfigError
-from echo_rl.load import plots
-from echo_rl.load.client import Client, chat_body
-from echo_rl.load.config import LoadConfig
-from echo_rl.load.connection import run_async
-from echo_rl.load.drive import PAUSE, Ends, drive
-from echo_rl.load.record import LoadRecord
-from echo_rl.load.report import errors
-from echo_rl.load.run import WARMUP_REQUESTS, Keys, run_load
-from echo_rl.load.stream import Events, Stream, spread
+from echo_rl.experiments.load import plots
+from echo_rl.experiments.load.client import Client, chat_body
+from echo_rl.experiments.load.config import LoadConfig
+from echo_rl.experiments.load.connection import run_async
+from echo_rl.experiments.load.drive import PAUSE, Ends, drive
+from echo_rl.experiments.load.record import LoadRecord
+from echo_rl.experiments.load.report import errors
+from echo_rl.experiments.load.run import WARMUP_REQUESTS, Keys, run_load
+from echo_rl.experiments.load.stream import Events, Stream, spread
 from echo_rl.workloads.arrivals import Arrivals, parse
 from echo_rl.workloads.datasets import Prompt
 from echo_rl.workloads.metrics import SLO

@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from echo_rl import plots_ab
+from echo_rl.experiments.report import plots_ab
 from echo_rl.utils.statistics import Interval
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

@@ -15,8 +15,8 @@ from echo_rl.codec import ActionTable
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.env.spec_env import SpecEnv
-from echo_rl.environments import LIVE, REPLAY, make_live, make_replay
 from echo_rl.errors import ConfigError, TraceError
+from echo_rl.experiments.environments import LIVE, REPLAY, make_live, make_replay
 from echo_rl.replay.recorder import RecordOptions, record
 from echo_rl.replay.trace import Trace
 from tests import tiny

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from echo_rl import report_html
-from echo_rl.ab import by_batch, over_time, run_ab, venue_result
 from echo_rl.cli.ab import Ab, table
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.errors import ConfigError
-from echo_rl.results import compare_outputs
-from echo_rl.sweep import Trial, TrialConfig, trials
-from echo_rl.trials import Decisions, Fitted, Rotation, Venue, play, rates, run_trials
+from echo_rl.experiments.ab import by_batch, over_time, run_ab, venue_result
+from echo_rl.experiments.plan import Trial, TrialConfig, trials
+from echo_rl.experiments.report import html as report_html
+from echo_rl.experiments.report.blocks import compare_outputs
+from echo_rl.experiments.trials import Decisions, Fitted, Rotation, Venue, play, rates, run_trials
 from echo_rl.utils import statistics
 from echo_rl.workloads import metrics
 from echo_rl.workloads.records import RequestRecord, RunRecord, pool

@@ -34,7 +34,7 @@ def register_envs() -> None:
 
     for env_id, maker in ((LIVE, "make_live"), (REPLAY, "make_replay")):
         if env_id not in gymnasium.registry:
-            gymnasium.register(env_id, f"echo_rl.environments:{maker}", nondeterministic=env_id == LIVE)
+            gymnasium.register(env_id, f"echo_rl.experiments.environments:{maker}", nondeterministic=env_id == LIVE)
 
 
 def make_replay(

@@ -11,10 +11,10 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from echo_rl.load.config import LoadConfig
-from echo_rl.load.record import LoadRecord, together
-from echo_rl.load.report import LATENCIES
-from echo_rl.sweep import Trial
+from echo_rl.experiments.load.config import LoadConfig
+from echo_rl.experiments.load.record import LoadRecord, together
+from echo_rl.experiments.load.report import LATENCIES
+from echo_rl.experiments.plan import Trial
 from echo_rl.utils.plotting import COLOURS, STYLE
 from echo_rl.workloads.metrics import inter_token_latencies
 from echo_rl.workloads.records import RunRecord

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from echo_rl.load.config import LoadConfig
-from echo_rl.load.record import LoadRecord, together
-from echo_rl.results import compare_outputs
-from echo_rl.sweep import Trial
-from echo_rl.trials import headline, rates
+from echo_rl.experiments.load.config import LoadConfig
+from echo_rl.experiments.load.record import LoadRecord, together
+from echo_rl.experiments.plan import Trial
+from echo_rl.experiments.report.blocks import compare_outputs
+from echo_rl.experiments.trials import headline, rates
 from echo_rl.utils import statistics
 from echo_rl.workloads import metrics
 from echo_rl.workloads.arrivals import Workload

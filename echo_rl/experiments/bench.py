@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from echo_rl.contracts import Controller, MakeController, Request, SamplingParams
 from echo_rl.controllers.arm import Arm
 from echo_rl.errors import ConfigError
-from echo_rl.results import BlockStore, arms_made_of, report
-from echo_rl.sweep import BenchConfig, Load, Unit, schedule
+from echo_rl.experiments.plan import BenchConfig, Load, Unit, schedule
+from echo_rl.experiments.report.blocks import BlockStore, arms_made_of, report
 from echo_rl.utils.machine import machine
 from echo_rl.utils.result_store import R, Store, write_json
 from echo_rl.workloads.datasets import Prompt

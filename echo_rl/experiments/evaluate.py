@@ -28,11 +28,11 @@ from echo_rl.controllers.arm import Arm
 from echo_rl.controllers.wrappers.timed import Timed
 from echo_rl.costs.batched import CostArrays
 from echo_rl.errors import ConfigError, PolicyError, TraceError
-from echo_rl.ranking import BASELINE, HINDSIGHT, REFERENCE, Block, Served, draw, pooled, report
+from echo_rl.experiments.rank import BASELINE, HINDSIGHT, REFERENCE, Block, Served, draw, pooled, report
+from echo_rl.experiments.report.blocks import made_of
 from echo_rl.replay.backend import ReplayBackend, ReplayOptions
 from echo_rl.replay.scheduler import LaneOptions
 from echo_rl.replay.trace import Trace, fingerprint
-from echo_rl.results import made_of
 from echo_rl.utils.ledger import Ledger
 from echo_rl.utils.result_store import digest_of, write_json
 from echo_rl.workloads.driver import serve

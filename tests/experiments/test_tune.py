@@ -17,7 +17,7 @@ from echo_rl.costs.batched import CostArrays
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, UnknownController
-from echo_rl.tune import TuneConfig, arm_text, candidates, load_tuned, tune
+from echo_rl.experiments.tune import TuneConfig, arm_text, candidates, load_tuned, tune
 from tests.recorded import random_trace
 
 CONFIG = TuneConfig(("wasteful",), concurrency=(1, 4), blocks=2, requests=3)

@@ -11,17 +11,17 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from echo_rl.bench import run_missing
 from echo_rl.contracts import Request
 from echo_rl.errors import ConfigError
-from echo_rl.load.client import Client, chat_body
-from echo_rl.load.config import LoadConfig, Target
-from echo_rl.load.connection import run_async
-from echo_rl.load.drive import Ends, drive
-from echo_rl.load.record import LoadRecord
-from echo_rl.load.report import report
-from echo_rl.sweep import Trial, trials
-from echo_rl.trials import Rotation, seed_of
+from echo_rl.experiments.bench import run_missing
+from echo_rl.experiments.load.client import Client, chat_body
+from echo_rl.experiments.load.config import LoadConfig, Target
+from echo_rl.experiments.load.connection import run_async
+from echo_rl.experiments.load.drive import Ends, drive
+from echo_rl.experiments.load.record import LoadRecord
+from echo_rl.experiments.load.report import report
+from echo_rl.experiments.plan import Trial, trials
+from echo_rl.experiments.trials import Rotation, seed_of
 from echo_rl.utils.machine import machine
 from echo_rl.utils.result_store import Store, write_json
 from echo_rl.workloads.arrivals import Arrivals, closed

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from echo_rl import __version__
-from echo_rl.bench import run_missing
 from echo_rl.contracts import Backend, Controller, LoadView, MakeController, Request, Restartable, SpecPlan
 from echo_rl.controllers.arm import Arm
 from echo_rl.errors import ConfigError
-from echo_rl.results import arms_made_of
-from echo_rl.sweep import Trial, TrialConfig, trials
+from echo_rl.experiments.bench import run_missing
+from echo_rl.experiments.plan import Trial, TrialConfig, trials
+from echo_rl.experiments.report.blocks import arms_made_of
 from echo_rl.utils import statistics
 from echo_rl.utils.result_store import Store
 from echo_rl.workloads.arrivals import SUITES, Arrivals, Workload, parse

@@ -9,8 +9,8 @@ from typing import Any
 
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.errors import ConfigError
-from echo_rl.load.drive import Ends
-from echo_rl.sweep import TrialConfig
+from echo_rl.experiments.load.drive import Ends
+from echo_rl.experiments.plan import TrialConfig
 from echo_rl.workloads.arrivals import SUITES, Workload, parse
 from echo_rl.workloads.datasets import Prompt
 from echo_rl.workloads.metrics import SLO

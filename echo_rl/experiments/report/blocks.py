@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from echo_rl.contracts import Controller
-from echo_rl.sweep import BenchConfig, Load, Unit
+from echo_rl.experiments.plan import BenchConfig, Load, Unit
 from echo_rl.utils import statistics
 from echo_rl.utils.result_store import Store, digest_of
 from echo_rl.workloads import metrics

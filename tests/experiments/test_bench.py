@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from echo_rl import plots
-from echo_rl.bench import run_bench
 from echo_rl.controllers.arm import Arm
 from echo_rl.errors import ConfigError
-from echo_rl.results import compare_outputs, first_difference
-from echo_rl.sweep import BenchConfig, Load, Unit, arm_order, schedule
+from echo_rl.experiments.bench import run_bench
+from echo_rl.experiments.plan import BenchConfig, Load, Unit, arm_order, schedule
+from echo_rl.experiments.report import plots
+from echo_rl.experiments.report.blocks import compare_outputs, first_difference
 from echo_rl.workloads.datasets import Prompt
 from echo_rl.workloads.driver import serve
 
@@ -189,7 +189,7 @@ def test_impossible_benchmarks_are_refused(make):
 def test_differences_are_located(fake_engine, make_controller):
     assert first_difference((1, 2, 3), (1, 5, 3)) == 1
     assert first_difference((1, 2), (1, 2, 3)) == 2
-    from echo_rl.bench import block_requests
+    from echo_rl.experiments.bench import block_requests
 
     requests = block_requests(fake_engine, PROMPTS, CONFIG, CONFIG.loads[0], 0)
     plain = serve(fake_engine, make_controller("none"), requests, 1)
@@ -328,7 +328,7 @@ def test_the_scripts_fill_every_table_of_the_pages(scripts, tmp_path):
     tiny_trace(tmp_path).save(Path(recording))
     for script in (policies, ceiling, rivals, fidelity):
         scripts(script, "--trace", recording)
-    committed = Path(__file__).parent.parent / "benchmarks" / "results"
+    committed = Path(__file__).parents[2] / "benchmarks" / "results"
     for name in ("ab_live", "roofline", "server", "server_identity", "server_overhead", "soak"):
         # of `echo-rl ab`, and of scripts that have tests of their own
         (tmp_path / "quick" / f"{name}.json").write_text((committed / f"{name}.json").read_text())

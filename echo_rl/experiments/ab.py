@@ -13,12 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
-from echo_rl import report_html
 from echo_rl.contracts import MakeController
 from echo_rl.errors import ConfigError
-from echo_rl.results import compare_outputs
-from echo_rl.sweep import Trial, TrialConfig
-from echo_rl.trials import RATES, Decisions, Venue, headline, rates, run_trials
+from echo_rl.experiments.plan import Trial, TrialConfig
+from echo_rl.experiments.report import html as report_html
+from echo_rl.experiments.report.blocks import compare_outputs
+from echo_rl.experiments.trials import RATES, Decisions, Venue, headline, rates, run_trials
 from echo_rl.utils import statistics
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads import metrics
