@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from echo_rl.server.trail import CUT_OFF
+from echo_rl.server.api.request_stats import CUT_OFF
 from serving import total
 from soak_visits import COMPLETIONS, Visit
 

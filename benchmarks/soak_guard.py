@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 from echo_rl.cli.session import load_engine
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller, LoadView, Request, SamplingParams, SpecPlan
-from echo_rl.server.host import EngineHost, HostConfig
-from echo_rl.server.options import SwitchOptions
-from echo_rl.server.worker import Served, build_controller, live
+from echo_rl.server.client.engine_client import EngineHost, HostConfig
+from echo_rl.server.core.options import SwitchOptions
+from echo_rl.server.core.worker import Served, build_controller, live
 from echo_rl.wrapping import Wrapping
 
 SOUND_PLANS = 12

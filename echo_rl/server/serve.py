@@ -18,16 +18,16 @@ from echo_rl.config import EngineConfig
 from echo_rl.errors import ConfigError
 from echo_rl.runtime.models.weights import resolve_model
 from echo_rl.runtime.tokenizer import Tokenizer
-from echo_rl.server import logs
-from echo_rl.server.app import create_app
-from echo_rl.server.auth import Keys, is_loopback
+from echo_rl.server.api import logs
+from echo_rl.server.api.app import create_app
+from echo_rl.server.api.auth import Keys, is_loopback
+from echo_rl.server.api.completion_response import LAST_BYTES_SECONDS
+from echo_rl.server.api.front import Front
+from echo_rl.server.client.engine_client import EngineHost, HostConfig
 from echo_rl.server.config import ServerConfig
-from echo_rl.server.exchange import LAST_BYTES_SECONDS
-from echo_rl.server.front import Front
-from echo_rl.server.heap import settle
-from echo_rl.server.host import EngineHost, HostConfig
-from echo_rl.server.turns import give_way
-from echo_rl.server.worker import live, logging_as
+from echo_rl.server.core.heap import settle
+from echo_rl.server.core.turns import give_way
+from echo_rl.server.core.worker import live, logging_as
 
 if TYPE_CHECKING:
     from echo_rl.runtime.engine import Engine

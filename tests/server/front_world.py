@@ -13,11 +13,11 @@ from starlette.testclient import TestClient
 
 from echo_rl.contracts import PhaseTimes, RequestOutput, TokenLogprob
 from echo_rl.errors import ConfigError, RequestError
-from echo_rl.server.app import create_app
-from echo_rl.server.auth import Keys
+from echo_rl.server.api.app import create_app
+from echo_rl.server.api.auth import Keys
+from echo_rl.server.client.streams import OutputStream
 from echo_rl.server.config import ServerConfig
 from echo_rl.server.messages import ExperimentReport, Ready, StepStats
-from echo_rl.server.streams import OutputStream
 from echo_rl.workloads.records import StepRecord
 from tests.conftest import FakeTokenizer
 from tests.server.hosts import running

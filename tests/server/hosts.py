@@ -12,10 +12,10 @@ from typing import Any
 
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller, Request, RequestOutput, SamplingParams, StepReport
-from echo_rl.server.core import CoreOptions
-from echo_rl.server.host import EngineHost, HostConfig
-from echo_rl.server.options import SwitchOptions
-from echo_rl.server.worker import Served, build_controller, live
+from echo_rl.server.client.engine_client import EngineHost, HostConfig
+from echo_rl.server.core.engine_core import CoreOptions
+from echo_rl.server.core.options import SwitchOptions
+from echo_rl.server.core.worker import Served, build_controller, live
 from tests import tiny
 from tests.conftest import FakeEngine
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from echo_rl.contracts import PhaseTimes, RequestTree
 from echo_rl.errors import ConfigError
-from echo_rl.server.experiment import CONTROL, RUNNING, ExperimentOptions, Switchback
+from echo_rl.server.core.experiment import CONTROL, RUNNING, ExperimentOptions, Switchback
 from echo_rl.server.messages import ExperimentReport, Ready, StepStats
 from echo_rl.server.ui.feed import add_ragged
 from echo_rl.workloads.records import StepRecord

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from echo_rl.controllers.policy.ppo import shipped
-from echo_rl.server.choices import Choices, public
+from echo_rl.server.api.choices import Choices, public
 from tests.server.front_world import FakeHost, client_of, make_app
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from echo_rl.errors import ConfigError
-from echo_rl.server.auth import Keys, is_loopback
+from echo_rl.server.api.auth import Keys, is_loopback
 from echo_rl.server.config import ServerConfig
 from tests.server.front_world import FakeHost, client_of, make_app
 

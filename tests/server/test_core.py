@@ -10,10 +10,12 @@ import pytest
 
 from echo_rl.contracts import AUTOREGRESSIVE, Request, SamplingParams, SpecPlan
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.soundness import Limits
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, IntegrityError, PlanViolation
-from echo_rl.server.core import CoreOptions, EngineCore
+from echo_rl.server.core.engine_core import CoreOptions, EngineCore
+from echo_rl.server.core.options import SwitchOptions
+from echo_rl.server.core.worker import build_controller
+from echo_rl.server.guard.validation import Limits
 from echo_rl.server.messages import (
     Cancel,
     ExperimentReport,
@@ -28,8 +30,6 @@ from echo_rl.server.messages import (
     Submit,
     Watch,
 )
-from echo_rl.server.options import SwitchOptions
-from echo_rl.server.worker import build_controller
 from echo_rl.workloads.driver import serve
 from tests import tiny
 from tests.server.hosts import ServedFake, request_of

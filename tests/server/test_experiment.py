@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_rl.errors import ConfigError
-from echo_rl.server.experiment import CARRY_OVER, CONTROL, PAIRS_FOR_HARM, TREATMENT, ExperimentOptions, Switchback
+from echo_rl.server.core.experiment import CARRY_OVER, CONTROL, PAIRS_FOR_HARM, TREATMENT, ExperimentOptions, Switchback
 from echo_rl.utils.statistics import Rate, rate_ratio
 
 

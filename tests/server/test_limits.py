@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from echo_rl.errors import ConfigError
+from echo_rl.server.api.errors import ApiError
+from echo_rl.server.api.limits import Admission
 from echo_rl.server.config import ServerConfig
-from echo_rl.server.errors import ApiError
-from echo_rl.server.limits import Admission
 from tests.conftest import FakeClock
 from tests.server.front_world import FakeHost, client_of, listening, make_app, wait_until
 from tests.server.hosts import until

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
-from echo_rl.server import logs
-from echo_rl.server.meters import Meters
-from echo_rl.server.step_metrics import StepMetrics
+from echo_rl.server.api import logs
+from echo_rl.server.api.meters import Meters
+from echo_rl.server.api.step_metrics import StepMetrics
 from tests.server.front_world import FakeHost, client_of, make_app, stats
 
 SECRET = "the quick brown secret"

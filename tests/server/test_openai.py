@@ -9,11 +9,11 @@ import httpx
 import openai
 import pytest
 
-from echo_rl.server import exchange
-from echo_rl.server.dialects import TextDialect
-from echo_rl.server.exchange import Choice, Exchange
-from echo_rl.server.schemas import CompletionRequest
-from echo_rl.server.trail import KEY, Trail
+from echo_rl.server.api import completion_response
+from echo_rl.server.api.completion_response import Choice, Exchange
+from echo_rl.server.api.openai_format import TextDialect
+from echo_rl.server.api.request_stats import KEY, Trail
+from echo_rl.server.api.schemas import CompletionRequest
 from tests.conftest import FakeTokenizer
 from tests.server.front_world import FakeHost, client_of, listening, make_app
 
@@ -370,5 +370,5 @@ def test_a_reader_that_stopped_is_not_waited_for_at_the_end(monkeypatch):
         await Exchange(front, body, TextDialect())({"type": "http", KEY: Trail("x", 0.0)}, receive, send)
         assert sent == ["http.response.start", "http.response.body", "http.response.body"]
 
-    monkeypatch.setattr(exchange, "LAST_BYTES_SECONDS", 0.2)
+    monkeypatch.setattr(completion_response, "LAST_BYTES_SECONDS", 0.2)
     asyncio.run(asyncio.wait_for(main(), 30.0))

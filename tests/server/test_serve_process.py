@@ -87,7 +87,7 @@ def test_the_engines_process_logs_in_the_same_form(serve):
     url = server.ready()
     assert httpx.put(f"{url}/admin/controller", json={"controller": "chain"}, timeout=60).status_code == 200
     entry = server.wait_for("controller 'chain' replaces 'none'", seconds=10)
-    assert (entry["level"], entry["logger"]) == ("info", "echo_rl.server.switch")
+    assert (entry["level"], entry["logger"]) == ("info", "echo_rl.server.core.controller_manager")
 
 
 def test_a_drain_that_takes_too_long_cancels_and_a_second_signal_does_at_once(serve):

@@ -7,7 +7,7 @@ import pytest
 import chromium
 from echo_rl.contracts import RequestTree
 from echo_rl.errors import ConfigError
-from echo_rl.server.auth import Keys
+from echo_rl.server.api.auth import Keys
 from tests.server.front_world import changed, listening, make_app, wait_until
 from tests.server.live_world import LiveWorld, LiveWorldHost
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_rl.contracts import RequestTree
-from echo_rl.server.auth import Keys
+from echo_rl.server.api.auth import Keys
 from echo_rl.server.messages import ExperimentReport, Ready
 from echo_rl.server.ui import ASSETS, feed, stream
 from echo_rl.server.ui.feed import COUNTERS, MOST_TREES, Feed, add_ragged, encode

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from typing import Any
 
 from echo_rl.contracts import PhaseTimes, RequestTree
-from echo_rl.server.choices import public, public_report
+from echo_rl.server.api.choices import public, public_report
 from echo_rl.server.messages import ExperimentReport, StepStats
 from echo_rl.workloads.metrics import PHASES
 

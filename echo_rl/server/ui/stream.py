@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 import echo_rl
-from echo_rl.server.choices import public
+from echo_rl.server.api.choices import public
 from echo_rl.server.messages import ExperimentReport, Ready, StepStats
 from echo_rl.server.ui.feed import Event, Feed, encode, experiment_data
 
@@ -21,7 +21,7 @@ MOST_VIEWERS = 16
 
 
 class LiveHost(Protocol):
-    """What the live view needs of a host; `echo_rl.server.host.EngineHost` is one."""
+    """What the live view needs of a host; `echo_rl.server.client.engine_client.EngineHost` is one."""
 
     @property
     def ready(self) -> bool: ...

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from echo_rl.server.errors import ApiError
+from echo_rl.server.api.errors import ApiError
 
 REMEMBERED = 64
 LONGEST_WAIT = 60

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from echo_rl.errors import ConfigError, EchoError, explain
-from echo_rl.server.channel import FrontChannel
+from echo_rl.server.core.options import SwitchOptions
+from echo_rl.server.core.worker import Factory, ProcessWorker, ThreadWorker, Worker
+from echo_rl.server.ipc import FrontChannel
 from echo_rl.server.messages import Event, Failed, Ready, Stop
-from echo_rl.server.options import SwitchOptions
-from echo_rl.server.worker import Factory, ProcessWorker, ThreadWorker, Worker
 
 WORKERS: dict[str, Callable[..., Worker]] = {"process": ProcessWorker, "thread": ThreadWorker}
 log = logging.getLogger(__name__)

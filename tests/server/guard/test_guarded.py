@@ -26,12 +26,12 @@ from echo_rl.contracts import (
 )
 from echo_rl.controllers import make
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.guarded import EVERYTHING, MOST_FAULTS, PATIENCE, Guarded, kept_aside
 from echo_rl.controllers.policy.network import Policy
 from echo_rl.controllers.policy.ppo import Ppo, PpoOptions
 from echo_rl.controllers.selection import global_top_k, pack
-from echo_rl.controllers.soundness import Limits, Unsound, check_plan, check_selection, cut
-from echo_rl.controllers.standby import MOST_REPORTS, Standby
+from echo_rl.server.guard.guarded import EVERYTHING, MOST_FAULTS, PATIENCE, Guarded, kept_aside
+from echo_rl.server.guard.lazy_observer import MOST_REPORTS, Standby
+from echo_rl.server.guard.validation import Limits, Unsound, check_plan, check_selection, cut
 from tests import tiny
 from tests.controllers.conftest import forest_of, load_of
 from tests.controllers.policy.test_policy import random_policy
@@ -415,7 +415,7 @@ def guarded_engine(tmp_path_factory):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_sabotage_breaks_a_step_or_changes_a_token(seed, guarded_engine, monkeypatch):
-    monkeypatch.setattr("echo_rl.controllers.guarded.MOST_FAULTS", 10**9)  # let it go on
+    monkeypatch.setattr("echo_rl.server.guard.guarded.MOST_FAULTS", 10**9)  # let it go on
     todo = [
         Request(f"r{i}", tuple(range(1 + i, 20 + i)), SamplingParams(0.7, seed=i, max_new_tokens=30, ignore_eos=True))
         for i in range(6)

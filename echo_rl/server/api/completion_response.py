@@ -17,12 +17,12 @@ from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from echo_rl.contracts import RequestOutput, TokenLogprob
-from echo_rl.server.dialects import DONE, ChunkWriter, Dialect, error_event, usage
-from echo_rl.server.errors import ApiError, as_api_error
-from echo_rl.server.front import Front, TextCodec
-from echo_rl.server.schemas import Body, ChatRequest, CompletionRequest
-from echo_rl.server.streams import OutputStream
-from echo_rl.server.trail import CLIENT_GONE, Trail, trail_of
+from echo_rl.server.api.errors import ApiError, as_api_error
+from echo_rl.server.api.front import Front, TextCodec
+from echo_rl.server.api.openai_format import DONE, ChunkWriter, Dialect, error_event, usage
+from echo_rl.server.api.request_stats import CLIENT_GONE, Trail, trail_of
+from echo_rl.server.api.schemas import Body, ChatRequest, CompletionRequest
+from echo_rl.server.client.streams import OutputStream
 
 LAST_BYTES_SECONDS = 3
 """What connections get to close once every request has ended: live views never end by themselves, and a client may have

@@ -9,13 +9,13 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 
 from echo_rl.errors import ConfigError
-from echo_rl.server import logs
-from echo_rl.server.auth import Guard
-from echo_rl.server.choices import Choices, public, public_report
-from echo_rl.server.errors import ApiError
-from echo_rl.server.experiment import ExperimentOptions
-from echo_rl.server.front import Front
-from echo_rl.server.replies import FAILURES
+from echo_rl.server.api import logs
+from echo_rl.server.api.auth import Guard
+from echo_rl.server.api.choices import Choices, public, public_report
+from echo_rl.server.api.errors import ApiError
+from echo_rl.server.api.front import Front
+from echo_rl.server.api.replies import FAILURES
+from echo_rl.server.core.experiment import ExperimentOptions
 
 Spec = Annotated[str, Field(min_length=1, max_length=1024, description="As on the command line: name:option=value,...")]
 T = TypeVar("T")

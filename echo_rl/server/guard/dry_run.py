@@ -6,8 +6,8 @@ import torch
 
 from echo_rl.contracts import Controller, Forest, Frontier, LoadView, PhaseTimes, SpecPlan, StepReport
 from echo_rl.controllers.policy.ppo import Ppo
-from echo_rl.controllers.soundness import Limits, check_mask, check_plan, check_selection, cut
 from echo_rl.errors import ConfigError
+from echo_rl.server.guard.validation import Limits, check_mask, check_plan, check_selection, cut
 
 BATCHES = (1, 8, 32)
 STEPS = 3

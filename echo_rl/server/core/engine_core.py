@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from echo_rl.contracts import Backend, Request, StepReport
-from echo_rl.controllers.soundness import Limits
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import EchoError, PlanViolation, RequestError
+from echo_rl.server.core.controller_manager import MakeController, Switch
+from echo_rl.server.core.options import SwitchOptions
+from echo_rl.server.guard.validation import Limits
 from echo_rl.server.messages import (
     Cancel,
     Command,
@@ -26,8 +28,6 @@ from echo_rl.server.messages import (
     Submit,
     Watch,
 )
-from echo_rl.server.options import SwitchOptions
-from echo_rl.server.switch import MakeController, Switch
 from echo_rl.workloads.records import StepRecord
 
 Receive = Callable[[float | None], Sequence[Command]]

@@ -13,8 +13,8 @@ from fastapi import Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from echo_rl.errors import ConfigError
+from echo_rl.server.api.errors import ApiError
 from echo_rl.server.config import ServerConfig
-from echo_rl.server.errors import ApiError
 
 Guard = Callable[..., Awaitable[None]]
 """A FastAPI dependency that raises `ApiError` for who may not pass. A coroutine: FastAPI runs others in a thread."""

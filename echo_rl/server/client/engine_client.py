@@ -15,8 +15,11 @@ from typing import Any
 
 from echo_rl.contracts import Request, RequestOutput
 from echo_rl.errors import ConfigError, RequestError
-from echo_rl.server.last_good import LastGood
-from echo_rl.server.lifeline import HostConfig, Lifeline, Unavailable
+from echo_rl.server.client.counters import Tally
+from echo_rl.server.client.last_good import LastGood
+from echo_rl.server.client.streams import News, OutputStream, Subscription
+from echo_rl.server.client.supervisor import HostConfig, Lifeline, Unavailable
+from echo_rl.server.core.worker import Factory
 from echo_rl.server.messages import (
     Cancel,
     Event,
@@ -33,9 +36,6 @@ from echo_rl.server.messages import (
     Submit,
     Watch,
 )
-from echo_rl.server.streams import News, OutputStream, Subscription
-from echo_rl.server.tally import Tally
-from echo_rl.server.worker import Factory
 
 log = logging.getLogger(__name__)
 

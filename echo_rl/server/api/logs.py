@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any, TextIO
 
-from echo_rl.server.trail import Trail
+from echo_rl.server.api.request_stats import Trail
 
 log = logging.getLogger(__name__)
 FIELDS = "fields"

@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Protocol
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller
 from echo_rl.errors import EchoError, explain
-from echo_rl.server import logs
-from echo_rl.server.channel import CoreChannel
-from echo_rl.server.heap import settle
+from echo_rl.server.api import logs
+from echo_rl.server.core.heap import settle
+from echo_rl.server.core.options import SwitchOptions
+from echo_rl.server.core.turns import take_turns
+from echo_rl.server.ipc import CoreChannel
 from echo_rl.server.messages import Failed, Ready, Stop
-from echo_rl.server.options import SwitchOptions
-from echo_rl.server.turns import take_turns
 
 if TYPE_CHECKING:
     from echo_rl.runtime.engine import Engine
-    from echo_rl.server.core import CoreOptions, ServedEngine
-    from echo_rl.server.switch import MakeController
+    from echo_rl.server.core.controller_manager import MakeController
+    from echo_rl.server.core.engine_core import CoreOptions, ServedEngine
 
 ORPHAN_SECONDS = 3.0
 """Seconds that a process whose parent is gone has to end by itself."""
@@ -60,9 +60,9 @@ def live(
     ``partial(live, load_engine, config)`` is a `Factory`. Raises what `load` raises, and `ConfigError` where the
     machine's cost profile is not readable.
     """
-    from echo_rl.controllers.soundness import Limits
     from echo_rl.costs.profile import CostProfile
-    from echo_rl.server.core import CoreOptions
+    from echo_rl.server.core.engine_core import CoreOptions
+    from echo_rl.server.guard.validation import Limits
 
     engine, environment = load(config)
     arch = engine.runner.target.arch
@@ -183,7 +183,7 @@ def serve_core(
     """Loads, says `Ready`, runs the core to its end. False where it failed: the last event is `Failed` then."""
     channel = CoreChannel(sock, farewell=Stop(), on_lost=on_orphaned)
     try:
-        from echo_rl.server.core import EngineCore
+        from echo_rl.server.core.engine_core import EngineCore
 
         served = factory(switch)
         core = EngineCore(served.engine, served.make_controller, spec, served.options)

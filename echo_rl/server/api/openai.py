@@ -6,19 +6,12 @@ from typing import Any
 
 from fastapi import APIRouter, Depends
 
-from echo_rl.server.auth import Guard
-from echo_rl.server.dialects import ChatDialect, TextDialect
-from echo_rl.server.exchange import Exchange
-from echo_rl.server.front import Front
-from echo_rl.server.replies import (
-    FAILURES,
-    ChatReply,
-    CompletionReply,
-    Model,
-    ModelList,
-    completion_responses,
-)
-from echo_rl.server.schemas import ChatRequest, CompletionRequest
+from echo_rl.server.api.auth import Guard
+from echo_rl.server.api.completion_response import Exchange
+from echo_rl.server.api.front import Front
+from echo_rl.server.api.openai_format import ChatDialect, TextDialect
+from echo_rl.server.api.replies import FAILURES, ChatReply, CompletionReply, Model, ModelList, completion_responses
+from echo_rl.server.api.schemas import ChatRequest, CompletionRequest
 
 
 def make_router(front: Front, guard: Guard) -> APIRouter:

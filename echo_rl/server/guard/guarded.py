@@ -17,11 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from echo_rl.contracts import AUTOREGRESSIVE, Controller, Forest, Frontier, LoadView, Selection, SpecPlan, StepReport
-from echo_rl.controllers.aside import Aside
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.policy.ppo import Ppo
-from echo_rl.controllers.soundness import Limits, Unsound, check_mask, check_plan, check_selection, cut
-from echo_rl.controllers.standby import MOST_REPORTS, show
+from echo_rl.server.guard.background_caller import Aside
+from echo_rl.server.guard.lazy_observer import MOST_REPORTS, show
+from echo_rl.server.guard.validation import Limits, Unsound, check_mask, check_plan, check_selection, cut
 
 CAUSES = ("exception", "nan", "deadline", "invalid")
 MOST_FAULTS = 20

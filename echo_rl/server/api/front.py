@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from echo_rl.contracts import Request
+from echo_rl.server.api.errors import RETRY_SECONDS, ApiError
+from echo_rl.server.api.limits import Admission
+from echo_rl.server.api.metrics import Metrics
+from echo_rl.server.api.schemas import Body
+from echo_rl.server.client.engine_client import EngineHost
 from echo_rl.server.config import ServerConfig
-from echo_rl.server.errors import RETRY_SECONDS, ApiError
-from echo_rl.server.host import EngineHost
-from echo_rl.server.limits import Admission
 from echo_rl.server.messages import Ready
-from echo_rl.server.metrics import Metrics
-from echo_rl.server.schemas import Body
 
 LONG_PROMPT = 4_096
 """Characters from which a prompt is tokenised in a thread, so that streams go on meanwhile."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from echo_rl.contracts import TokenLogprob
-from echo_rl.server.dialects import ChatDialect, TextDialect
+from echo_rl.server.api.openai_format import ChatDialect, TextDialect
 
 
 def test_logprobs_name_special_tokens_and_parts_of_characters():

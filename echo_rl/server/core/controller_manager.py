@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 
 from echo_rl.contracts import Controller
-from echo_rl.controllers.aside import Answer, Aside
-from echo_rl.controllers.guarded import CAUSES, Guarded
-from echo_rl.controllers.soundness import Limits
-from echo_rl.controllers.standby import Standby
 from echo_rl.errors import ConfigError, explain
-from echo_rl.server.experiment import CONTROL, HARM, TREATMENT, ExperimentOptions, Switchback
+from echo_rl.server.core.experiment import CONTROL, HARM, TREATMENT, ExperimentOptions, Switchback
+from echo_rl.server.core.options import SwitchOptions
+from echo_rl.server.guard.background_caller import Answer, Aside
+from echo_rl.server.guard.dry_run import rehearse
+from echo_rl.server.guard.guarded import CAUSES, Guarded
+from echo_rl.server.guard.lazy_observer import Standby
+from echo_rl.server.guard.validation import Limits
 from echo_rl.server.messages import Event, ExperimentReport, Reply, SetController, StartExperiment, StopExperiment
-from echo_rl.server.options import SwitchOptions
-from echo_rl.server.rehearsal import rehearse
 
 MakeController = Callable[[str], Controller]
 """A controller of its specification, as written: ``echo``, ``chain:steps=2``. Raises `ConfigError`."""

@@ -7,15 +7,16 @@ from collections.abc import Callable
 from fastapi import FastAPI
 
 from echo_rl import __version__
-from echo_rl.server import admin, errors, health, logs, openai, ui
-from echo_rl.server.auth import Keys, admin_guard, api_guard
-from echo_rl.server.choices import Choices
+from echo_rl.server import ui
+from echo_rl.server.api import admin, errors, health, logs, openai
+from echo_rl.server.api.auth import Keys, admin_guard, api_guard
+from echo_rl.server.api.choices import Choices
+from echo_rl.server.api.front import Front, TextCodec
+from echo_rl.server.api.limits import Admission, BodyLimit
+from echo_rl.server.api.metrics import Metrics
+from echo_rl.server.api.request_stats import Trail, Trails
+from echo_rl.server.client.engine_client import EngineHost
 from echo_rl.server.config import ServerConfig
-from echo_rl.server.front import Front, TextCodec
-from echo_rl.server.host import EngineHost
-from echo_rl.server.limits import Admission, BodyLimit
-from echo_rl.server.metrics import Metrics
-from echo_rl.server.trail import Trail, Trails
 from echo_rl.utils.archives import shipped_checkpoints
 
 QUIET = ("/health", "/health/live", "/health/ready", "/metrics")

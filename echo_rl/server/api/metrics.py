@@ -10,10 +10,10 @@ import time
 
 from prometheus_client import CollectorRegistry, generate_latest
 
+from echo_rl.server.api.meters import Meters
+from echo_rl.server.api.request_stats import CUT_OFF, Trail
+from echo_rl.server.api.step_metrics import StepMetrics
 from echo_rl.server.messages import StepStats
-from echo_rl.server.meters import Meters
-from echo_rl.server.step_metrics import StepMetrics
-from echo_rl.server.trail import CUT_OFF, Trail
 
 FIRST_BUCKETS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 100, 200, 400)
 BETWEEN_BUCKETS = (0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.2, 0.4, 0.8, 1, 2, 5)

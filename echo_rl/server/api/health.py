@@ -6,9 +6,9 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from echo_rl.server.errors import ApiError
-from echo_rl.server.front import Front, dead_engine
-from echo_rl.server.replies import FAILURES
+from echo_rl.server.api.errors import ApiError
+from echo_rl.server.api.front import Front, dead_engine
+from echo_rl.server.api.replies import FAILURES
 
 
 class Health(BaseModel):

@@ -19,13 +19,13 @@ from functools import partial
 import pytest
 
 from echo_rl.errors import ConfigError, EchoError, RequestError
-from echo_rl.server.channel import CoreChannel, FrontChannel
-from echo_rl.server.host import EngineHost, HostConfig, Unavailable
-from echo_rl.server.lifeline import WORKERS
+from echo_rl.server.client.engine_client import EngineHost, HostConfig, Unavailable
+from echo_rl.server.client.streams import SLOW_READER, Inbox
+from echo_rl.server.client.supervisor import WORKERS
+from echo_rl.server.core.options import SwitchOptions
+from echo_rl.server.core.worker import ThreadWorker
+from echo_rl.server.ipc import CoreChannel, FrontChannel
 from echo_rl.server.messages import ExperimentReport, Stepped, StepStats
-from echo_rl.server.options import SwitchOptions
-from echo_rl.server.streams import SLOW_READER, Inbox
-from echo_rl.server.worker import ThreadWorker
 from tests.server.front_world import stats
 from tests.server.hosts import collect, fake_host, request_of, running, serve_fake, tiny_host, until
 
@@ -572,7 +572,7 @@ def test_isolation_is_one_of_two():
 
 
 def test_the_front_loads_no_torch():
-    code = "import sys, echo_rl.server.host; sys.exit('torch' in sys.modules)"
+    code = "import sys, echo_rl.server.client.engine_client; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -611,7 +611,7 @@ def test_frames_survive_any_cut_and_order_is_kept():
 def test_a_frame_in_pieces_is_one_event():
     got = []
     front = FrontChannel(got.append, lambda: None)
-    from echo_rl.server.channel import frame
+    from echo_rl.server.ipc import frame
 
     stream = frame("first") + frame({"second": 2}) + frame(None)
     for i in range(len(stream)):

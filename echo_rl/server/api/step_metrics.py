@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Gauge
 
+from echo_rl.server.api.meters import Counter, Meters
 from echo_rl.server.messages import StepStats
-from echo_rl.server.meters import Counter, Meters
 from echo_rl.workloads.metrics import PHASES
 
 WINDOW_SECONDS = 5.0

@@ -1,0 +1,1 @@
+"""The HTTP front: routes, what clients may send, what they are answered."""
