@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     {"contracts", "errors", "config"},
-    {"utils"},
+    {"utils", "wrapping"},
     {"costs"},
     {"codec"},
     {"workloads"},
@@ -32,11 +32,7 @@ ROOMS = (
     {"cli"},
 )
 """Lowest first; rooms of one line may import each other."""
-MOVING = {
-    "wrapping": "utils",
-}
 RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
-RANK |= {name: RANK[room] for name, room in MOVING.items()}
 SEPARATE = {"runtime", "env", "controllers"}
 TORCH_FREE = (
     *("contracts", "errors", "config", "utils.archives", "utils.files", "utils.ledger", "utils.statistics"),

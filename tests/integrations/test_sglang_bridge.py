@@ -14,13 +14,13 @@ from echo_rl.errors import ConfigError
 from echo_rl.integrations.sglang import adaptive, contract, plugin
 from echo_rl.integrations.sglang.contract import SYMBOLS, ContractBroken, check, require
 from echo_rl.integrations.sglang.doctor import examine
-from echo_rl.integrations.sglang.host import require_topology
+from echo_rl.integrations.sglang.load_observer import Watch
 from echo_rl.integrations.sglang.metrics import COUNTERS, Exporter
 from echo_rl.integrations.sglang.ranks import Alone, Group
 from echo_rl.integrations.sglang.settings import ENVIRONMENT, PluginConfig, Shape
+from echo_rl.integrations.sglang.state import require_topology
 from echo_rl.integrations.sglang.steering import Decision
 from echo_rl.integrations.sglang.trees import require_swaps
-from echo_rl.integrations.sglang.watch import Watch
 from tests.integrations.sglang_fakes import batch, load, parallel, raises_config, scheduler
 from tests.integrations.sglang_fakes import host as make_host
 

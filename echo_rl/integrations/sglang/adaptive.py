@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from echo_rl.errors import ConfigError
-from echo_rl.integrations.sglang.host import Host
 from echo_rl.integrations.sglang.settings import Shape
+from echo_rl.integrations.sglang.state import Host
 
 PARAMS = "sglang.srt.speculative.adaptive_spec_params.AdaptiveSpeculativeParams"
 CANDIDATES = "sglang.srt.speculative.adaptive_spec_params.resolve_candidate_steps_from_config"

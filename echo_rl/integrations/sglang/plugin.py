@@ -17,8 +17,8 @@ from echo_rl.errors import EchoError
 from echo_rl.integrations.sglang import adaptive, trees
 from echo_rl.integrations.sglang.adaptive import Hook
 from echo_rl.integrations.sglang.contract import ContractBroken, require
-from echo_rl.integrations.sglang.host import Host
 from echo_rl.integrations.sglang.settings import ENVIRONMENT, PluginConfig
+from echo_rl.integrations.sglang.state import Host
 
 log = logging.getLogger(__name__)
 

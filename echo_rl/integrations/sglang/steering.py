@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 
 from echo_rl.contracts import AUTOREGRESSIVE, Controller, LoadView, PhaseTimes, SpecPlan, StepReport
 from echo_rl.costs.profile import CostProfile
+from echo_rl.integrations.sglang.acceptance import Survival, chain_nodes
 from echo_rl.integrations.sglang.settings import Shape
-from echo_rl.integrations.sglang.survival import Survival, chain_nodes
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from echo_rl.errors import ConfigError
 from echo_rl.integrations.sglang.adaptive import CREATE_WORKER, Hook, reachable
-from echo_rl.integrations.sglang.host import Host
 from echo_rl.integrations.sglang.settings import Shape
+from echo_rl.integrations.sglang.state import Host
 
 if TYPE_CHECKING:
     from torch import Tensor

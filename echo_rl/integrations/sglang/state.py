@@ -14,11 +14,11 @@ from typing import Any
 
 from echo_rl import __version__
 from echo_rl.errors import ConfigError
+from echo_rl.integrations.sglang.load_observer import Watch
 from echo_rl.integrations.sglang.metrics import Exporter
 from echo_rl.integrations.sglang.ranks import Alone, Group, Ranks
 from echo_rl.integrations.sglang.settings import PluginConfig
 from echo_rl.integrations.sglang.steering import Decision, Steering
-from echo_rl.integrations.sglang.watch import Watch
 
 log = logging.getLogger(__name__)
 

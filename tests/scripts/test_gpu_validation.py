@@ -18,8 +18,8 @@ import losslessness
 from echo_rl.cli.app import parse
 from echo_rl.errors import ConfigError, EchoError
 from echo_rl.experiments.load.record import LoadRecord
-from echo_rl.integrations.sglang.host import Host
 from echo_rl.integrations.sglang.settings import PluginConfig
+from echo_rl.integrations.sglang.state import Host
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.records import RequestRecord, RunRecord
 from scripts import gpu_validation
