@@ -27,7 +27,7 @@ from ceiling_ranker import accepted_nodes, ranked
 from common import CONSOLE, RESULTS, Ledger, Place, main
 from echo_rl.codec.actions import ActionTable
 from echo_rl.controllers.echo.gates import GateCalibration
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
 from echo_rl.replay.trace import Trace, fingerprint
 from echo_rl.utils import statistics
@@ -71,7 +71,7 @@ def script() -> None:
     profile, gates = CostProfile.default(), GateCalibration.of(None)
     sources = {"trace": fingerprint(test), "costs": digest_of(repr((profile, gates)).encode())}
     ledger = Ledger(place.work, sources | {"widths": args.widths, "blocks": args.blocks, "positions": args.positions})
-    bound = Bound(test, CostArrays(profile), gates, args)
+    bound = Bound(test, BatchedCostProfile(profile), gates, args)
     result = {
         "trace": test.provenance,
         "profile": profile.provenance,
@@ -121,7 +121,7 @@ class Steps:
 class Prices:
     """Seconds of a step at one load, out of tables."""
 
-    def __init__(self, costs: CostArrays, load: int, most: int, widths: Sequence[int], depth: int) -> None:
+    def __init__(self, costs: BatchedCostProfile, load: int, most: int, widths: Sequence[int], depth: int) -> None:
         nodes, alive, levels = np.arange(most + 1), np.arange(load + 1), np.arange(depth)
         self.plain = float(costs.verify(load, load, CONTEXT) + costs.overhead(load, 0, False))
         self._verify = costs.verify(load, load + nodes, CONTEXT) + costs.overhead(load, nodes, True)
@@ -144,7 +144,7 @@ class Prices:
 class Bound:
     """What each kind of plan reaches on one trace."""
 
-    def __init__(self, trace: Trace, costs: CostArrays, gates: GateCalibration, args: Args) -> None:
+    def __init__(self, trace: Trace, costs: BatchedCostProfile, gates: GateCalibration, args: Args) -> None:
         self._trace, self._costs, self._gates, self._args = trace, costs, gates, args
 
     @cached_property

@@ -26,10 +26,10 @@ from echo_rl.contracts import Backend, Request
 from echo_rl.controllers import registry
 from echo_rl.controllers.arm import Arm
 from echo_rl.controllers.echo.gates import GateCalibration
-from echo_rl.costs.batched import SCALARS, CostArrays
+from echo_rl.costs.batched import SCALARS, BatchedCostProfile
 from echo_rl.costs.interpolation import monotone
 from echo_rl.costs.profile import CostProfile
-from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
+from echo_rl.env.vec_env import ReplayVecEnv, ReplayVecEnvOptions
 from echo_rl.replay.backend import ReplayBackend
 from echo_rl.replay.recorder import RecordOptions, record
 from echo_rl.replay.trace import Trace
@@ -84,7 +84,7 @@ def script() -> None:
         arms = [Comparison(arm, concurrency, block, before) for arm in (ARMS if block % 2 == 0 else ARMS[::-1])]
         live = [ledger.cell(arm.key | {"side": "live"}, partial(arm.live, engine, trace)) for arm in arms]
         after = costs_at(turn + 1)
-        costs = CostArrays(mean_profile(before, after))
+        costs = BatchedCostProfile(mean_profile(before, after))
         replayed = [ledger.cell(arm.key | {"side": "replay"}, partial(arm.replayed, trace, costs)) for arm in arms]
         cells += [arm.key | {"live": x, "replay": y} for arm, x, y in zip(arms, live, replayed, strict=True)]
         before = after
@@ -116,7 +116,7 @@ class Comparison:
     def live(self, engine: Engine, trace: Trace) -> float:
         return self._throughput(engine, trace, time.perf_counter)
 
-    def replayed(self, trace: Trace, costs: CostArrays) -> float:
+    def replayed(self, trace: Trace, costs: BatchedCostProfile) -> float:
         backend = ReplayBackend(trace, costs, seed=self.block)
         return self._throughput(backend, trace, backend.clock)
 
@@ -162,12 +162,12 @@ def agreement(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def speed(trace: Trace, costs: CostArrays) -> dict[str, float]:
+def speed(trace: Trace, costs: BatchedCostProfile) -> dict[str, float]:
     """Serving steps a second of the vectorised replay, by batch size, 32 lanes under random actions."""
     gates, few = GateCalibration.default(), trace.subset(range(0, len(trace.responses), 4))
     rates = {}
     for batch in (1, 4, 16, 32):
-        options = FleetOptions((f"closed:{batch}",), gates=gates.sparse(9), score_power=gates.score_power)
+        options = ReplayVecEnvOptions((f"closed:{batch}",), gates=gates.sparse(9), score_power=gates.score_power)
         env = ReplayVecEnv(few, costs, options, lanes=32)
         env.reset()
         actions = np.random.default_rng(0).integers(0, options.table.sizes, (100, 32, len(options.table.sizes)))
@@ -195,7 +195,7 @@ def exactness(config: EngineConfig, trace: Trace, steps: int, work: Path) -> dic
                 live, replayed = (
                     same_but_time(serve(server, registry.make(parsed.controller, **parsed.options), part, concurrency))
                     for part in (_part(requests, concurrency),)
-                    for server in (engine, ReplayBackend(recorded, CostArrays(CostProfile.default())))
+                    for server in (engine, ReplayBackend(recorded, BatchedCostProfile(CostProfile.default())))
                 )
                 compared += max(len(live), len(replayed))
                 differed += sum(a != b for a, b in zip(live, replayed, strict=False)) + abs(len(live) - len(replayed))

@@ -22,7 +22,7 @@ from echo_rl.controllers import registry
 from echo_rl.controllers.arm import Arm
 from echo_rl.controllers.policy.ppo import Ppo, PpoOptions
 from echo_rl.controllers.wrappers.timed import Timed
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
 from echo_rl.env.reward import RewardOptions
 from echo_rl.learning.learner import LearnerOptions
@@ -106,7 +106,7 @@ def script() -> None:
     trained = {name: fit(ledger, name, config, args.trace, folders[name]) for name, config in runs.items()}
     if args.only:
         return
-    world = World(test, CostArrays(profile))
+    world = World(test, BatchedCostProfile(profile))
     arms = ["none", "echo", *FIXED[1:]] if not args.quick else ["none", "echo", FIXED[5]]
     worth = {arm: scores(ledger, world, arm, args) for arm in arms}
     worth |= {name: scores(ledger, world, name, args, run["policy"]) for name, run in trained.items()}
@@ -163,7 +163,7 @@ def elsewhere(
     """What the policies reach over ECHO on machines that neither knows: all start out from this profile."""
     logs: dict[str, list[np.ndarray]] = {}  # [S] of each machine
     for number in range(OTHERS):
-        world = World(test, CostArrays(another(profile, np.random.default_rng(100 + number))))
+        world = World(test, BatchedCostProfile(another(profile, np.random.default_rng(100 + number))))
         for name, policy in {"echo": None, **policies}.items():
             worth = np.asarray(scores(ledger, world, name, args, policy, number))
             logs.setdefault(name, []).append(np.log(worth).mean(0))
@@ -211,7 +211,7 @@ def deciding(test: Trace, profile: CostProfile) -> dict[str, dict[str, Any]]:
         for name in TIMED:
             arm = Arm.parse(name)
             timed = Timed(registry.make(arm.controller, **arm.options))
-            backend = ReplayBackend(test, CostArrays(profile))
+            backend = ReplayBackend(test, BatchedCostProfile(profile))
             run = serve(backend, timed, test.requests(), batch, clock=backend.clock)
             took = {"microseconds": 1e6 * timed.seconds / len(run.steps), "share_of_step": timed.seconds / run.seconds}
             found.setdefault(name, {})[str(batch)] = took

@@ -13,7 +13,7 @@ import tyro
 from common import CONSOLE, RESULTS, Place, main
 from echo_rl.cli.evaluate import loads, ranking
 from echo_rl.controllers import registry
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
 from echo_rl.experiments.evaluate import EvalConfig, evaluate
 from echo_rl.experiments.tune import TuneConfig, load_tuned, tune
@@ -46,7 +46,7 @@ def script() -> None:
     args = tyro.cli(Args)
     place = Place("rivals", args.quick)
     train, test = Trace.load(args.trace).split(args.held_out)
-    costs = CostArrays(CostProfile.default())
+    costs = BatchedCostProfile(CostProfile.default())
     names = ("chain", "evict", "echo", "none") if args.quick else registry.names()
     searched = tuple(name for name in names if name not in TUNED_ELSEWHERE)
     tuning = TuneConfig(searched, concurrency=(1, 8), blocks=2) if args.quick else TuneConfig(searched)

@@ -28,12 +28,12 @@ from common import CONSOLE, Ledger, Place, main
 from echo_rl.contracts import Controller, LoadView, Request, SpecPlan
 from echo_rl.controllers import registry
 from echo_rl.controllers.policy.ppo import Steered
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
 from echo_rl.costs.roofline.surface import modelled_profile, roofline
 from echo_rl.replay.backend import ReplayBackend, ReplayOptions
-from echo_rl.replay.scheduler import LaneOptions
+from echo_rl.replay.scheduler import ReplaySchedulerOptions
 from echo_rl.replay.trace import Trace, fingerprint
 from echo_rl.utils import plotting, statistics
 from echo_rl.utils.result_store import write_json
@@ -154,8 +154,8 @@ def replayed(ledger: Ledger, args: Args, trace: Trace, machine: str, profile: Co
 
 def measured(args: Args, trace: Trace, profile: CostProfile, arm: str, batch: int, block: int) -> dict[str, float]:
     """One block: a closed load, its first steps left out. Tokens are those of decoding requests that they kept."""
-    limits = LaneOptions(max_batch=batch, prefill_chunk=1 << 20, kv_tokens=1 << 24)
-    backend = ReplayBackend(trace, CostArrays(profile), ReplayOptions(limits, noise=False), seed=block)
+    limits = ReplaySchedulerOptions(max_batch=batch, prefill_chunk=1 << 20, kv_tokens=1 << 24)
+    backend = ReplayBackend(trace, BatchedCostProfile(profile), ReplayOptions(limits, noise=False), seed=block)
     controller, source = _Within(make(arm, profile), trace), _Shuffled(trace.requests(), block)
     arrivals, steps = Arrivals(closed(batch), block), args.warmup + args.steps
     run = drive(backend, controller, arrivals, source, steps=steps, clock=backend.clock, idle=backend.idle)

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 from echo_rl.cli.session import load_engine
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller, LoadView, Request, SamplingParams, SpecPlan
-from echo_rl.server.client.engine_client import EngineHost, HostConfig
-from echo_rl.server.core.options import SwitchOptions
-from echo_rl.server.core.worker import Served, build_controller, live
+from echo_rl.server.client.engine_client import EngineClient, SupervisorConfig
+from echo_rl.server.core.options import ControllerManagerOptions
+from echo_rl.server.core.worker import LoadedEngine, build_controller, live
 from echo_rl.wrapping import Wrapping
 
 SOUND_PLANS = 12
@@ -66,7 +66,7 @@ def make(spec: str) -> Controller:
     return Faulty(spec, build_controller("chain")) if spec in FAULTS else build_controller(spec)
 
 
-def served(config: EngineConfig, switch: SwitchOptions) -> Served:
+def served(config: EngineConfig, switch: ControllerManagerOptions) -> LoadedEngine:
     """A factory, in the engine's process."""
     return replace(live(load_engine, config, switch), make_controller=make)
 
@@ -83,7 +83,7 @@ class Log:
 
 async def under_faulty_controllers(config: EngineConfig) -> dict[str, Any]:
     """Puts each in force while requests are served. Returns what was counted and what should not have happened."""
-    host, log = EngineHost(HostConfig(controller="echo"), partial(served, config)), Log()
+    host, log = EngineClient(SupervisorConfig(controller="echo"), partial(served, config)), Log()
     await host.start()
     over = asyncio.Event()
     tasks = [asyncio.create_task(_ask(host, number, log, over)) for number in range(REQUESTS)]
@@ -100,7 +100,7 @@ async def under_faulty_controllers(config: EngineConfig) -> dict[str, Any]:
     return {**found, "violations": list(_violations(found))}
 
 
-async def _ask(host: EngineHost, number: int, log: Log, over: asyncio.Event) -> None:
+async def _ask(host: EngineClient, number: int, log: Log, over: asyncio.Event) -> None:
     params = SamplingParams(0.8 * (number % 2), seed=number, max_new_tokens=24, ignore_eos=True)
     first, times = None, 0
     while not over.is_set():
@@ -118,7 +118,7 @@ async def _ask(host: EngineHost, number: int, log: Log, over: asyncio.Event) -> 
         log.changed += tokens != first
 
 
-async def _survive(host: EngineHost, name: str, cause: str) -> dict[str, Any]:
+async def _survive(host: EngineClient, name: str, cause: str) -> dict[str, Any]:
     """Until the one before decides again."""
     before, rollbacks = Counter(host.fallbacks), (await host.inspect())["rollbacks"]
     began = time.monotonic()

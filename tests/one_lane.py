@@ -6,18 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from echo_rl.codec import DEPTHS, Loads, Outcomes, quantiles
+from echo_rl.codec import DEPTHS, BatchedLoads, BatchedOutcomes, quantiles
 from echo_rl.contracts import LoadView, StepReport
 
 
-def loads_of(load: LoadView) -> Loads:
+def loads_of(load: LoadView) -> BatchedLoads:
     values = (load.batch_size, load.prefill_tokens, load.waiting, load.mean_context, load.kv_used, load.arrived)
-    return Loads(*(np.array([float(v)]) for v in values))
+    return BatchedLoads(*(np.array([float(v)]) for v in values))
 
 
-def outcomes_of(report: StepReport) -> Outcomes:
+def outcomes_of(report: StepReport) -> BatchedOutcomes:
     plan, on, first = report.plan, report.plan.speculates, report.confidence
-    return Outcomes(
+    return BatchedOutcomes(
         loads=loads_of(report.load),
         budget=np.array([float(plan.budget)]),
         depth=np.array([float(plan.max_depth if on else 0)]),

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from echo_rl.codec import gates_asked
 from echo_rl.contracts import Backend, LoadView, Request, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.costs.interpolation import monotone
 from echo_rl.costs.profile import CostProfile
 from echo_rl.replay.timing import Floats, Phases, Work, step_phases
@@ -124,7 +124,7 @@ def correct(profile: CostProfile, samples: Sequence[Sample]) -> CostProfile:
 
 def predicted(profile: CostProfile, samples: Sequence[Sample]) -> Phases:
     """The seconds that the profile gives steps with decoding requests, as a replay charges them."""
-    return step_phases(CostArrays(profile), _work(samples))
+    return step_phases(BatchedCostProfile(profile), _work(samples))
 
 
 def _work(samples: Sequence[Sample]) -> Work:

@@ -47,7 +47,7 @@ class Eval:
         from rich.console import Console
 
         from echo_rl.controllers import registry
-        from echo_rl.costs.batched import CostArrays
+        from echo_rl.costs.batched import BatchedCostProfile
         from echo_rl.costs.profile import CostProfile
         from echo_rl.experiments.evaluate import evaluate
 
@@ -56,7 +56,7 @@ class Eval:
         trace = load_trace(self.trace)
         served = trace.split(self.held_out)[1]
         profile = CostProfile.of(self.profile)
-        result = evaluate(config, served, CostArrays(profile), registry.planning_by(profile), self.out, console)
+        result = evaluate(config, served, BatchedCostProfile(profile), registry.planning_by(profile), self.out, console)
         console.print(ranking(result))
         if self.full:
             console.print(loads(result))

@@ -38,7 +38,7 @@ class Tune:
         from rich.console import Console
 
         from echo_rl.cli.evaluate import load_trace
-        from echo_rl.costs.batched import CostArrays
+        from echo_rl.costs.batched import BatchedCostProfile
         from echo_rl.costs.profile import CostProfile
         from echo_rl.experiments.tune import TuneConfig, tune
 
@@ -46,7 +46,7 @@ class Tune:
         config = TuneConfig(self.controllers, self.concurrency, self.blocks, self.requests, self.cap, self.seed)
         trace = load_trace(self.trace)
         train = trace.split(self.held_out)[0]
-        tuned = tune(config, train, CostArrays(CostProfile.default()), out=self.out, console=console)
+        tuned = tune(config, train, BatchedCostProfile(CostProfile.default()), out=self.out, console=console)
         console.print(table(tuned))
         console.print(f"Written: {self.out / 'tuned.json'}", soft_wrap=True)
         return 0

@@ -1,16 +1,16 @@
 """What a learned controller sees and says: loads and reports to observations, actions to plans.
 
 One package for training and for serving, so the two cannot drift apart; a policy is bound to
-`CODEC_VERSION`. A `Tracker` works on *lanes* (parallel servers, [E] arrays), a `Lane` is one server in
-plain floats; both say the same, but that a lane looks costs up by half octaves of context. Knows nothing of rewards,
-networks or where steps come from.
+`CODEC_VERSION`. A `BatchedObservationEncoder` works on *lanes* (parallel servers, [E] arrays), an `ObservationEncoder`
+is one server in plain floats; both say the same, but that the latter looks costs up by half octaves of context. Knows
+nothing of rewards, networks or where steps come from.
 """
 
 from echo_rl.codec.actions import CALIBRATED, ActionTable, Gates, Knobs, gates_asked, planned_gates
-from echo_rl.codec.batched_observations import Tracker, quantiles
+from echo_rl.codec.batched_observations import BatchedObservationEncoder, quantiles
 from echo_rl.codec.features import CODEC_VERSION, CONFIDENCE, DEPTHS, FEATURES, GROUPS, visible
-from echo_rl.codec.observations import Lane
-from echo_rl.costs.outcomes import Loads, Outcomes
+from echo_rl.codec.observations import ObservationEncoder
+from echo_rl.costs.outcomes import BatchedLoads, BatchedOutcomes
 
 __all__ = [
     "CALIBRATED",
@@ -20,12 +20,12 @@ __all__ = [
     "FEATURES",
     "GROUPS",
     "ActionTable",
+    "BatchedLoads",
+    "BatchedObservationEncoder",
+    "BatchedOutcomes",
     "Gates",
     "Knobs",
-    "Lane",
-    "Loads",
-    "Outcomes",
-    "Tracker",
+    "ObservationEncoder",
     "gates_asked",
     "planned_gates",
     "quantiles",

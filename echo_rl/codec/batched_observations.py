@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echo_rl.codec.features import CONFIDENCE, COST_NODES, DEPTHS, FEATURES, FIRST, RATE, SPARSE_RATE
-from echo_rl.costs.batched import CostArrays
-from echo_rl.costs.batched_correction import Paces
-from echo_rl.costs.outcomes import Loads, Outcomes
+from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_correction import BatchedCostCorrector
+from echo_rl.costs.outcomes import BatchedLoads, BatchedOutcomes
 
 Floats = NDArray[np.float64]
 
@@ -23,11 +23,11 @@ _HIGH = np.array([high for _, _, high in FEATURES])
 _AT = np.array(CONFIDENCE)
 
 
-class Tracker:
+class BatchedObservationEncoder:
     """The running statistics behind an observation, for E lanes. `update` after a step, `observe` before one."""
 
-    def __init__(self, costs: CostArrays, lanes: int = 1) -> None:
-        self._costs, self._paces = costs, Paces(costs, lanes)
+    def __init__(self, costs: BatchedCostProfile, lanes: int = 1) -> None:
+        self._costs, self._paces = costs, BatchedCostCorrector(costs, lanes)
         self._average = np.tile(FIRST, (lanes, 1))  # [E, len(FIRST)] running averages, columns as below
         self._last = np.zeros((lanes, 3))
         self._plain = np.zeros(lanes)
@@ -37,7 +37,7 @@ class Tracker:
         self._average[lanes], self._last[lanes], self._plain[lanes] = FIRST, 0.0, 0.0
         self._paces.reset(lanes)
 
-    def update(self, outcomes: Outcomes) -> None:
+    def update(self, outcomes: BatchedOutcomes) -> None:
         """Learn from a step. Lanes without a decoding request change nothing: the next one's arrivals hold theirs."""
         loads, on = outcomes.loads, outcomes.budget > 0
         live, batch = loads.batch > 0, np.maximum(loads.batch, 1.0)
@@ -61,7 +61,7 @@ class Tracker:
         self._last[live] = last[live]
         self._plain = np.where(live, np.where(on, 0.0, self._plain + 1.0), self._plain)
 
-    def observe(self, loads: Loads) -> NDArray[np.float32]:
+    def observe(self, loads: BatchedLoads) -> NDArray[np.float32]:
         """[E, len(FEATURES)], each entry clipped to its range."""
         columns = [
             _log2(np.maximum(loads.batch, 1.0)) / 6.0,
@@ -82,7 +82,7 @@ class Tracker:
         ]
         return np.clip(np.stack(columns, axis=1), _LOW, _HIGH).astype(np.float32)
 
-    def _cost_features(self, loads: Loads) -> Floats:
+    def _cost_features(self, loads: BatchedLoads) -> Floats:
         """[E, len(COST_NODES) + 1] the cost entries of an observation."""
         costs, paces, batch = self._costs, self._paces, np.maximum(loads.batch, 1.0)
         nodes = np.concatenate([np.zeros((len(batch), 1)), batch[:, None] * COST_NODES], axis=1)

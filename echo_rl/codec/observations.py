@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from echo_rl.codec.features import CONFIDENCE, COST_NODES, DEPTHS, FEATURES, FIRST, RATE, SPARSE_RATE
 from echo_rl.contracts import LoadView, StepReport
-from echo_rl.costs.correction import Pace, hats
+from echo_rl.costs.correction import CostCorrector, basis
 from echo_rl.costs.profile import CostProfile, context_of, half_octave
 
 Floats = NDArray[np.float64]
@@ -23,7 +23,7 @@ _YIELD = _CONFIDENCE + len(CONFIDENCE)
 _USED = _YIELD + 1
 
 
-class Lane:
+class ObservationEncoder:
     """The running statistics behind one server's observations. `update` after a step, `observe` before one."""
 
     def __init__(self, costs: CostProfile) -> None:
@@ -33,7 +33,7 @@ class Lane:
 
     def reset(self) -> None:
         """Forget every step."""
-        self._average, self._pace = list(FIRST), Pace(self._costs)
+        self._average, self._pace = list(FIRST), CostCorrector(self._costs)
         self._last = (0.0, 0, 0)  # budget a request, depth and width of the last step that decoded
         self._plain = 0  # plain steps since one speculated
         self._arrived = 0  # since a step with a decoding request
@@ -110,7 +110,7 @@ class _Menu:
     """What the profile says of a plain step, and of steps with `COST_NODES` nodes a request (N of them)."""
 
     verify: Floats  # [1 + N] seconds
-    curve: Floats  # [1 + N, OCTAVES] see `pace.hats`
+    curve: Floats  # [1 + N, OCTAVES] see `pace.basis`
     plain_rest: float  # seconds outside the pass
     rest: Floats  # [N] seconds outside the passes
     level: float  # seconds of one drafted level
@@ -121,7 +121,7 @@ def _menu(profile: CostProfile, batch: int, context: float) -> _Menu:
     rows = [float(batch), *(batch + nodes).tolist()]
     return _Menu(
         np.array(profile.verify_each(batch, rows, context)),
-        hats(rows),
+        basis(rows),
         profile.overhead_seconds(batch),
         profile.overhead_seconds(batch, 0, True) + profile.node_overhead * nodes,
         profile.draft_seconds(batch, 3, 3) - profile.draft_seconds(batch, 3, 2),

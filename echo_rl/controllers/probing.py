@@ -31,7 +31,7 @@ class PromptShare:
         self._output = self._output * kept + report.committed
 
 
-class PlainLooks:
+class PlainProbe:
     """When a server that keeps speculating should decode plainly for a step, to see what that costs by now.
 
     Counted by batch octave: first after `FIRST` speculative steps, then after twice as many each time, since the
@@ -59,7 +59,7 @@ class PlainLooks:
 
 
 @dataclass
-class ProbeLedger:
+class ProbeBudget:
     """Pays for probes out of a fixed share of plain decoding time.
 
     Invariant: the excess seconds spent on probes never exceed ``share`` of the plain decoding seconds

@@ -19,10 +19,10 @@ SCALARS = (
     *("step_overhead", "spec_overhead", "request_overhead", "node_overhead"),
     *("catch_up", "gate_overhead", "prefill_weight", "noise"),
 )
-"""Fields of a profile that `CostArrays.scalar` gives."""
+"""Fields of a profile that `BatchedCostProfile.scalar` gives."""
 
 
-class CostArrays:
+class BatchedCostProfile:
     """Trilinear interpolation of profiles' surfaces, vectorised.
 
     Either one machine, for arrays of any shape; or one a lane, for arrays whose first axis is the lanes.

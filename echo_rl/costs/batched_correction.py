@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_rl.costs.batched import CostArrays
-from echo_rl.costs.correction import FORGOTTEN, NOISE, OCTAVES, OUTLIER, PRIOR, RATE, STEP, hats
-from echo_rl.costs.outcomes import Outcomes
+from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.correction import FORGOTTEN, NOISE, OCTAVES, OUTLIER, PRIOR, RATE, STEP, basis
+from echo_rl.costs.outcomes import BatchedOutcomes
 
 Floats = NDArray[np.float64]
 Lanes = NDArray[np.bool_]
 
 
-class Curves:
+class BatchedCorrectionCurve:
     """`pace.Curve` of each lane."""
 
     def __init__(self, lanes: int) -> None:
@@ -26,7 +26,7 @@ class Curves:
 
     def factors(self, rows: Floats) -> Floats:
         """[E, ...] rows -> measured over predicted seconds of such passes."""
-        factors: Floats = np.exp(np.einsum("e...k,ek->e...", hats(rows), self._logs))
+        factors: Floats = np.exp(np.einsum("e...k,ek->e...", basis(rows), self._logs))
         return factors
 
     def follow(self, rows: Floats, ratio: Floats, counts: Lanes) -> None:
@@ -34,7 +34,7 @@ class Curves:
         counts = counts & (ratio > 0.0) & np.isfinite(ratio)
         if not counts.any():
             return
-        seen, known = hats(rows[counts]), self._covariance[counts]
+        seen, known = basis(rows[counts]), self._covariance[counts]
         known = known + FORGOTTEN * (PRIOR - known)
         gain = np.einsum("ejk,ek->ej", known, seen)
         spread = (gain * seen).sum(1) + NOISE**2
@@ -44,13 +44,13 @@ class Curves:
         self._covariance[counts] = known - gain[:, :, None] * (gain / spread[:, None])[:, None, :]
 
 
-class Paces:
+class BatchedCostCorrector:
     """`pace.Pace` of each lane; no request of theirs refuses speculation."""
 
-    def __init__(self, costs: CostArrays, lanes: int) -> None:
+    def __init__(self, costs: BatchedCostProfile, lanes: int) -> None:
         self._costs, self._lanes = costs, np.arange(lanes)
         self._behind = np.zeros(lanes, dtype=bool)
-        self.verify = Curves(lanes)
+        self.verify = BatchedCorrectionCurve(lanes)
         self.draft = np.ones(lanes)
         self.rest = np.ones((lanes, 2))
         """[E, 2] measured over predicted seconds outside the passes, of plain and of speculative steps."""
@@ -60,7 +60,7 @@ class Paces:
         self.verify.reset(lanes)
         self._behind[lanes], self.draft[lanes], self.rest[lanes] = False, 1.0, 1.0
 
-    def observe(self, outcomes: Outcomes) -> None:
+    def observe(self, outcomes: BatchedOutcomes) -> None:
         loads, costs, verified = outcomes.loads, self._costs, outcomes.verified
         speculates, batch = outcomes.budget > 0, np.maximum(loads.batch, 1.0)
         counts = (loads.batch > 0) & (loads.prefill == 0)

@@ -45,14 +45,14 @@ PRIOR = _prior()
 _RELAPSE = FORGOTTEN * PRIOR
 
 
-def hats(rows: ArrayLike) -> Floats:
+def basis(rows: ArrayLike) -> Floats:
     """[..., OCTAVES] what each knot of a curve says about passes of so many rows."""
     place = np.log2(np.clip(np.asarray(rows, dtype=float), 1.0, 2.0 ** (OCTAVES - 1)))
     weights: Floats = np.maximum(0.0, 1.0 - np.abs(place[..., None] - np.arange(OCTAVES)))
     return weights
 
 
-class Curve:
+class CorrectionCurve:
     """Log of measured over predicted seconds of a verify pass, over log2 of its rows.
 
     A Kalman filter whose state is the curve at its knots. All knots may move together, each a little by itself:
@@ -65,13 +65,13 @@ class Curve:
         self._covariance = PRIOR.copy()
 
     def factors(self, weights: Floats) -> Floats:
-        """[...] measured over predicted seconds of passes with these `hats`."""
+        """[...] measured over predicted seconds of passes with these `basis`."""
         factors: Floats = np.exp(weights @ self._logs)
         return factors
 
     def doubts(self, weights: Floats, rows: float) -> Floats:
         """[...] standard deviation of log `factors` against that of a pass of `rows` rows."""
-        apart = weights - hats(rows)
+        apart = weights - basis(rows)
         doubts: Floats = np.sqrt(np.maximum(0.0, np.einsum("...i,...i", apart @ self._covariance, apart)))
         return doubts
 
@@ -106,7 +106,7 @@ def _between(values: Floats, low: int, share: float) -> Any:
     return (1.0 - share) * values[low] + share * values[low + 1]
 
 
-class Pace:
+class CostCorrector:
     """Running ratios of measured to predicted seconds, one a phase. Steps that also prefill are left out.
 
     Verify passes are timed in speculative and plain steps alike, with the rows of requests that refuse speculation.
@@ -117,7 +117,7 @@ class Pace:
     def __init__(self, profile: CostProfile) -> None:
         self._profile = profile
         self._behind = False  # the drafter has tokens to catch up on
-        self.verify = Curve()
+        self.verify = CorrectionCurve()
         self.draft = 1.0
         self.rest = {False: 1.0, True: 1.0}
         """Measured over predicted seconds outside the passes, of plain and of speculative steps."""

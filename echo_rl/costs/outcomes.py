@@ -11,7 +11,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Loads:
+class BatchedLoads:
     """`LoadView` over lanes, [E] each."""
 
     batch: Floats
@@ -23,10 +23,10 @@ class Loads:
 
 
 @dataclass(frozen=True)
-class Outcomes:
+class BatchedOutcomes:
     """What a step did, over lanes: the part of `StepReport` that observations are made of."""
 
-    loads: Loads
+    loads: BatchedLoads
     budget: Floats  # [E]
     depth: Floats  # [E]
     width: Floats  # [E]

@@ -33,7 +33,7 @@ class ServedStep:
     """Tokens of each decoding request."""
 
 
-class Server:
+class WorkloadSession:
     """`open` a workload, then `serve` and `advance` in turn. `load` is that of the step that waits for its plan."""
 
     def __init__(

@@ -12,11 +12,11 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from echo_rl.codec import FEATURES, ActionTable, Gates, Lane
+from echo_rl.codec import FEATURES, ActionTable, Gates, ObservationEncoder
 from echo_rl.contracts import Backend, LoadView, Request, StepReport
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.env.reward import RewardMeter, RewardOptions
-from echo_rl.env.session import ServedStep, Server
+from echo_rl.env.session import ServedStep, WorkloadSession
 from echo_rl.env.stepper import Clock, Steerable
 from echo_rl.errors import ConfigError
 from echo_rl.replay.timing import plain_step
@@ -72,7 +72,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
 
     ## Observation space
     ``Box(30,)``, float32, each entry clipped to its range; B is the number of decoding requests of the
-    coming step, "running" a moving average over past steps (`codec.Lane`):
+    coming step, "running" a moving average over past steps (`codec.ObservationEncoder`):
 
     | entries | meaning | min | max |
     |---|---|---|---|
@@ -129,7 +129,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         backend: Backend,
         controller: Steerable,
         requests: Sequence[Request],
-        costs: CostArrays,
+        costs: BatchedCostProfile,
         options: SpecEnvOptions | None = None,
         clock: Clock = time.perf_counter,
         idle: Callable[[float], None] | None = None,
@@ -142,7 +142,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         """
         self.options = options or SpecEnvOptions()
         self._costs = costs
-        self._server = Server(backend, controller, requests, clock, idle)
+        self._server = WorkloadSession(backend, controller, requests, clock, idle)
         for workload in self.options.workloads:
             self._server.check(workload)
         weakref.finalize(self, self._server.stepper.stop).atexit = False  # a forgotten environment's thread ends
@@ -157,7 +157,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         super().reset(seed=seed, options=options)
         workload = self.options.workloads[int(self.np_random.integers(len(self.options.workloads)))]
         self._server.open(workload, self.np_random)
-        self._lane = Lane(self._costs.profile)
+        self._lane = ObservationEncoder(self._costs.profile)
         if seed is not None:
             self._meter = RewardMeter(self.options.reward, lanes=1)
         self._meter.reset(np.ones(1, dtype=np.bool_))

@@ -10,20 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from echo_rl.codec import ActionTable, Tracker, visible
-from echo_rl.costs.batched import CostArrays
+from echo_rl.codec import ActionTable, BatchedObservationEncoder, visible
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.env.reward import RewardMeter, RewardOptions
 from echo_rl.env.spec_env import observation_space
 from echo_rl.errors import ConfigError
 from echo_rl.replay.machines import another
-from echo_rl.replay.scheduler import LaneOptions
+from echo_rl.replay.scheduler import ReplaySchedulerOptions
 from echo_rl.replay.trace import Trace
-from echo_rl.replay.vector import Fleet, FleetStep, Gates, Plans
+from echo_rl.replay.vector import Gates, Plans, VectorReplay, VectorReplayStep
 from echo_rl.workloads.arrivals import Workload, parse
 
 
 @dataclass(frozen=True)
-class FleetOptions:
+class ReplayVecEnvOptions:
     """What every lane serves, and how an env step is cut out of its serving steps."""
 
     workloads: tuple[str, ...] = tuple(f"closed:{c}" for c in (1, 2, 4, 8, 16, 32))
@@ -51,7 +51,7 @@ class FleetOptions:
     """The calibrated sparse thresholds, (depth, tau)."""
     score_power: tuple[float, ...] = ()
     """Calibration of path probabilities, see `GateCalibration.score_power`."""
-    limits: LaneOptions = field(default_factory=LaneOptions)
+    limits: ReplaySchedulerOptions = field(default_factory=ReplaySchedulerOptions)
 
     def __post_init__(self) -> None:
         if self.horizon < 1 or self.repeat < 1 or not self.workloads:
@@ -71,10 +71,12 @@ class ReplayVecEnv(VecEnv):
 
     render_mode = None
 
-    def __init__(self, trace: Trace, costs: CostArrays, options: FleetOptions, lanes: int, seed: int = 0) -> None:
+    def __init__(
+        self, trace: Trace, costs: BatchedCostProfile, options: ReplayVecEnvOptions, lanes: int, seed: int = 0
+    ) -> None:
         super().__init__(lanes, observation_space(), gym.spaces.MultiDiscrete(np.array(options.table.sizes)))
         self.options, self._costs = options, costs
-        self._machines = CostArrays(costs.profile, lanes) if options.randomise else costs
+        self._machines = BatchedCostProfile(costs.profile, lanes) if options.randomise else costs
         self._workloads: list[Workload] = [parse(text) for text in options.workloads]
         for workload in self._workloads:
             workload.check(trace.suites)
@@ -82,7 +84,7 @@ class ReplayVecEnv(VecEnv):
         trace.require(max(options.table.depths), max(options.table.widths))
         plans = options.reference if options.reward.form in ("relative", "goodput") else ()
         reference = tuple((size, (n, min(depth, most), min(width, widest))) for size, (n, depth, width) in plans)
-        self._fleet = Fleet(
+        self._fleet = VectorReplay(
             trace,
             self._machines,
             sorted({*options.table.widths, *(width for _, (_, _, width) in reference)}),
@@ -147,7 +149,7 @@ class ReplayVecEnv(VecEnv):
 
     def _start(self, seed: int) -> None:
         self._generator = np.random.default_rng(seed)
-        self._tracker = Tracker(self._costs, self.num_envs)
+        self._tracker = BatchedObservationEncoder(self._costs, self.num_envs)
         self._meter = RewardMeter(self.options.reward, self.num_envs)
         self._steps, self._skipped = np.zeros((2, self.num_envs), dtype=np.int64)  # of the first episodes
         self._returns = np.zeros(self.num_envs)
@@ -164,7 +166,7 @@ class ReplayVecEnv(VecEnv):
         self._fleet.reset(lane, workload, int(self._generator.integers(2**31)))
         self._steps[lane], self._skipped[lane], self._returns[lane] = 0, 0, 0.0
 
-    def _score(self, step: FleetStep) -> dict[str, NDArray[np.float64]]:
+    def _score(self, step: VectorReplayStep) -> dict[str, NDArray[np.float64]]:
         """The reward's terms and the step's facts; the tracker learns from the step."""
         o, slo = step.outcomes, self.options.reward.slo_tpot
         self._tracker.update(o)

@@ -56,7 +56,7 @@ def make_replay(
     """
     from echo_rl.controllers.echo.gates import GateCalibration
     from echo_rl.controllers.policy.ppo import Steered
-    from echo_rl.costs.batched import CostArrays
+    from echo_rl.costs.batched import BatchedCostProfile
     from echo_rl.costs.profile import CostProfile
     from echo_rl.env.spec_env import SpecEnv
     from echo_rl.replay.backend import ReplayBackend, ReplayOptions
@@ -67,7 +67,7 @@ def make_replay(
     if not isinstance(trace, Trace):
         trace = Trace.packaged() if trace is None else Trace.load(Path(trace))
     trace.require(max(options.table.depths), max(options.table.widths))
-    costs = CostArrays(CostProfile.of(profile))
+    costs = BatchedCostProfile(CostProfile.of(profile))
     backend = ReplayBackend(trace, costs, ReplayOptions(noise=noise))
     return SpecEnv(backend, Steered(gates), trace.requests(), costs, options, backend.clock, backend.idle)
 
@@ -95,7 +95,7 @@ def make_live(
     from echo_rl.contracts import SamplingParams, SpecPlan
     from echo_rl.controllers.echo.gates import GateCalibration
     from echo_rl.controllers.policy.ppo import Steered
-    from echo_rl.costs.batched import CostArrays
+    from echo_rl.costs.batched import BatchedCostProfile
     from echo_rl.costs.profile import CostProfile
     from echo_rl.env.spec_env import SpecEnv
     from echo_rl.runtime.engine import Engine
@@ -114,7 +114,7 @@ def make_live(
     def params(number: int) -> SamplingParams:
         return SamplingParams(temperature=temperature, seed=number, max_new_tokens=max_new_tokens)
 
-    costs = CostArrays(CostProfile.of(profile))
+    costs = BatchedCostProfile(CostProfile.of(profile))
     return SpecEnv(backend, Steered(gates), chat_requests(backend, chosen, params), costs, options)
 
 

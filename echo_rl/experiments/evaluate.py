@@ -26,12 +26,12 @@ from echo_rl import __version__
 from echo_rl.contracts import Controller, MakeController, Request
 from echo_rl.controllers.arm import Arm
 from echo_rl.controllers.wrappers.timed import Timed
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.errors import ConfigError, PolicyError, TraceError
 from echo_rl.experiments.rank import BASELINE, HINDSIGHT, REFERENCE, Block, Served, draw, pooled, report
 from echo_rl.experiments.report.blocks import made_of
 from echo_rl.replay.backend import ReplayBackend, ReplayOptions
-from echo_rl.replay.scheduler import LaneOptions
+from echo_rl.replay.scheduler import ReplaySchedulerOptions
 from echo_rl.replay.trace import Trace, fingerprint
 from echo_rl.utils.ledger import Ledger
 from echo_rl.utils.result_store import digest_of, write_json
@@ -81,10 +81,15 @@ class Replayer:
     """Serves blocks of a trace's requests: block b at one concurrency is the same for every arm."""
 
     def __init__(
-        self, config: EvalConfig, trace: Trace, costs: CostArrays, make: MakeController, ledger: Path | None = None
+        self,
+        config: EvalConfig,
+        trace: Trace,
+        costs: BatchedCostProfile,
+        make: MakeController,
+        ledger: Path | None = None,
     ) -> None:
         self.config, self.trace, self.make = config, trace, make
-        limits = LaneOptions(max_batch=max(LaneOptions.max_batch, *config.concurrency))
+        limits = ReplaySchedulerOptions(max_batch=max(ReplaySchedulerOptions.max_batch, *config.concurrency))
         self._backend = ReplayBackend(trace, costs, ReplayOptions(limits))
         self._requests = trace.requests()
         settings = {name: getattr(config, name) for name in ("requests", "warmup", "seed")}
@@ -135,7 +140,7 @@ class Replayer:
 def evaluate(
     config: EvalConfig,
     trace: Trace,
-    costs: CostArrays,
+    costs: BatchedCostProfile,
     make: MakeController,
     out: Path | None = None,
     console: Console | None = None,

@@ -63,14 +63,14 @@ class Venue:
 
 def replay_venue(trace: Trace, noise: bool = True) -> Venue:
     """Simulated time over recorded responses, at this machine's measured costs."""
-    from echo_rl.costs.batched import CostArrays
+    from echo_rl.costs.batched import BatchedCostProfile
     from echo_rl.costs.files import own_or_packaged
     from echo_rl.costs.profile import CostProfile
     from echo_rl.replay.backend import ReplayBackend, ReplayOptions
     from echo_rl.utils.result_store import digest
 
     profile = CostProfile.default()
-    backend = ReplayBackend(trace, CostArrays(profile), ReplayOptions(noise=noise))
+    backend = ReplayBackend(trace, BatchedCostProfile(profile), ReplayOptions(noise=noise))
     environment = {"version": __version__, **_facts(trace), "profile": profile.provenance, "noise": str(noise)}
     environment["calibration"] = digest(own_or_packaged("profile.json"), own_or_packaged("gates.json"))
     requests, limits = trace.requests(), (trace.max_depth, trace.max_width)

@@ -16,7 +16,7 @@ from stable_baselines3.common.distributions import MultiCategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.nn.functional import cross_entropy
 
-from echo_rl.codec import ActionTable, Gates, Lane
+from echo_rl.codec import ActionTable, Gates, ObservationEncoder
 from echo_rl.contracts import LoadView, SpecPlan
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError
@@ -82,7 +82,7 @@ def demonstrate(scene: Scene, make: MakeController, options: CloneOptions, seed:
     scenes = list(product(scene.worlds, scene.workloads))
     share = max(1, options.steps // len(scenes))
     for number, (world, workload) in enumerate(scenes, seed):
-        lane, disturb = Lane(scene.profile), _Disturbance(scene, options.disturbed, number)
+        lane, disturb = ObservationEncoder(scene.profile), _Disturbance(scene, options.disturbed, number)
         played = play(world, make(), workload, share, number, lane.update, disturb)
         for step, (load, plan, served) in enumerate(played):
             if step % (scene.repeat * scene.horizon) == 0:

@@ -14,8 +14,8 @@ import numpy as np
 
 from echo_rl.contracts import Controller, LoadView, SpecPlan, StepReport
 from echo_rl.controllers.policy.network import Policy
-from echo_rl.costs.batched import CostArrays
-from echo_rl.env.session import ServedStep, Server
+from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.env.session import ServedStep, WorkloadSession
 from echo_rl.replay.backend import ReplayBackend, ReplayOptions
 from echo_rl.replay.timing import plain_step
 from echo_rl.replay.trace import Trace
@@ -30,7 +30,7 @@ class World:
     """A replay of these responses on this machine."""
 
     trace: Trace
-    costs: CostArrays
+    costs: BatchedCostProfile
     noise: bool = True
 
 
@@ -71,7 +71,7 @@ def play(
     wider than the trace are cut to it. Raises what the backend and `workload.parse` raise.
     """
     backend = ReplayBackend(world.trace, world.costs, ReplayOptions(noise=world.noise), seed)
-    server = Server(backend, _Seat(controller), world.trace.requests(), backend.clock, backend.idle)
+    server = WorkloadSession(backend, _Seat(controller), world.trace.requests(), backend.clock, backend.idle)
     drawn = parse(workload)
     server.check(drawn)
     try:

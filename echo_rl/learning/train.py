@@ -22,10 +22,10 @@ from echo_rl.controllers.echo.echo import Echo, EchoOptions
 from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.controllers.policy.network import Policy, bound
 from echo_rl.controllers.policy.ppo import Ppo, PpoOptions
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
 from echo_rl.env.reward import RewardOptions
-from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
+from echo_rl.env.vec_env import ReplayVecEnv, ReplayVecEnvOptions
 from echo_rl.errors import ConfigError
 from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, clone, demonstrate
 from echo_rl.learning.export import commit, export_policy
@@ -72,7 +72,7 @@ class TrainConfig:
     noise: bool = False
     """Train under noisy step times. Without, rewards are exact and differ by what was decided alone."""
     reference: bool = True
-    """Take the reward of a fixed plan on the same forests off each step's, see `FleetOptions.reference`."""
+    """Take the reward of a fixed plan on the same forests off each step's, see `ReplayVecEnvOptions.reference`."""
     hidden: tuple[str, ...] = ()
     """Groups of observations (load, speculation, cost) that the policy never sees: for ablations."""
     held_out: float = 0.3
@@ -144,13 +144,13 @@ class Setting:
         )
 
     @property
-    def costs(self) -> CostArrays:
-        return CostArrays(self.profile)
+    def costs(self) -> BatchedCostProfile:
+        return BatchedCostProfile(self.profile)
 
     def worlds(self, trace: Trace, others: int) -> list[World]:
         """Replays of a trace on the profile's machine and on so many others, always the same ones."""
         machines = [another(self.profile, np.random.default_rng(number)) for number in range(others)]
-        return [World(trace, CostArrays(machine)) for machine in (self.profile, *machines)]
+        return [World(trace, BatchedCostProfile(machine)) for machine in (self.profile, *machines)]
 
     @property
     def gates(self) -> Gates:
@@ -191,7 +191,7 @@ def train(
 
 def make_env(config: TrainConfig, setting: Setting) -> VecEnv:
     """The lanes to learn on."""
-    options = FleetOptions(
+    options = ReplayVecEnvOptions(
         workloads=config.workloads, table=setting.table, reward=config.reward, horizon=config.horizon,
         repeat=config.repeat, randomise=config.randomise, hidden=config.hidden,
         gates=setting.gates, score_power=setting.calibration.score_power, noise=config.noise,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from echo_rl.codec import Loads, gates_asked
+from echo_rl.codec import BatchedLoads, gates_asked
 from echo_rl.contracts import (
     AUTOREGRESSIVE,
     NO_GATE,
@@ -27,16 +27,16 @@ from echo_rl.contracts import (
     SpecPlan,
     StepReport,
 )
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.errors import ConfigError, PlanViolation, RequestError, TraceError
-from echo_rl.replay.scheduler import Gain, LaneOptions, Lanes, Turn
+from echo_rl.replay.scheduler import Gain, ReplayScheduler, ReplaySchedulerOptions, Turn
 from echo_rl.replay.timing import Work, noise, step_phases
 from echo_rl.replay.trace import Trace, key
 
 
 @dataclass(frozen=True)
 class ReplayOptions:
-    limits: LaneOptions = field(default_factory=LaneOptions)
+    limits: ReplaySchedulerOptions = field(default_factory=ReplaySchedulerOptions)
     noise: bool = True
     """Draw each step's time around the profile's, with its measured residual noise."""
 
@@ -44,10 +44,12 @@ class ReplayOptions:
 class ReplayBackend:
     """A server in simulated time. Deterministic for a seed."""
 
-    def __init__(self, trace: Trace, costs: CostArrays, options: ReplayOptions | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, trace: Trace, costs: BatchedCostProfile, options: ReplayOptions | None = None, seed: int = 0
+    ) -> None:
         self.trace = trace
         self._costs, self._options = costs, options or ReplayOptions()
-        self._servers = Lanes(trace, self._options.limits)
+        self._servers = ReplayScheduler(trace, self._options.limits)
         self._generator = np.random.default_rng(seed)
         self._tickets: dict[str, int] = {}  # request id -> ticket
         self._names: dict[int, str] = {}  # and back
@@ -191,7 +193,7 @@ class ReplayBackend:
         return tuple(outputs)
 
 
-def _view(loads: Loads, max_nodes: int) -> LoadView:
+def _view(loads: BatchedLoads, max_nodes: int) -> LoadView:
     """What a controller sees of one server's load."""
     return LoadView(
         batch_size=int(loads.batch[0]),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_rl.codec import Loads
+from echo_rl.codec import BatchedLoads
 from echo_rl.errors import ConfigError
 from echo_rl.replay.trace import Trace
 
@@ -26,7 +26,7 @@ its first position in the trace, its prompt's tokens and its own."""
 
 
 @dataclass(frozen=True)
-class LaneOptions:
+class ReplaySchedulerOptions:
     """The live engine's limits (`EngineConfig`), which a replay must share with it."""
 
     max_batch: int = 64
@@ -44,11 +44,11 @@ class LaneOptions:
 class Turn:
     """Who takes part in the servers' coming step."""
 
-    loads: Loads
+    loads: BatchedLoads
     counts: Ints  # [E] decoding requests
     places: Ints  # [R] of the decoding requests among the running ones
     servers: Ints  # [R] as all that follows
-    tickets: Ints  # as `Lanes.add` gave them
+    tickets: Ints  # as `ReplayScheduler.add` gave them
     responses: Ints
     emitted: Ints  # tokens that each has already got
     room: Ints  # tokens that each may still get
@@ -65,10 +65,10 @@ class Gain:
     ended: frozenset[int]  # tickets of finished requests, those that ended with their first token included
 
 
-class Lanes:
+class ReplayScheduler:
     """`add`, then `turn` and `commit` step by step."""
 
-    def __init__(self, trace: Trace, options: LaneOptions, count: int = 1) -> None:
+    def __init__(self, trace: Trace, options: ReplaySchedulerOptions, count: int = 1) -> None:
         self.options, self.count = options, count
         sizes = [(len(r.prompt), r.length) for r in trace.responses]
         self._facts = np.array([trace.first, *zip(*sizes, strict=True)])  # rows FIRST to LENGTH, by response
@@ -152,13 +152,13 @@ class Lanes:
         self._keep(~over)
         return frozenset(state[TICKET, over].tolist())
 
-    def _loads(self, decoding: Ints, counts: Ints) -> Loads:
+    def _loads(self, decoding: Ints, counts: Ints) -> BatchedLoads:
         """What controllers see of the step."""
         state, options = self._state, self.options
         held = state[PROMPT] - state[LEFT] + state[SERVED] + state[EMITTED]
         blocks = sums(state[SERVER], -(-held // options.block_size), self.count)
         context = sums(decoding[SERVER], decoding[PROMPT] + decoding[EMITTED] - 1, self.count)
-        return Loads(
+        return BatchedLoads(
             batch=counts.astype(np.float64),
             prefill=sums(state[SERVER], state[SERVED], self.count),
             waiting=np.array([float(len(queue)) for queue in self._waiting]),

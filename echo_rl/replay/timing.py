@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 
 Floats = NDArray[np.float64]
 
@@ -47,7 +47,7 @@ class Phases:
         return Phases(self.verify * factor, self.draft * factor, self.overhead * factor)
 
 
-def step_phases(costs: CostArrays, work: Work) -> Phases:
+def step_phases(costs: BatchedCostProfile, work: Work) -> Phases:
     """Noise-free seconds of the steps."""
     rows = work.batch + work.verified + costs.scalar("prefill_weight") * work.prefill
     verify = costs.verify(np.maximum(work.batch, 1.0), rows, work.context)
@@ -72,7 +72,7 @@ class Plain:
         return self.decode * decoded / np.maximum(batch, 1.0) + self.prompts
 
 
-def plain_step(costs: CostArrays, batch: Floats, context: Floats, prefill: Floats) -> Plain:
+def plain_step(costs: BatchedCostProfile, batch: Floats, context: Floats, prefill: Floats) -> Plain:
     """`Plain` of steps with these loads."""
     passes = costs.verify(batch, batch, context)
     prompts = costs.verify(batch, batch + costs.scalar("prefill_weight") * prefill, context) - passes
@@ -85,7 +85,7 @@ def noise(generators: Sequence[np.random.Generator], sigma: Floats) -> Floats:
     return np.exp(sigma * drawn - 0.5 * sigma * sigma)
 
 
-def _draft(costs: CostArrays, work: Work, speculative: NDArray[np.bool_]) -> Floats:
+def _draft(costs: BatchedCostProfile, work: Work, speculative: NDArray[np.bool_]) -> Floats:
     """Level by level, each at the cost of the requests that drafted it."""
     if not speculative.any():
         return np.zeros(len(work.batch))

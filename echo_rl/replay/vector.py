@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_rl.codec import CALIBRATED, DEPTHS, Knobs, Loads, Outcomes, planned_gates, quantiles
+from echo_rl.codec import CALIBRATED, DEPTHS, BatchedLoads, BatchedOutcomes, Knobs, planned_gates, quantiles
 from echo_rl.contracts import NO_GATE
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.errors import ConfigError
-from echo_rl.replay.scheduler import LaneOptions, Lanes, Turn, sums
+from echo_rl.replay.scheduler import ReplayScheduler, ReplaySchedulerOptions, Turn, sums
 from echo_rl.replay.timing import Phases, Plain, Work, noise, plain_step, step_phases
 from echo_rl.replay.trace import Trace
-from echo_rl.replay.vector_step import Orders, Tables, Verdicts
+from echo_rl.replay.vector_step import Orders, Tables, VectorVerdict
 from echo_rl.workloads.arrivals import Arrivals, Workload
 
 Floats = NDArray[np.float64]
@@ -32,10 +32,10 @@ IDLE_STEPS = 10_000
 
 
 @dataclass(frozen=True)
-class FleetStep:
+class VectorReplayStep:
     """One serving step of every lane, [E] each."""
 
-    outcomes: Outcomes
+    outcomes: BatchedOutcomes
     tokens: Floats  # got by requests, first tokens included
     decoded: Floats  # of them those of decoding requests
     seconds: Floats
@@ -59,30 +59,30 @@ class Reference:
     seconds: Floats
 
 
-class Fleet:
+class VectorReplay:
     """E lanes over one trace. `reset` a lane before its first step; `loads` is what the next step decides on."""
 
     def __init__(
         self,
         trace: Trace,
-        costs: CostArrays,
+        costs: BatchedCostProfile,
         widths: Sequence[int],
         gates: Gates,
         score_power: Sequence[float],
         lanes: int,
-        limits: LaneOptions | None = None,
+        limits: ReplaySchedulerOptions | None = None,
         noisy: bool = True,
         reference: Plans = (),
     ) -> None:
         """`reference` are plans whose outcome every step tells too; none by default."""
         self._costs, self._gates, self._noisy, self._reference = costs, gates, noisy, reference
-        self._limits = limits or LaneOptions()
+        self._limits = limits or ReplaySchedulerOptions()
         self._tables = Tables([trace.restricted(width) for width in widths], score_power)
         self._thresholds: dict[tuple[int, float, float], NDArray[np.float32]] = {}  # see `_gate_row`
         self._suites = {"": np.arange(len(trace.responses))} | {
             suite: np.array([i for i, r in enumerate(trace.responses) if r.suite == suite]) for suite in trace.suites
         }
-        self.lanes, self._servers = lanes, Lanes(trace, self._limits, lanes)
+        self.lanes, self._servers = lanes, ReplayScheduler(trace, self._limits, lanes)
         self._arrivals: list[Arrivals | None] = [None] * lanes
         self._generators = [np.random.default_rng(0) for _ in range(lanes)]
         self.now = np.zeros(lanes)
@@ -96,11 +96,11 @@ class Fleet:
         self.now[lane] = 0.0
         self._advance([lane])
 
-    def loads(self) -> Loads:
+    def loads(self) -> BatchedLoads:
         """[E] what the coming step is decided on."""
         return self._turn.loads
 
-    def step(self, knobs: Knobs) -> FleetStep:
+    def step(self, knobs: Knobs) -> VectorReplayStep:
         """Serve one step in every lane and move on to the next step with a decoding request."""
         turn, loads = self._turn, self._turn.loads
         budgets = np.minimum(knobs.budget(turn.counts), turn.counts * self._limits.max_nodes)
@@ -112,7 +112,7 @@ class Fleet:
         self.now += phases.total
         kept = self._servers.commit(turn, verdicts.accepted, on).kept
         decoded = sums(turn.servers, kept, self.lanes)
-        outcomes = Outcomes(
+        outcomes = BatchedOutcomes(
             loads=loads,
             budget=budgets.astype(np.float64),
             depth=np.where(on, knobs.depth, 0).astype(np.float64),
@@ -128,9 +128,9 @@ class Fleet:
         )
         self._advance(range(self.lanes))
         tokens = decoded + np.bincount(turn.prompts[0], minlength=self.lanes)
-        return FleetStep(outcomes, tokens, decoded, phases.total, plain, kept, reference)
+        return VectorReplayStep(outcomes, tokens, decoded, phases.total, plain, kept, reference)
 
-    def _decide(self, turn: Turn, knobs: Knobs, budgets: Ints, unseen: Floats) -> tuple[Verdicts, Work]:
+    def _decide(self, turn: Turn, knobs: Knobs, budgets: Ints, unseen: Floats) -> tuple[VectorVerdict, Work]:
         """What these knobs bring on the forests of the coming step, and what the step does for it."""
         depth = np.where(budgets > 0, knobs.depth, 0)
         rows = zip(depth.tolist(), knobs.gate.tolist(), knobs.floor.tolist(), strict=True)

@@ -39,7 +39,7 @@ class Orders:
 
 
 @dataclass(frozen=True)
-class Verdicts:
+class VectorVerdict:
     """What one step's speculation came to."""
 
     accepted: Ints  # [R] nodes
@@ -60,7 +60,7 @@ class Tables:
         self._positions = len(recorded[0].path)
         self._levels = np.concatenate([table.levels for table in self._tables])  # [W * P, 3, D]
 
-    def decide(self, positions: Ints, counts: Ints, orders: Orders, limit: int) -> Verdicts:
+    def decide(self, positions: Ints, counts: Ints, orders: Orders, limit: int) -> VectorVerdict:
         """`positions` [R], of which `counts` [E] (each at least 1) a server; `limit` is the most nodes of a request."""
         owner, begins = np.repeat(np.arange(len(counts)), counts), counts.cumsum() - counts
         places = self._place[orders.width]
@@ -84,7 +84,7 @@ class Tables:
         accepted = taken[:, 0].sum(1)
         deep = np.stack([drafted, taken[:, 1] & (accepted[:, None] >= LEVELS), accepted[:, None] > LEVELS])
         drafting, reached, hits = np.add.reduceat(deep, begins, axis=1, dtype=np.float64)
-        return Verdicts(accepted, levels[:, 0, 0], verified, drafting, reached, hits)
+        return VectorVerdict(accepted, levels[:, 0, 0], verified, drafting, reached, hits)
 
 
 class _Table:

@@ -30,7 +30,7 @@ from echo_rl.runtime.models.weights import resolve_drafter, resolve_model
 from echo_rl.runtime.runner import Runner
 from echo_rl.runtime.scheduler import Batch, Scheduler
 from echo_rl.runtime.sequence import Sequence
-from echo_rl.runtime.step.base import Clock, Served, Step
+from echo_rl.runtime.step.base import Clock, Step, StepResult
 from echo_rl.runtime.step.device.step import DeviceStep
 from echo_rl.runtime.step.eager import EagerStep
 from echo_rl.runtime.tokenizer import TextStream, Tokenizer
@@ -188,7 +188,7 @@ class Engine:
         return tuple(outputs)
 
 
-def _taken_back(batch: Batch, served: Served) -> Served:
+def _taken_back(batch: Batch, served: StepResult) -> StepResult:
     """Without what was decided for requests whose logits are not finite beside drafted nodes.
 
     A node that plain decoding would never have processed may be why, so they are served plainly from now on, this
@@ -209,7 +209,7 @@ def _taken_back(batch: Batch, served: Served) -> Served:
 def _report(
     load: LoadView,
     plan: SpecPlan,
-    served: Served,
+    served: StepResult,
     outputs: tuple[RequestOutput, ...],
     times: PhaseTimes,
     trees: tuple[RequestTree, ...],
@@ -237,7 +237,7 @@ def _report(
     )
 
 
-def _trees(batch: Batch, served: Served) -> tuple[RequestTree, ...]:
+def _trees(batch: Batch, served: StepResult) -> tuple[RequestTree, ...]:
     if served.growth is None:
         return tuple(RequestTree(s.id, (), (), (), 0) for s in batch.drafting)
     selection = served.selection

@@ -23,7 +23,7 @@ from echo_rl.server.api.app import create_app
 from echo_rl.server.api.auth import Keys, is_loopback
 from echo_rl.server.api.completion_response import LAST_BYTES_SECONDS
 from echo_rl.server.api.front import Front
-from echo_rl.server.client.engine_client import EngineHost, HostConfig
+from echo_rl.server.client.engine_client import EngineClient, SupervisorConfig
 from echo_rl.server.config import ServerConfig
 from echo_rl.server.core.heap import settle
 from echo_rl.server.core.turns import give_way
@@ -51,7 +51,7 @@ def serve(engine: EngineConfig, server: ServerConfig, controller: str, load: Loa
     tokenizer = Tokenizer.load(resolve_model(engine.model))
     with listen(server.host, server.port) as listener:
         factory = partial(logging_as, server.log_format, partial(live, load, engine))
-        host = EngineHost(HostConfig(controller=controller), factory)
+        host = EngineClient(SupervisorConfig(controller=controller), factory)
         bound = replace(server, host=listener.getsockname()[0])
         if keys.admin is None and is_loopback(bound.host):
             log.warning(
@@ -96,7 +96,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _run(server: _Server, host: EngineHost, front: Front, listener: socket.socket) -> int:
+async def _run(server: _Server, host: EngineClient, front: Front, listener: socket.socket) -> int:
     drain, now = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
@@ -115,7 +115,7 @@ async def _run(server: _Server, host: EngineHost, front: Front, listener: socket
         await serving
 
 
-async def _until_signal(host: EngineHost, front: Front, drain: asyncio.Event, serving: asyncio.Task[None]) -> None:
+async def _until_signal(host: EngineClient, front: Front, drain: asyncio.Event, serving: asyncio.Task[None]) -> None:
     """Raises what hinders the engine from loading."""
     waiting = asyncio.create_task(drain.wait())
     starting = asyncio.create_task(host.start())
@@ -132,7 +132,7 @@ async def _until_signal(host: EngineHost, front: Front, drain: asyncio.Event, se
         await asyncio.gather(waiting, starting, return_exceptions=True)
 
 
-async def _drain(host: EngineHost, front: Front, now: asyncio.Event) -> int:
+async def _drain(host: EngineClient, front: Front, now: asyncio.Event) -> int:
     """Refuses new requests and waits for the others. Returns the exit code: 130 where a second signal cut it short."""
     front.draining = True
     logs.write("draining", in_flight=host.in_flight)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_rl.contracts import LoadView, PhaseTimes, SpecPlan, StepReport
-from echo_rl.costs.batched_correction import Curves
-from echo_rl.costs.correction import PRIOR, Curve, Pace, hats
+from echo_rl.costs.batched_correction import BatchedCorrectionCurve
+from echo_rl.costs.correction import PRIOR, CorrectionCurve, CostCorrector, basis
 from tests.profiles import hinge_profile
 
 
@@ -24,7 +24,7 @@ def report_of(verified, batch=8, times=PhaseTimes()):  # noqa: B008 - frozen
 
 def test_drafting_the_rest_and_the_whole_machine_are_told_apart():
     profile = hinge_profile()
-    pace = Pace(profile)
+    pace = CostCorrector(profile)
     slow = PhaseTimes(
         draft=3 * profile.draft_seconds(8, 3, 3),
         verify=2 * profile.verify_seconds(8, 8 + 24, 128.0),
@@ -41,7 +41,7 @@ def test_drafting_the_rest_and_the_whole_machine_are_told_apart():
 
 def test_drafting_that_catches_up_on_prompts_or_plain_steps_is_not_counted():
     profile = hinge_profile()
-    pace, drafting = Pace(profile), profile.draft_seconds(8, 3, 3)
+    pace, drafting = CostCorrector(profile), profile.draft_seconds(8, 3, 3)
     prompt = replace(report_of(24), load=replace(report_of(24).load, prefill_tokens=64))
     prompts_alone = replace(prompt, load=replace(prompt.load, batch_size=0), plan=SpecPlan(0))
     for before in (prompt, prompts_alone, report_of(0)):
@@ -54,7 +54,7 @@ def test_drafting_that_catches_up_on_prompts_or_plain_steps_is_not_counted():
 
 def test_requests_that_refuse_speculation_are_rows_of_the_pass():
     profile = hinge_profile()
-    pace, report = Pace(profile), report_of(24)
+    pace, report = CostCorrector(profile), report_of(24)
     times = PhaseTimes(verify=profile.verify_seconds(32, 32 + 24, 128.0))
     pace.observe(replace(report, load=replace(report.load, plain=24), times=times))
     assert pace.verify.factor(56) == pytest.approx(1.0)
@@ -63,7 +63,7 @@ def test_requests_that_refuse_speculation_are_rows_of_the_pass():
 def test_a_misjudged_plain_pass_is_learned_at_the_switch():
     """Speculative passes take twice the prediction, plain ones 1.4 times."""
     profile = hinge_profile()
-    pace = Pace(profile)
+    pace = CostCorrector(profile)
     speculative = PhaseTimes(verify=2.0 * profile.verify_seconds(8, 40, 128.0))
     plain = PhaseTimes(verify=1.4 * profile.ar_seconds(8, 128.0))
     for _ in range(4):
@@ -78,7 +78,7 @@ def test_a_misjudged_plain_pass_is_learned_at_the_switch():
 
 
 def test_what_lies_between_two_measured_sizes_lies_between_their_factors():
-    curve = Curve()
+    curve = CorrectionCurve()
     for _ in range(30):
         curve.follow(1, 1.2)
         curve.follow(16, 2.0)
@@ -88,7 +88,7 @@ def test_what_lies_between_two_measured_sizes_lies_between_their_factors():
 
 
 def test_a_slow_spell_moves_the_whole_curve_and_keeps_its_shape():
-    curve = Curve()
+    curve = CorrectionCurve()
     for _ in range(50):
         curve.follow(1, 1.0)
         curve.follow(16, 1.5)
@@ -99,7 +99,7 @@ def test_a_slow_spell_moves_the_whole_curve_and_keeps_its_shape():
 
 
 def test_one_preempted_pass_changes_little():
-    curve = Curve()
+    curve = CorrectionCurve()
     for _ in range(200):
         curve.follow(8, 1.0)
     curve.follow(8, 50.0)
@@ -107,14 +107,14 @@ def test_one_preempted_pass_changes_little():
 
 
 def test_the_backlog_of_a_drafter_that_was_off_is_not_its_pace():
-    pace = Pace(hinge_profile())
+    pace = CostCorrector(hinge_profile())
     pace.observe(report_of(0, times=PhaseTimes(verify=0.01)))
     pace.observe(report_of(8, times=PhaseTimes(draft=9.0, verify=0.01)))
     assert pace.draft == 1.0
 
 
 def test_steps_that_prefill_or_measure_nothing_teach_nothing():
-    pace = Pace(hinge_profile())
+    pace = CostCorrector(hinge_profile())
     report = report_of(8, times=PhaseTimes(verify=5.0))
     pace.observe(replace(report, load=replace(report.load, prefill_tokens=64)))
     for ratio in (0.0, -1.0, math.nan, math.inf):
@@ -124,11 +124,11 @@ def test_steps_that_prefill_or_measure_nothing_teach_nothing():
 
 @given(st.lists(st.tuples(st.integers(1, 20_000), st.floats(1e-4, 1e4)), max_size=60))
 def test_any_measurements_leave_a_finite_curve(measured):
-    curve = Curve()
+    curve = CorrectionCurve()
     for rows, ratio in measured:
         curve.follow(rows, ratio)
     rows = [1, 1.5, 7, 64, 1000, 10**6]
-    factors = curve.factors(hats(rows))
+    factors = curve.factors(basis(rows))
     assert np.isfinite(factors).all() and (factors > 0).all()
     assert factors == pytest.approx([curve.factor(n) for n in rows])
     assert np.linalg.eigvalsh(curve._covariance).min() > -1e-9
@@ -138,14 +138,14 @@ def test_any_measurements_leave_a_finite_curve(measured):
 @given(st.lists(st.tuples(st.integers(1, 300), st.floats(0.1, 10.0), st.booleans()), min_size=1, max_size=40))
 def test_the_curves_of_lanes_are_as_many_curves(measured):
     """Each lane learns from its own passes alone, also beside a lane that saw nothing or another size."""
-    single, many = Curve(), Curves(3)
+    single, many = CorrectionCurve(), BatchedCorrectionCurve(3)
     for rows, ratio, counts in measured:
         if counts:
             single.follow(rows, ratio)
         many.follow(np.array([rows, 300 - rows, 1.0]), np.array([ratio, 1.0, ratio]), np.array([counts, True, False]))
     asked = np.array([1.0, 3.0, 20.0, 500.0])
     factors = many.factors(np.tile(asked, (3, 1)))
-    np.testing.assert_allclose(factors[0], single.factors(hats(asked)), rtol=1e-9)
+    np.testing.assert_allclose(factors[0], single.factors(basis(asked)), rtol=1e-9)
     assert (factors[2] == 1.0).all()
     many.reset(np.array([True, False, False]))
     assert (many.factors(asked[:3])[0] == 1.0).all()

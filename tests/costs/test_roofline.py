@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import roofline as benchmark
 from echo_rl.cli import main
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
 from echo_rl.costs.roofline.hardware import HARDWARE, Assumptions
 from echo_rl.costs.roofline.models import MODELS, Experts
@@ -255,6 +255,6 @@ def test_where_an_arm_begins_to_lose():
 def test_break_even_is_the_ratio_of_the_steps():
     profile = PROFILES["moe"]
     found = benchmark.break_even(profile, (8, 64), context=500)
-    arrays = CostArrays(profile)
+    arrays = BatchedCostProfile(profile)
     seconds = arrays.verify(64, 64 * 6, 500) + arrays.draft(64, 3, 3) + arrays.overhead(64, 320, True)
     assert found["64"] == pytest.approx(float(seconds / (arrays.verify(64, 64, 500) + arrays.overhead(64, 0, False))))

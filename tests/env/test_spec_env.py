@@ -18,7 +18,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from echo_rl.codec import FEATURES, ActionTable
 from echo_rl.contracts import AUTOREGRESSIVE, LoadView, PhaseTimes, Request, RequestOutput, SamplingParams, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
 from echo_rl.env.reward import RewardOptions
 from echo_rl.env.spec_env import SpecEnv, SpecEnvOptions
@@ -129,10 +129,10 @@ class FakeSteered:
         self.reports.append(report)
 
 
-def costs() -> CostArrays:
+def costs() -> BatchedCostProfile:
     verify = tuple(tuple((0.05 + 0.001 * max(r, b),) for r in (1, 2, 64)) for b in (1, 2, 64))
     draft = tuple(tuple(tuple(d / 64 for d in (1, 8)) for _ in (1, 8)) for _ in (1, 64))
-    return CostArrays(CostProfile(
+    return BatchedCostProfile(CostProfile(
         "cpu", "float32", "fake", 1, (1, 2, 64), (1, 2, 64), (128,), verify, (1, 64), (1, 8), (1, 8), draft,
     ))  # fmt: skip
 
@@ -147,7 +147,7 @@ def make(
     backend = backend or FakeBackend()
     loads = tuple(parse(w) if isinstance(w, str) else w for w in workloads) or (closed(3),)
     chosen = SpecEnvOptions(workloads=loads, **{"horizon": 10} | options)
-    machine = CostArrays(replace(costs().profile, step_overhead=overhead))
+    machine = BatchedCostProfile(replace(costs().profile, step_overhead=overhead))
     return SpecEnv(backend, FakeSteered(), requests(tokens), machine, chosen, backend.clock, backend.idle)
 
 

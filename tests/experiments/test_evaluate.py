@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_rl.controllers import registry
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, PolicyError, TraceError, UnknownController
@@ -30,8 +30,8 @@ CONFIG = EvalConfig(concurrency=(1, 4), blocks=2, requests=3)
 
 
 @pytest.fixture(scope="module")
-def costs() -> CostArrays:
-    return CostArrays(CostProfile.load(packaged("profile.json")))
+def costs() -> BatchedCostProfile:
+    return BatchedCostProfile(CostProfile.load(packaged("profile.json")))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from echo_rl.contracts import LoadView, SpecPlan
 from echo_rl.controllers import registry
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.registry import Family
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, UnknownController
@@ -56,9 +56,9 @@ def make(name, **options):
 
 
 @pytest.fixture(scope="module")
-def costs() -> CostArrays:
+def costs() -> BatchedCostProfile:
     """A machine on which no node is free, so that plain decoding of a random trace is the best."""
-    return CostArrays(replace(CostProfile.load(packaged("profile.json")), node_overhead=2e-3))
+    return BatchedCostProfile(replace(CostProfile.load(packaged("profile.json")), node_overhead=2e-3))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from echo_rl.contracts import LoadView
 from echo_rl.errors import ConfigError
 from echo_rl.integrations.sglang import contract
-from echo_rl.integrations.sglang.state import Host
+from echo_rl.integrations.sglang.state import PluginState
 
 MISSING = (
     f"sglang=={contract.RECORDED} is not importable here; scripts/sglang_contract.sh runs these tests in a throw-away "
@@ -54,8 +54,8 @@ def host(config):
     try:
         from prometheus_client import CollectorRegistry
     except ImportError:
-        return Host(config)
-    return Host(config, CollectorRegistry())
+        return PluginState(config)
+    return PluginState(config, CollectorRegistry())
 
 
 class Clock:

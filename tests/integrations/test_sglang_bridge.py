@@ -14,7 +14,7 @@ from echo_rl.errors import ConfigError
 from echo_rl.integrations.sglang import adaptive, contract, plugin
 from echo_rl.integrations.sglang.contract import SYMBOLS, ContractBroken, check, require
 from echo_rl.integrations.sglang.doctor import examine
-from echo_rl.integrations.sglang.load_observer import Watch
+from echo_rl.integrations.sglang.load_observer import LoadObserver
 from echo_rl.integrations.sglang.metrics import COUNTERS, Exporter
 from echo_rl.integrations.sglang.ranks import Alone, Group
 from echo_rl.integrations.sglang.settings import ENVIRONMENT, PluginConfig, Shape
@@ -181,7 +181,7 @@ def test_one_worker_a_process():
 
 
 def test_the_scheduler_is_seen_as_a_load():
-    watch = Watch()
+    watch = LoadObserver()
     assert not watch.see(scheduler(waiting=1), batch("extend", 40, 60))
     assert watch.see(scheduler(waiting=3, used=0.75), batch("decode", 40, 60))
     view = watch.load(2)
@@ -192,7 +192,7 @@ def test_the_scheduler_is_seen_as_a_load():
 
 
 def test_a_prompt_in_chunks_arrives_once():
-    watch = Watch()
+    watch = LoadObserver()
     for _ in range(3):
         watch.see(scheduler(), batch("extend", 512))
     watch.see(scheduler(), batch("decode", 1536))
@@ -200,7 +200,7 @@ def test_a_prompt_in_chunks_arrives_once():
 
 
 def test_a_batch_of_another_size_keeps_what_is_known():
-    watch = Watch()
+    watch = LoadObserver()
     watch.see(scheduler(waiting=2), batch("decode", 30))
     assert (watch.load(4).batch_size, watch.load(4).waiting, watch.load(4).mean_context) == (4, 2, 30.0)
 

@@ -19,7 +19,7 @@ from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.controllers.policy import network
 from echo_rl.controllers.policy.network import Policy
 from echo_rl.controllers.policy.ppo import Ppo, PpoOptions, Steered
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError
@@ -42,7 +42,7 @@ def trace() -> Trace:
 
 @pytest.fixture(scope="module")
 def world(trace) -> World:
-    return World(trace, CostArrays(PROFILE), noise=False)
+    return World(trace, BatchedCostProfile(PROFILE), noise=False)
 
 
 def steered(*knobs: int) -> Steered:
@@ -100,7 +100,7 @@ def test_scores_are_relative_to_the_baselines(world):
 
 
 def test_every_workload_is_scored_on_every_machine(world):
-    slow = replace(world, costs=CostArrays(another(PROFILE, np.random.default_rng(0))))
+    slow = replace(world, costs=BatchedCostProfile(another(PROFILE, np.random.default_rng(0))))
     held = HeldOut([world, slow], lambda policy: make("chain", steps=3), ("closed:1", "closed:4"), 30, 0, {})
     scores = held(None)
     assert list(scores) == ["speedup", *(f"speedup/{w}" for w in ("closed:1", "closed:4", "closed:1@1", "closed:4@1"))]

@@ -12,13 +12,13 @@ from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.baselines.fixed import Chain, ChainOptions, Eagle3, Eagle3Options, Static, StaticOptions
 from echo_rl.controllers.echo.echo import EchoOptions, EchoUnscheduled
 from echo_rl.controllers.echo.gates import DepthGate, GateCalibration
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, RequestError, TraceError
 from echo_rl.replay.backend import ReplayBackend, ReplayOptions
 from echo_rl.replay.recorder import RecordOptions, record
-from echo_rl.replay.scheduler import LaneOptions
+from echo_rl.replay.scheduler import ReplaySchedulerOptions
 from echo_rl.replay.trace import Trace
 from echo_rl.workloads.driver import serve
 from tests import tiny
@@ -63,8 +63,8 @@ CONTROLLERS = {
 
 
 @pytest.fixture(scope="module")
-def costs() -> CostArrays:
-    return CostArrays(CostProfile.load(packaged("profile.json")))
+def costs() -> BatchedCostProfile:
+    return BatchedCostProfile(CostProfile.load(packaged("profile.json")))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def steps(run):
 @pytest.mark.parametrize("concurrency", [1, 3, 8])
 def test_replay_equals_the_live_engine(engine, trace, requests, costs, name, concurrency):
     live = serve(engine, CONTROLLERS[name](), requests, concurrency)
-    limits = LaneOptions(prefill_chunk=16, max_nodes=8)
+    limits = ReplaySchedulerOptions(prefill_chunk=16, max_nodes=8)
     backend = ReplayBackend(trace, costs, ReplayOptions(limits))
     replayed = serve(backend, CONTROLLERS[name](), requests, concurrency, clock=backend.clock)
     assert steps(replayed) == steps(live)

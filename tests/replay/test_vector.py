@@ -11,23 +11,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_rl.codec import CALIBRATED, DEPTHS, ActionTable, Knobs, Lane, Tracker, planned_gates
+from echo_rl.codec import (
+    CALIBRATED,
+    DEPTHS,
+    ActionTable,
+    BatchedObservationEncoder,
+    Knobs,
+    ObservationEncoder,
+    planned_gates,
+)
 from echo_rl.contracts import NO_GATE, Forest, Frontier, SpecPlan
 from echo_rl.controllers.echo.echo import CalibratedSelection
 from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.controllers.selection import global_top_k
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
-from echo_rl.env.vec_env import FleetOptions, ReplayVecEnv
+from echo_rl.env.vec_env import ReplayVecEnv, ReplayVecEnvOptions
 from echo_rl.errors import ConfigError, TraceError
 from echo_rl.replay.backend import ReplayBackend, ReplayOptions
 from echo_rl.replay.levels import restrict
 from echo_rl.replay.machines import another
-from echo_rl.replay.scheduler import LaneOptions, Lanes
+from echo_rl.replay.scheduler import ReplayScheduler, ReplaySchedulerOptions
 from echo_rl.replay.trace import Trace
-from echo_rl.replay.vector import Fleet
-from echo_rl.replay.vector_step import Orders, Tables, Verdicts
+from echo_rl.replay.vector import VectorReplay
+from echo_rl.replay.vector_step import Orders, Tables, VectorVerdict
 from echo_rl.workloads.arrivals import closed, parse
 from tests.one_lane import loads_of, outcomes_of
 from tests.recorded import DEPTH, WIDTH, random_levels, random_trace
@@ -36,8 +44,8 @@ POWERS = (1.0, 1.1, 1.3)
 
 
 @pytest.fixture(scope="module")
-def costs() -> CostArrays:
-    return CostArrays(CostProfile.load(packaged("profile.json")))
+def costs() -> BatchedCostProfile:
+    return BatchedCostProfile(CostProfile.load(packaged("profile.json")))
 
 
 def plan_forest(trace: Trace, positions: np.ndarray, depth: int, width: int, gates: tuple) -> Forest:
@@ -99,7 +107,7 @@ def test_decisions_are_those_of_the_scheduler(seed, batch, budget, depth, width,
     assert 0 < verdict.verified[2] <= 5
 
 
-def decided_beside_others(trace: Trace, positions: np.ndarray, plan: SpecPlan, limit: int) -> Verdicts:
+def decided_beside_others(trace: Trace, positions: np.ndarray, plan: SpecPlan, limit: int) -> VectorVerdict:
     """The plan's verdict on the second of three servers: the first decodes plainly, the last has a plan of its own."""
     gates = np.full((3, DEPTHS), NO_GATE, np.float32)
     for depth, tau in plan.gates:
@@ -118,11 +126,11 @@ def decided_beside_others(trace: Trace, positions: np.ndarray, plan: SpecPlan, l
 
 def test_lanes_serve_as_if_each_were_alone(costs):
     """Admission, the shared prompt chunk, prompts alone and the end of requests, in lanes of unlike load."""
-    trace, limits = random_trace(1), LaneOptions(max_batch=3, prefill_chunk=5, max_nodes=4)
+    trace, limits = random_trace(1), ReplaySchedulerOptions(max_batch=3, prefill_chunk=5, max_nodes=4)
     workloads = (closed(1), closed(4), parse("poisson:20"))
 
-    def fleet(lanes: int) -> Fleet:
-        return Fleet(trace, costs, (1, 2, 3), ((0, 0.3),), POWERS, lanes, limits, reference=((8, (2.0, 2, 2)),))
+    def fleet(lanes: int) -> VectorReplay:
+        return VectorReplay(trace, costs, (1, 2, 3), ((0, 0.3),), POWERS, lanes, limits, reference=((8, (2.0, 2, 2)),))
 
     together, alone = fleet(3), [fleet(1) for _ in workloads]
     for lane, workload in enumerate(workloads):
@@ -163,7 +171,7 @@ class Knobbed(CalibratedSelection):
 def test_the_fleet_is_the_replay_backend_vectorised(costs):
     """Same requests, same knobs: same tokens, same seconds and same observations, step by step."""
     trace, gates = random_trace(5), ((0, 0.3), (2, 0.1))
-    fleet = Fleet(trace, costs, (1, 2, 3, 4), gates, POWERS, lanes=1, noisy=False)
+    fleet = VectorReplay(trace, costs, (1, 2, 3, 4), gates, POWERS, lanes=1, noisy=False)
     fleet.reset(0, closed(5), seed=7)
     picks = np.random.default_rng(7)
     backend = ReplayBackend(trace, costs, ReplayOptions(noise=False))
@@ -186,7 +194,7 @@ def test_the_fleet_is_the_replay_backend_vectorised(costs):
         for n, d, w, floor in shapes
     ]
     controller = Knobbed(plans)
-    one, many = Lane(costs.profile), Tracker(costs)
+    one, many = ObservationEncoder(costs.profile), BatchedObservationEncoder(costs)
     top_up(0)
     running = 5
     for nodes, depth, width, floor in shapes:
@@ -219,7 +227,7 @@ def test_the_fleet_is_the_replay_backend_vectorised(costs):
 def test_the_drafter_catches_up_on_the_prompt_and_on_plain_steps():
     """Past two tokens a request, which drafting always takes."""
     trace = random_trace(2)
-    lanes = Lanes(trace, LaneOptions())
+    lanes = ReplayScheduler(trace, ReplaySchedulerOptions())
     lanes.add(3)
     none, seen = np.zeros(0, dtype=np.int64), []
     lanes.commit(lanes.turn(), none, np.array([False]))
@@ -245,7 +253,7 @@ def test_plans_of_actions_are_their_knobs():
 
 def small_env(costs, seed=0, **options) -> ReplayVecEnv:
     table = ActionTable(depths=(1, 2, 3, 4, 5), widths=(1, 2, 3, 4))
-    chosen = FleetOptions(workloads=("closed:2", "closed:6"), table=table, horizon=6, repeat=2, **options)
+    chosen = ReplayVecEnvOptions(workloads=("closed:2", "closed:6"), table=table, horizon=6, repeat=2, **options)
     return ReplayVecEnv(random_trace(), costs, chosen, lanes=3, seed=seed)
 
 
@@ -270,17 +278,17 @@ def test_hidden_groups_are_zero_and_unknown_ones_refused(costs):
     observation = small_env(costs, hidden=("cost",)).reset()
     assert (observation[:, 23:] == 0).all() and (observation[:, :6] != 0).any()
     with pytest.raises(ConfigError, match="load, speculation, cost"):
-        FleetOptions(hidden=("weather",))
+        ReplayVecEnvOptions(hidden=("weather",))
 
 
 def test_each_lane_has_the_costs_of_its_own_machine(costs):
     g = np.random.default_rng(3)
-    lanes, machines = CostArrays(costs.profile, 3), [another(costs.profile, g) for _ in range(3)]
+    lanes, machines = BatchedCostProfile(costs.profile, 3), [another(costs.profile, g) for _ in range(3)]
     for lane, machine in enumerate(machines):
         lanes.put(lane, machine)
     batch, rows, context = np.array([1.0, 6.0, 32.0]), np.array([9.0, 40.0, 300.0]), np.array([90.0, 10.0, 500.0])
     for lane, machine in enumerate(machines):
-        single = CostArrays(machine)
+        single = BatchedCostProfile(machine)
         at = (float(batch[lane]), float(rows[lane]), float(context[lane]))
         assert (
             lanes.verify(batch, rows, context)[lane] == single.verify(*at) == pytest.approx(machine.verify_seconds(*at))
@@ -333,7 +341,7 @@ def test_a_share_of_the_episodes_is_on_other_machines(costs, share, low, high):
         met += [env._machines.machine(lane) for lane in range(3)]
     assert low <= sum(machine != costs.profile for machine in met) <= high
     with pytest.raises(ConfigError, match="share"):
-        FleetOptions(randomise=1.5)
+        ReplayVecEnvOptions(randomise=1.5)
 
 
 def test_restricted_levels_follow_the_beam():
@@ -375,7 +383,7 @@ def test_an_episode_is_as_long_as_its_steps(costs):
 
 
 def test_a_table_deeper_than_the_trace_is_refused(costs):
-    options = FleetOptions(("closed:2",), ActionTable(depths=(1, 5), widths=(1, 2)))
+    options = ReplayVecEnvOptions(("closed:2",), ActionTable(depths=(1, 5), widths=(1, 2)))
     with pytest.raises(TraceError, match=r"drafts 5 levels deep, the trace holds 3; record with --depth 5"):
         ReplayVecEnv(random_trace(depth=3), costs, options, 2)
 
@@ -383,7 +391,7 @@ def test_a_table_deeper_than_the_trace_is_refused(costs):
 def test_a_reference_may_have_a_width_that_no_action_has(costs):
     def rewards(widths):
         table = ActionTable(depths=(1, 2, 3), widths=widths)
-        options = FleetOptions(("closed:2",), table, reference=((64, (3.0, 2, 3)),), noise=False)
+        options = ReplayVecEnvOptions(("closed:2",), table, reference=((64, (3.0, 2, 3)),), noise=False)
         env = ReplayVecEnv(random_trace(), costs, options, 2, seed=4)
         env.reset()
         return [env.step(np.array([[4, 1, 0, 0, 0]] * 2))[1] for _ in range(5)]
@@ -392,7 +400,7 @@ def test_a_reference_may_have_a_width_that_no_action_has(costs):
 
 
 def test_no_plan_is_decided_on_the_forests_of_another_width(costs):
-    fleet = Fleet(random_trace(), costs, (1, 4), (), (), 1, reference=((64, (3.0, 2, 3)),))
+    fleet = VectorReplay(random_trace(), costs, (1, 4), (), (), 1, reference=((64, (3.0, 2, 3)),))
     fleet.reset(0, closed(2), seed=0)
     with pytest.raises(AssertionError, match="width"):
         fleet.step(Knobs(*(np.array([x]) for x in (2.0, 2, 4, CALIBRATED, 0.0))))
@@ -406,8 +414,10 @@ def test_the_reference_is_what_that_plan_would_have_brought(costs):
     same = np.tile(table.nearest(3.0, 3, 3), (2, 1))
     other = np.tile(table.nearest(1.0, 2, 2), (2, 1))
     for actions in (same, other):
-        taken_off = ReplayVecEnv(random_trace(), costs, FleetOptions(**common, gates=gates, reference=plans), 2, seed=4)
-        plain = ReplayVecEnv(random_trace(), costs, FleetOptions(**common, gates=gates, reference=()), 2, seed=4)
+        taken_off = ReplayVecEnv(
+            random_trace(), costs, ReplayVecEnvOptions(**common, gates=gates, reference=plans), 2, seed=4
+        )
+        plain = ReplayVecEnv(random_trace(), costs, ReplayVecEnvOptions(**common, gates=gates, reference=()), 2, seed=4)
         assert np.array_equal(taken_off.reset(), plain.reset())
         for _ in range(20):
             (_, less, _, infos), (_, full, _, _) = taken_off.step(actions), plain.step(actions)

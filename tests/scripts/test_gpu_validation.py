@@ -19,7 +19,7 @@ from echo_rl.cli.app import parse
 from echo_rl.errors import ConfigError, EchoError
 from echo_rl.experiments.load.record import LoadRecord
 from echo_rl.integrations.sglang.settings import PluginConfig
-from echo_rl.integrations.sglang.state import Host
+from echo_rl.integrations.sglang.state import PluginState
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.records import RequestRecord, RunRecord
 from scripts import gpu_validation
@@ -250,7 +250,7 @@ def test_sglang_is_launched_as_the_plugin_demands(tmp_path, mode):
     config = PluginConfig.of(settings(given, mode))
     stage = next(stage for stage in plan(given) if stage.name == f"sglang-{mode}")
     serve = list(stage.steps[-1].serve)
-    demanded = Host(config).remedy().partition("start it with ")[2]
+    demanded = PluginState(config).remedy().partition("start it with ")[2]
     if mode == "adaptive":
         pairs = demanded.removesuffix(" --speculative-adaptive").split(" --")
         assert (

@@ -27,7 +27,7 @@ BUILDS = ("echo", "none", "chain", "ppo")
 
 
 class FakeHost:
-    """Looks like `EngineHost`. Token i of a completion is the i-th letter; one output a token."""
+    """Looks like `EngineClient`. Token i of a completion is the i-th letter; one output a token."""
 
     def __init__(self, context: int = 64, vocab: int = 1_114_112) -> None:
         self.ready, self.alive, self.dead, self.restarts, self.controller = True, True, False, 0, "echo"

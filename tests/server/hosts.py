@@ -12,10 +12,10 @@ from typing import Any
 
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller, Request, RequestOutput, SamplingParams, StepReport
-from echo_rl.server.client.engine_client import EngineHost, HostConfig
+from echo_rl.server.client.engine_client import EngineClient, SupervisorConfig
 from echo_rl.server.core.engine_core import CoreOptions
-from echo_rl.server.core.options import SwitchOptions
-from echo_rl.server.core.worker import Served, build_controller, live
+from echo_rl.server.core.options import ControllerManagerOptions
+from echo_rl.server.core.worker import LoadedEngine, build_controller, live
 from tests import tiny
 from tests.conftest import FakeEngine
 
@@ -47,15 +47,15 @@ class ServedFake(FakeEngine):
         return super().step(controller)  # type: ignore[arg-type]
 
 
-def serve_fake(switch: SwitchOptions, step_seconds: float = 0.002) -> Served:
+def serve_fake(switch: ControllerManagerOptions, step_seconds: float = 0.002) -> LoadedEngine:
     """A factory; picklable, so that a process can run it, too."""
-    return Served(
+    return LoadedEngine(
         ServedFake(step_seconds), build_controller, max_context=2048, vocab=256,
         options=CoreOptions(switch=switch), environment={"model": "fake"},
     )  # fmt: skip
 
 
-def serve_tiny(root: Path, switch: SwitchOptions, **settings: Any) -> Served:
+def serve_tiny(root: Path, switch: ControllerManagerOptions, **settings: Any) -> LoadedEngine:
     """A factory of a tiny real engine, whose model files go to `root`."""
     return live(partial(_tiny_engine, root=root, settings=settings), EngineConfig(**{**LIMITS, **settings}), switch)
 
@@ -67,22 +67,22 @@ def _tiny_engine(config: EngineConfig, root: Path, settings: dict[str, Any]) -> 
     return tiny.engine(root, **settings), {"model": "tiny"}
 
 
-def fake_host(step_seconds: float = 0.002, **config: Any) -> EngineHost:
-    """Settings are `HostConfig`'s; in a thread unless they say otherwise."""
-    return EngineHost(
-        HostConfig(**{"controller": "none", "isolation": "thread", **config}),
+def fake_host(step_seconds: float = 0.002, **config: Any) -> EngineClient:
+    """Settings are `SupervisorConfig`'s; in a thread unless they say otherwise."""
+    return EngineClient(
+        SupervisorConfig(**{"controller": "none", "isolation": "thread", **config}),
         partial(serve_fake, step_seconds=step_seconds),
     )
 
 
-def tiny_host(root: Path, engine: dict[str, Any] | None = None, **config: Any) -> EngineHost:
-    """Over a tiny random model; `engine` are settings of `EngineConfig`, the others `HostConfig`'s."""
+def tiny_host(root: Path, engine: dict[str, Any] | None = None, **config: Any) -> EngineClient:
+    """Over a tiny random model; `engine` are settings of `EngineConfig`, the others `SupervisorConfig`'s."""
     factory = partial(serve_tiny, root, **(engine or {}))
-    return EngineHost(HostConfig(**{"controller": "echo", "isolation": "thread", **config}), factory)
+    return EngineClient(SupervisorConfig(**{"controller": "echo", "isolation": "thread", **config}), factory)
 
 
 @asynccontextmanager
-async def running(host: EngineHost) -> AsyncIterator[EngineHost]:
+async def running(host: EngineClient) -> AsyncIterator[EngineClient]:
     """Started within, stopped after."""
     await host.start()
     try:
@@ -97,7 +97,7 @@ def request_of(text: str, name: str | None = None, max_new_tokens: int = 8, **sa
     return Request(name or f"request {text}", tuple(map(ord, text)), params)
 
 
-async def collect(host: EngineHost, request: Request) -> list[RequestOutput]:
+async def collect(host: EngineClient, request: Request) -> list[RequestOutput]:
     """All outputs of a request."""
     async with aclosing(host.submit(request)) as outputs:
         return [output async for output in outputs]

@@ -142,7 +142,7 @@ def by_depth(trees: list[RequestTree], depth: int) -> tuple[tuple[int, ...], tup
 
 
 class LiveWorldHost:
-    """What `EngineHost` is to the front, over a `LiveWorld` that lives `speed` times as fast as the clock."""
+    """What `EngineClient` is to the front, over a `LiveWorld` that lives `speed` times as fast as the clock."""
 
     max_context = 2048
 

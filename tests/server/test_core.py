@@ -13,7 +13,7 @@ from echo_rl.controllers.base import BaseController
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, IntegrityError, PlanViolation
 from echo_rl.server.core.engine_core import CoreOptions, EngineCore
-from echo_rl.server.core.options import SwitchOptions
+from echo_rl.server.core.options import ControllerManagerOptions
 from echo_rl.server.core.worker import build_controller
 from echo_rl.server.guard.validation import Limits
 from echo_rl.server.messages import (
@@ -78,7 +78,7 @@ def play(scene, engine=None, make=build_controller, spec="none", **options) -> D
     """Runs a core through a scene (a function of the director); returns what it said."""
     director = Director()
     director._scene = scene(director)
-    switch = SwitchOptions(**{"fallback": "none", **options.pop("switch", {})})
+    switch = ControllerManagerOptions(**{"fallback": "none", **options.pop("switch", {})})
     core = EngineCore(engine or ServedFake(0.0), make, spec, CoreOptions(switch=switch, **options))
     core.run(director.receive, director.events.append)
     return director

@@ -19,10 +19,10 @@ from functools import partial
 import pytest
 
 from echo_rl.errors import ConfigError, EchoError, RequestError
-from echo_rl.server.client.engine_client import EngineHost, HostConfig, Unavailable
+from echo_rl.server.client.engine_client import EngineClient, SupervisorConfig, Unavailable
 from echo_rl.server.client.streams import SLOW_READER, Inbox
 from echo_rl.server.client.supervisor import WORKERS
-from echo_rl.server.core.options import SwitchOptions
+from echo_rl.server.core.options import ControllerManagerOptions
 from echo_rl.server.core.worker import ThreadWorker
 from echo_rl.server.ipc import CoreChannel, FrontChannel
 from echo_rl.server.messages import ExperimentReport, Stepped, StepStats
@@ -96,7 +96,7 @@ def test_one_refusal_among_several_is_raised():
 @pytest.mark.parametrize("isolation", ["process", "thread"])
 def test_only_a_process_of_the_engine_settles_its_heap(isolation):
     async def main():
-        host = EngineHost(HostConfig("none", isolation, **QUICK), serve_counting_frozen)
+        host = EngineClient(SupervisorConfig("none", isolation, **QUICK), serve_counting_frozen)
         async with running(host):
             await collect(host, request_of("abc"))
             assert (host.serving["frozen"] > 10_000) is (isolation == "process")
@@ -104,7 +104,7 @@ def test_only_a_process_of_the_engine_settles_its_heap(isolation):
     asyncio.run(main())
 
 
-def serve_counting_frozen(switch: SwitchOptions):
+def serve_counting_frozen(switch: ControllerManagerOptions):
     served = serve_fake(switch)
     return replace(served, options=replace(served.options, ways=lambda: {"frozen": gc.get_freeze_count()}))
 
@@ -158,7 +158,9 @@ def test_whoever_stops_reading_cancels_the_request(leave):
 
 def test_twenty_swaps_over_the_channel_change_no_token(tmp_path):
     async def main():
-        async with running(tiny_host(tmp_path, command_seconds=30.0, switch=SwitchOptions(deadline=5.0))) as host:
+        async with running(
+            tiny_host(tmp_path, command_seconds=30.0, switch=ControllerManagerOptions(deadline=5.0))
+        ) as host:
             asked = [request_of("some prompt " + str(n), f"p{n}", 60, ignore_eos=True) for n in range(12)]
             plain = asyncio.gather(*(collect(host, request) for request in asked))
             await host.set_controller("none")
@@ -206,7 +208,7 @@ def test_a_bad_controller_is_refused_with_the_reason_and_the_old_one_stays():
 
 def test_an_experiment_reports_to_subscribers_and_its_control_stays():
     async def main():
-        async with running(fake_host(switch=SwitchOptions(deadline=5.0))) as host:
+        async with running(fake_host(switch=ControllerManagerOptions(deadline=5.0))) as host:
             news = host.subscribe()
             stream = host.submit(request_of("abc", max_new_tokens=10**6))
             await host.start_experiment("chain:steps=2", "none", block_seconds=0.01, blocks=3, harm=0.0)
@@ -332,7 +334,7 @@ def test_stopping_ends_streams_and_commands():
 @pytest.mark.parametrize("isolation", ["thread", "process"])
 def test_a_death_ends_everybody_with_an_error_and_the_engine_comes_back(isolation):
     async def main():
-        config = {"isolation": isolation, "switch": SwitchOptions(trial_steps=5, deadline=5.0), **QUICK}
+        config = {"isolation": isolation, "switch": ControllerManagerOptions(trial_steps=5, deadline=5.0), **QUICK}
         async with running(fake_host(**config)) as host:
             await host.set_controller("chain:steps=2")
             await collect(host, request_of("abc", max_new_tokens=40))
@@ -481,7 +483,7 @@ def test_a_death_ends_the_experiment():
 
 def test_a_control_serves_its_trial_like_any_other_controller():
     async def main():
-        async with running(fake_host(switch=SwitchOptions(trial_steps=5, deadline=5.0), **QUICK)) as host:
+        async with running(fake_host(switch=ControllerManagerOptions(trial_steps=5, deadline=5.0), **QUICK)) as host:
             await host.start_experiment("chain", "none", block_seconds=100.0)
             await host.stop_experiment()
             assert host.controller == "chain"
@@ -544,11 +546,11 @@ def _slow(switch):
 @pytest.mark.parametrize("isolation", ["thread", "process"])
 def test_an_engine_that_does_not_load_says_why(isolation):
     async def main():
-        host = EngineHost(HostConfig("none", isolation), _no_weights)
+        host = EngineClient(SupervisorConfig("none", isolation), _no_weights)
         with pytest.raises(EchoError, match="the weights are missing; fetch them"):
             await host.start()
         assert not host.alive
-        host = EngineHost(HostConfig("nonsense", isolation), serve_fake)
+        host = EngineClient(SupervisorConfig("nonsense", isolation), serve_fake)
         with pytest.raises(EchoError, match="no controller is called 'nonsense'"):
             await host.start()
 
@@ -557,7 +559,7 @@ def test_an_engine_that_does_not_load_says_why(isolation):
 
 def test_an_engine_that_loads_for_ever_is_given_up():
     async def main():
-        host = EngineHost(HostConfig("none", "thread", start_seconds=0.1), _slow)
+        host = EngineClient(SupervisorConfig("none", "thread", start_seconds=0.1), _slow)
         began = time.monotonic()
         with pytest.raises(Unavailable, match="not loaded within"):
             await host.start()
@@ -568,7 +570,7 @@ def test_an_engine_that_loads_for_ever_is_given_up():
 
 def test_isolation_is_one_of_two():
     with pytest.raises(ConfigError, match="process, thread"):
-        HostConfig(isolation="docker")
+        SupervisorConfig(isolation="docker")
 
 
 def test_the_front_loads_no_torch():
@@ -652,4 +654,4 @@ def _running(pid: int) -> bool:
 
 
 def test_a_factory_may_be_partial():
-    assert partial(serve_fake, step_seconds=0.0)(SwitchOptions()).environment == {"model": "fake"}
+    assert partial(serve_fake, step_seconds=0.0)(ControllerManagerOptions()).environment == {"model": "fake"}

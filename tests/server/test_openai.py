@@ -10,9 +10,9 @@ import openai
 import pytest
 
 from echo_rl.server.api import completion_response
-from echo_rl.server.api.completion_response import Choice, Exchange
+from echo_rl.server.api.completion_response import Choice, CompletionResponse
 from echo_rl.server.api.openai_format import TextDialect
-from echo_rl.server.api.request_stats import KEY, Trail
+from echo_rl.server.api.request_stats import KEY, RequestStats
 from echo_rl.server.api.schemas import CompletionRequest
 from tests.conftest import FakeTokenizer
 from tests.server.front_world import FakeHost, client_of, listening, make_app
@@ -367,7 +367,9 @@ def test_a_reader_that_stopped_is_not_waited_for_at_the_end(monkeypatch):
 
         front = make_app(FakeHost(), request_timeout=0.2).state.front
         body = CompletionRequest(prompt="x", max_tokens=4, stream=True)
-        await Exchange(front, body, TextDialect())({"type": "http", KEY: Trail("x", 0.0)}, receive, send)
+        await CompletionResponse(front, body, TextDialect())(
+            {"type": "http", KEY: RequestStats("x", 0.0)}, receive, send
+        )
         assert sent == ["http.response.start", "http.response.body", "http.response.body"]
 
     monkeypatch.setattr(completion_response, "LAST_BYTES_SECONDS", 0.2)

@@ -11,7 +11,7 @@ from echo_rl.contracts import AUTOREGRESSIVE, LoadView, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.baselines.dynamic import Values
 from echo_rl.controllers.baselines.efficiency import MOST_LEVELS, CostedOptions, Efficient
-from echo_rl.controllers.probing import ProbeLedger
+from echo_rl.controllers.probing import ProbeBudget
 from echo_rl.errors import ConfigError
 
 
@@ -72,7 +72,7 @@ class SglangAdaptiveOptions:
     off: float = 0.5
     """Accept length at the edge of a ladder's 0; the published ``round(average) + 1`` alone would never reach it."""
     probe_share: float = 0.005
-    """Share of plain decoding time that trying the drafter again may cost, see `ProbeLedger`."""
+    """Share of plain decoding time that trying the drafter again may cost, see `ProbeBudget`."""
     probe_period: int = 64
     """Fewest plain steps between two tries."""
     TUNABLE: ClassVar[Values] = {"rate": (0.1, 0.2, 0.4), "interval": (5, 20), "off": (0.25, 0.5, 0.75)}
@@ -155,7 +155,7 @@ class SglangAdaptive(BaseController):
         self.options = options
         self._starts = [start for start, _ in options.ladders]
         self._ladders = [_Ladder(rungs, options) for _, rungs in options.ladders]
-        self._ledger = ProbeLedger(options.probe_share, options.probe_period)
+        self._ledger = ProbeBudget(options.probe_share, options.probe_period)
         self._probing = False
         self._excess = 0.0  # seconds that the last probe took longer than plain steps
         self._plain: dict[int, float] = {}  # batch octave -> seconds of a plain step without prompts, running

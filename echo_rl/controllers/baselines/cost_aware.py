@@ -31,7 +31,7 @@ from echo_rl.controllers.baselines.dynamic import (
 )
 from echo_rl.controllers.baselines.fixed import Eagle3
 from echo_rl.controllers.selection import MISSING, likeliest, pack, per_request_top_k
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile, context_of, half_octave
 from echo_rl.errors import ConfigError
 
@@ -70,7 +70,7 @@ class CostAware(Eagle3):
         super().__init__(options)
         self.profile = CostProfile.of(options.profile)
         self.materials = (self.profile,)
-        self._arrays = CostArrays(self.profile)
+        self._arrays = BatchedCostProfile(self.profile)
         self._known: dict[tuple[int, int], Costs] = {}
         self._gates = every_level(options.depth)
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from echo_rl.contracts import AUTOREGRESSIVE, Forest, LoadView, Selection, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.baselines.dynamic import Gates, probabilities
-from echo_rl.controllers.probing import ProbeLedger
+from echo_rl.controllers.probing import ProbeBudget
 from echo_rl.controllers.selection import likeliest
 from echo_rl.controllers.tree_shapes import REFERENCE_HIT
-from echo_rl.costs.batched import CostArrays, Floats
-from echo_rl.costs.correction import Pace, hats
+from echo_rl.costs.batched import BatchedCostProfile, Floats
+from echo_rl.costs.correction import CostCorrector, basis
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError
 
@@ -43,7 +43,7 @@ class CostedOptions:
     horizon: float = 128.0
     """Requests served over which acceptance is averaged."""
     probe_share: float = 0.005
-    """Share of plain decoding time that looking at the drafter may cost, see `ProbeLedger`."""
+    """Share of plain decoding time that looking at the drafter may cost, see `ProbeBudget`."""
     probe_period: int = 64
     """Fewest plain steps between two looks."""
 
@@ -60,11 +60,11 @@ class StepClock:
 
     def __init__(self, profile: CostProfile | str | Path | None) -> None:
         self.profile = CostProfile.of(profile)
-        self._arrays = CostArrays(self.profile)
-        self._pace = Pace(self.profile)
+        self._arrays = BatchedCostProfile(self.profile)
+        self._pace = CostCorrector(self.profile)
         rows = self.profile.rows
         self._knots = (*rows, rows[-1] + FAR)  # of the verify pass's seconds by its rows
-        self._weights = hats(self._knots)
+        self._weights = basis(self._knots)
         self._at: tuple[int, float] | None = None  # the batch and context of `_curve`
         self._curve: Floats = np.empty(0)  # seconds at the knots
 
@@ -112,7 +112,7 @@ class Switch:
 
     def __init__(self, clock: StepClock, options: CostedOptions) -> None:
         self._clock = clock
-        self._ledger = ProbeLedger(options.probe_share, options.probe_period)
+        self._ledger = ProbeBudget(options.probe_share, options.probe_period)
         self.probing = False
         """The step in progress is a probe."""
 

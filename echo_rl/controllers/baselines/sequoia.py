@@ -14,7 +14,7 @@ from echo_rl.controllers.baselines.cost_aware import CostAwareOptions
 from echo_rl.controllers.baselines.dynamic import Values
 from echo_rl.controllers.baselines.fixed import Path, Static, StaticOptions
 from echo_rl.controllers.tree_shapes import REFERENCE_HIT, likeliest_tree
-from echo_rl.costs.batched import CostArrays
+from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile, context_of, half_octave
 from echo_rl.errors import ConfigError
 
@@ -55,7 +55,7 @@ class Sequoia(BaseController):
     def __init__(self, options: SequoiaOptions) -> None:
         super().__init__()
         self.options = options
-        self._arrays = CostArrays(CostProfile.of(options.profile))
+        self._arrays = BatchedCostProfile(CostProfile.of(options.profile))
         self.materials = (self._arrays.profile,)
         self._grown = [_grow(options, depth) for depth in range(1, options.depth + 1)]
         self._known: dict[tuple[int, int, int], Static | None] = {}

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from echo_rl.contracts import LoadView, StepReport
 from echo_rl.controllers.echo.acceptance import AcceptanceModel
-from echo_rl.controllers.probing import PlainLooks, ProbeLedger, PromptShare
+from echo_rl.controllers.probing import PlainProbe, ProbeBudget, PromptShare
 from echo_rl.controllers.tree_shapes import affordable_trees
-from echo_rl.costs.correction import Pace, hats
+from echo_rl.costs.correction import CostCorrector, basis
 from echo_rl.costs.profile import BREAK_EVEN_ACCEPTANCE, CostProfile, context_of, half_octave
 from echo_rl.errors import ConfigError
 
@@ -57,7 +57,7 @@ class PlannerOptions:
     horizon: float = 256.0
     """Requests over which acceptance is averaged."""
     probe_share: float = 0.01
-    """Share of the time that looking at the alternative may cost, see `ProbeLedger`."""
+    """Share of the time that looking at the alternative may cost, see `ProbeBudget`."""
     probe_period: int = 64
     """Fewest steps between two looks."""
 
@@ -87,7 +87,7 @@ class Menu:
     choices: Choices
     plain: float  # seconds of a plain verify pass
     verify: Floats  # [O] seconds
-    curve: Floats  # [O, OCTAVES] see `pace.hats`
+    curve: Floats  # [O, OCTAVES] see `pace.basis`
 
 
 @dataclass(frozen=True)
@@ -118,16 +118,16 @@ class BudgetPlanner:
     def __init__(self, profile: CostProfile, options: PlannerOptions, pooled: bool = True) -> None:
         self._profile, self._options = profile, options
         self._acceptance = AcceptanceModel(options.horizon, pooled)
-        self._pace = Pace(profile)
+        self._pace = CostCorrector(profile)
         self._prompts = PromptShare()
-        self._ledger = ProbeLedger(options.probe_share, options.probe_period)
+        self._ledger = ProbeBudget(options.probe_share, options.probe_period)
         self._choices: dict[tuple[int, int, int], Choices] = {}
         self._menus: dict[tuple[int, int, int, int], Menu] = {}
         self._decisions: dict[tuple[int, int], Decision] = {}  # by requests that speculate, and that refuse to
         self._in_use = PLAIN
         self._looking = False  # the step in progress is a probe or a check
         self._unread: list[StepReport] = []  # not yet learned from
-        self._looks = PlainLooks()
+        self._looks = PlainProbe()
         self._step = 0
         every = [tree for nodes in LADDER for tree in affordable_trees(nodes)]
         self._acceptance.yields(every, batch=2)  # fills the caches, so that no step has to
@@ -261,7 +261,7 @@ class BudgetPlanner:
         choices = self._choices[key]
         rows = [decoding, *(decoding + shape.budget for shape in choices.shapes)]
         plain, *verify = self._profile.verify_each(decoding, rows, context)
-        return Menu(choices, plain, np.array(verify), hats(rows[1:]))
+        return Menu(choices, plain, np.array(verify), basis(rows[1:]))
 
     def _build_choices(self, batch: int, refusing: int, most: int) -> Choices:
         profile, budgets = self._profile, dict[int, float]()

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from echo_rl.codec import Lane
+from echo_rl.codec import ObservationEncoder
 from echo_rl.contracts import AUTOREGRESSIVE, LoadView, SpecPlan, StepReport
 from echo_rl.controllers.echo.echo import CalibratedSelection, Echo, EchoOptions
 from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.controllers.policy.network import Policy
-from echo_rl.controllers.probing import PlainLooks
+from echo_rl.controllers.probing import PlainProbe
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError
 from echo_rl.utils.archives import shipped_checkpoints
@@ -29,7 +29,7 @@ MOST_UNREAD = 32
 MOST_PLANS = 4096
 """That are kept."""
 LOOK_AFTER = 256
-"""Speculative steps after which a plain one is due, see `PlainLooks`. Where speculation doubles the speed that is .2 %
+"""Speculative steps after which a plain one is due, see `PlainProbe`. Where speculation doubles the speed that is .2 %
 of it."""
 
 log = logging.getLogger(__name__)
@@ -89,13 +89,13 @@ class Ppo(CalibratedSelection):
         self.echo = Echo(EchoOptions(options.profile, self.calibration))
         self.materials = (*self.echo.materials, self.policy)
         self.fallbacks = 0
-        self._lane = Lane(self.echo.profile)
+        self._lane = ObservationEncoder(self.echo.profile)
         self._unread: deque[StepReport] = deque()  # not yet learned from
         self._gates = self.calibration.sparse(max(self.policy.table.depths))
         self._generator = None if options.deterministic else np.random.default_rng(options.seed)
         self._action: Action | None = None  # None: this decision is ECHO's
         self._left = 0  # steps for which it still stands
-        self._looks = PlainLooks()
+        self._looks = PlainProbe()
         self._looking = False  # the step in progress is a look at plain decoding
         self._plans: dict[tuple[Action, int], SpecPlan] = {}
 

@@ -21,7 +21,7 @@ PRIOR_REQUESTS = 8.0
 """Weight of the prior, in observed requests."""
 
 
-class Survival:
+class AcceptanceTracker:
     """Running chance of acceptance by depth, over the last `horizon` requests that reached it."""
 
     def __init__(self, levels: int, horizon: float = 256.0) -> None:
@@ -55,7 +55,7 @@ class Survival:
         )
 
 
-def chain_nodes(controller: Controller, plan: SpecPlan, survival: Survival, batch: int, levels: int) -> int:
+def chain_nodes(controller: Controller, plan: SpecPlan, survival: AcceptanceTracker, batch: int, levels: int) -> int:
     """Nodes over the batch that the controller verifies of the running forest, after its own gates and selection.
 
     Drafts level by level as the engine does: at a gated depth `extend` may stop everybody (all requests

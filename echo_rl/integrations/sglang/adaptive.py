@@ -1,7 +1,7 @@
 """Chains of a decided length, through SGLang's own ``--speculative-adaptive`` (top-k 1, CUDA graphs).
 
 SGLang asks an `AdaptiveSpecPolicy` for the number of draft steps before every decode step and tells it what
-was accepted. `ChainPolicy` is one whose answers come from `Host`; `hooks` puts it in the place of SGLang's
+was accepted. `ChainPolicy` is one whose answers come from `PluginState`; `hooks` puts it in the place of SGLang's
 own, and its candidate steps in the place of those that SGLang sizes its memory by.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from echo_rl.errors import ConfigError
 from echo_rl.integrations.sglang.settings import Shape
-from echo_rl.integrations.sglang.state import Host
+from echo_rl.integrations.sglang.state import PluginState
 
 PARAMS = "sglang.srt.speculative.adaptive_spec_params.AdaptiveSpeculativeParams"
 CANDIDATES = "sglang.srt.speculative.adaptive_spec_params.resolve_candidate_steps_from_config"
@@ -25,7 +25,7 @@ Hook = tuple[str, Any, str]
 class ChainPolicy:
     """Answers SGLang's adaptive controller for `host`, which a subclass names. Raises `ConfigError`."""
 
-    host: ClassVar[Host]
+    host: ClassVar[PluginState]
 
     def __init__(self, initial_steps: int, cfg_path: str | None = None) -> None:
         from sglang.srt.runtime_context import get_parallel, max_speculative_num_draft_tokens
@@ -65,7 +65,7 @@ class ChainPolicy:
         return None if sizes is None else reachable(self._shapes[step], sizes)
 
 
-def candidate_steps(host: Host) -> list[int]:
+def candidate_steps(host: PluginState) -> list[int]:
     return sorted(shape.steps for shape in host.config.choices)
 
 
@@ -83,7 +83,7 @@ def refuse_file(cfg_path: str | None) -> None:
         raise ConfigError("the steps come from ECHO_RL_CONFIG; leave out --speculative-adaptive-config")
 
 
-def hooks(host: Host) -> tuple[Hook, ...]:
+def hooks(host: PluginState) -> tuple[Hook, ...]:
     """What to register."""
 
     def candidates(cfg_path: str | None = None) -> list[int]:

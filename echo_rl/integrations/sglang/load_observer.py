@@ -12,7 +12,7 @@ from typing import Any
 from echo_rl.contracts import LoadView
 
 
-class Watch:
+class LoadObserver:
     """Follows a scheduler's batches. `see` before each is run, `load` for the decode step that is about to."""
 
     def __init__(self) -> None:

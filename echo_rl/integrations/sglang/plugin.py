@@ -18,7 +18,7 @@ from echo_rl.integrations.sglang import adaptive, trees
 from echo_rl.integrations.sglang.adaptive import Hook
 from echo_rl.integrations.sglang.contract import ContractBroken, require
 from echo_rl.integrations.sglang.settings import ENVIRONMENT, PluginConfig
-from echo_rl.integrations.sglang.state import Host
+from echo_rl.integrations.sglang.state import PluginState
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +46,14 @@ def register() -> None:
         raise SystemExit(f"{REFUSED}: {type(error).__name__}: {error}") from error
 
 
-def install(config: PluginConfig) -> Host:
+def install(config: PluginConfig) -> PluginState:
     """Check everything that can be checked before a model is loaded, then register. Raises `EchoError`."""
     require(config.mode, config.untested_version)
     config.make()  # a controller that can't be made must not be found out when the first worker is
     config.costs()
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    host = Host(config)
+    host = PluginState(config)
     kind = {"adaptive": adaptive, "trees": trees}[config.mode]
     hooks = (*kind.hooks(host), (RUN_BATCH, _before_batch(host), "BEFORE"))
     before = {target: pkgutil.resolve_name(target) for target, _, _ in hooks}
@@ -63,7 +63,7 @@ def install(config: PluginConfig) -> Host:
     return host
 
 
-def _before_batch(host: Host) -> Callable[..., None]:
+def _before_batch(host: PluginState) -> Callable[..., None]:
     """A plain function: SGLang wraps functions and classes."""
 
     def before_batch(*args: Any, **kwargs: Any) -> None:

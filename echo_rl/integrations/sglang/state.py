@@ -14,7 +14,7 @@ from typing import Any
 
 from echo_rl import __version__
 from echo_rl.errors import ConfigError
-from echo_rl.integrations.sglang.load_observer import Watch
+from echo_rl.integrations.sglang.load_observer import LoadObserver
 from echo_rl.integrations.sglang.metrics import Exporter
 from echo_rl.integrations.sglang.ranks import Alone, Group, Ranks
 from echo_rl.integrations.sglang.settings import PluginConfig
@@ -23,14 +23,14 @@ from echo_rl.integrations.sglang.steering import Decision, Steering
 log = logging.getLogger(__name__)
 
 
-class Host:
+class PluginState:
     """One process's side of the bridge. `bind` once SGLang has made its worker; unbound it refuses to serve."""
 
     def __init__(self, config: PluginConfig, registry: Any = None) -> None:
         """`registry`: where the Prometheus counters are kept; None for the process's own."""
         self.config = config
         self._registry = registry
-        self.watch = Watch()
+        self.watch = LoadObserver()
         self.ranks: Ranks = Alone()
         self.steering: Steering | None = None
         self.bound = False

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from echo_rl.contracts import AUTOREGRESSIVE, Controller, LoadView, PhaseTimes, SpecPlan, StepReport
 from echo_rl.costs.profile import CostProfile
-from echo_rl.integrations.sglang.acceptance import Survival, chain_nodes
+from echo_rl.integrations.sglang.acceptance import AcceptanceTracker, chain_nodes
 from echo_rl.integrations.sglang.settings import Shape
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Steering:
         self.controller, self.shapes, self.counts = controller, tuple(shapes), Counts()
         self._top_k, self._profile, self._clock = top_k, profile, clock
         self._by_size = sorted(range(len(shapes)), key=lambda i: (shapes[i].width, shapes[i].steps), reverse=True)
-        self._survival = Survival(max(1, *(shape.steps for shape in shapes)))
+        self._survival = AcceptanceTracker(max(1, *(shape.steps for shape in shapes)))
         self._flights: deque[Flight] = deque()
         self._open: Flight | None = None  # the decision that is not yet reported
         self._plan = AUTOREGRESSIVE

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from echo_rl.errors import ConfigError
 from echo_rl.integrations.sglang.adaptive import CREATE_WORKER, Hook, reachable
 from echo_rl.integrations.sglang.settings import Shape
-from echo_rl.integrations.sglang.state import Host
+from echo_rl.integrations.sglang.state import PluginState
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +104,7 @@ class Reserve:
         return self._most
 
 
-def tree_worker(base: Any, host: Host, gating: Gating) -> Any:
+def tree_worker(base: Any, host: PluginState, gating: Gating) -> Any:
     """A subclass of SGLang's EAGLE worker that prepares every shape and switches between them."""
 
     class TreeWorker(base):
@@ -163,7 +163,7 @@ def require_swaps(server_args: Any) -> None:
             raise ConfigError(f"SGLang can't change shapes under --{option.replace('_', '-')}; start it without")
 
 
-def check_launch(host: Host, spec: Any) -> None:
+def check_launch(host: PluginState, spec: Any) -> None:
     """Raises `ConfigError` unless SGLang was started with the largest shape: it only ever goes down from there."""
     launch, top_k = host.config.launch, spec.speculative_eagle_topk or 1
     started = (spec.speculative_num_steps, spec.speculative_num_draft_tokens)
@@ -221,7 +221,7 @@ def launch_state(worker: Any) -> Any:
     )
 
 
-def hooks(host: Host) -> tuple[Hook, ...]:
+def hooks(host: PluginState) -> tuple[Hook, ...]:
     """What to register."""
     gating = Gating()
 

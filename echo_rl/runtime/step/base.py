@@ -41,7 +41,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Growth:
+class DraftStats:
     """What the drafter did, in numbers. B drafting requests."""
 
     drafted: int
@@ -54,24 +54,24 @@ class Growth:
     """[B] levels drafted."""
 
     @classmethod
-    def of(cls, forest: Forest) -> Growth:
+    def of(cls, forest: Forest) -> DraftStats:
         drafted = np.count_nonzero(forest.scores.cpu().numpy() > NO_GATE)
         levels = tuple(stop + 1 for stop in forest.stop_depth.tolist())
         return cls(int(drafted), forest.drafting, forest.first_confidence, levels)
 
 
 @dataclass(frozen=True)
-class Served:
+class StepResult:
     """What a step did. Q requests that got a token, R of them decoding."""
 
     verdict: Verdict
     selection: Selection
     """Of the R decoding requests; those that didn't draft have no node."""
-    growth: Growth | None
+    growth: DraftStats | None
     """None in a plain step."""
 
 
 class Step(Protocol):
     """One way to serve a planned batch whose blocks are reserved. Laps every phase from the plan's to accept's."""
 
-    def run(self, batch: Batch, plan: SpecPlan, controller: Controller, clock: Clock) -> Served: ...
+    def run(self, batch: Batch, plan: SpecPlan, controller: Controller, clock: Clock) -> StepResult: ...

@@ -10,7 +10,7 @@ from echo_rl.contracts import Controller, Forest, Selection, SpecPlan
 from echo_rl.errors import PlanViolation
 from echo_rl.runtime.runner import Runner
 from echo_rl.runtime.scheduler import Batch
-from echo_rl.runtime.step.base import Clock, Growth, Served
+from echo_rl.runtime.step.base import Clock, DraftStats, StepResult
 from echo_rl.runtime.verification import accept
 
 
@@ -21,12 +21,12 @@ class EagerStep:
         self._runner = runner
         self._max_nodes = max_nodes
 
-    def run(self, batch: Batch, plan: SpecPlan, controller: Controller, clock: Clock) -> Served:
+    def run(self, batch: Batch, plan: SpecPlan, controller: Controller, clock: Clock) -> StepResult:
         runner, layout = self._runner, self._runner.layout(batch.sequences)
         clock.lap("plan")
         forest = runner.draft(batch.drafting, layout, plan, controller.extend) if plan.speculates else None
         clock.lap("draft")
-        growth = Growth.of(forest) if forest is not None else None
+        growth = DraftStats.of(forest) if forest is not None else None
         selection = self._select(controller, forest, plan, len(batch.decodes))
         clock.lap("select")
         verified = runner.verify(batch, selection, layout)
@@ -36,7 +36,7 @@ class EagerStep:
         verdict = accept(verified.tree, verified.logits, params, [s.next_position for s in sampling], logprobs)
         clock.lap("accept")
         runner.keep(layout, verdict.accepted)
-        return Served(verdict, selection, growth)
+        return StepResult(verdict, selection, growth)
 
     def _select(self, controller: Controller, forest: Forest | None, plan: SpecPlan, decodes: int) -> Selection:
         if forest is None:

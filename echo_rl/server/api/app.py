@@ -14,8 +14,8 @@ from echo_rl.server.api.choices import Choices
 from echo_rl.server.api.front import Front, TextCodec
 from echo_rl.server.api.limits import Admission, BodyLimit
 from echo_rl.server.api.metrics import Metrics
-from echo_rl.server.api.request_stats import Trail, Trails
-from echo_rl.server.client.engine_client import EngineHost
+from echo_rl.server.api.request_stats import RequestStats, RequestStatsMiddleware
+from echo_rl.server.client.engine_client import EngineClient
 from echo_rl.server.config import ServerConfig
 from echo_rl.utils.archives import shipped_checkpoints
 
@@ -24,7 +24,7 @@ QUIET = ("/health", "/health/live", "/health/ready", "/metrics")
 
 
 def create_app(
-    host: EngineHost, tokenizer: TextCodec, config: ServerConfig, keys: Keys | None = None, model: str = "smollm2"
+    host: EngineClient, tokenizer: TextCodec, config: ServerConfig, keys: Keys | None = None, model: str = "smollm2"
 ) -> FastAPI:
     """The application; its `Front` is at ``app.state.front``.
 
@@ -46,12 +46,12 @@ def create_app(
     app.include_router(ui.make_router(host, for_admin))
     errors.install(app)
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
-    app.add_middleware(Trails, done=_noting(front))
+    app.add_middleware(RequestStatsMiddleware, done=_noting(front))
     return app
 
 
-def _noting(front: Front) -> Callable[[Trail], None]:
-    def done(trail: Trail) -> None:
+def _noting(front: Front) -> Callable[[RequestStats], None]:
+    def done(trail: RequestStats) -> None:
         front.metrics.request_done(trail)
         if trail.route not in QUIET:
             logs.request_done(trail)

@@ -20,7 +20,7 @@ from echo_rl.contracts import RequestOutput, TokenLogprob
 from echo_rl.server.api.errors import ApiError, as_api_error
 from echo_rl.server.api.front import Front, TextCodec
 from echo_rl.server.api.openai_format import DONE, ChunkWriter, Dialect, error_event, usage
-from echo_rl.server.api.request_stats import CLIENT_GONE, Trail, trail_of
+from echo_rl.server.api.request_stats import CLIENT_GONE, RequestStats, stats_of
 from echo_rl.server.api.schemas import Body, ChatRequest, CompletionRequest
 from echo_rl.server.client.streams import OutputStream
 
@@ -65,7 +65,7 @@ class Choice:
         return (self.last - self.first) / (self.tokens - 1) if self.tokens > 1 else None
 
 
-class Exchange(Response):
+class CompletionResponse(Response):
     """Serves `body`; `dialect` says how the answer looks."""
 
     def __init__(self, front: Front, body: Body, dialect: Dialect) -> None:
@@ -76,13 +76,13 @@ class Exchange(Response):
         self._streaming = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        trail = trail_of(scope)
+        trail = stats_of(scope)
         trail.streamed = bool(self._body.stream)
         if not await unless_gone(receive, self._serve(trail, scope, receive, send)):
             trail.status = CLIENT_GONE
             self._cut_off("cancelled", trail)
 
-    async def _serve(self, trail: Trail, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(self, trail: RequestStats, scope: Scope, receive: Receive, send: Send) -> None:
         front, body = self._front, self._body
         front.engine()
         front.check_model(body.model)
@@ -96,7 +96,7 @@ class Exchange(Response):
         except Exception as error:
             await self._fail(self._failure(error), trail, send)
 
-    async def _submit(self, trail: Trail) -> OutputStream:
+    async def _submit(self, trail: RequestStats) -> OutputStream:
         prompts = await self._prompts()
         requests = self._front.requests(trail.id, self._body, prompts, self._body.top_alternatives)
         trail.prompt_tokens = sum(map(len, prompts))
@@ -104,7 +104,7 @@ class Exchange(Response):
         self._choices = {request.id: Choice(index) for index, request in enumerate(requests)}
         return self._front.host.submit(*requests)
 
-    async def _next(self, outputs: OutputStream, trail: Trail) -> list[tuple[Choice, RequestOutput]]:
+    async def _next(self, outputs: OutputStream, trail: RequestStats) -> list[tuple[Choice, RequestOutput]]:
         """What came since the last time, noted in the trail and the metrics; nothing once all is there.
 
         Raises `ApiError` on what is no completion.
@@ -128,7 +128,7 @@ class Exchange(Response):
         encode = lambda: [tokenizer.encode(p, special=True) if isinstance(p, str) else tuple(p) for p in given]  # noqa: E731
         return await self._front.tokenised(size, encode)
 
-    def _note(self, choice: Choice, output: RequestOutput, trail: Trail, now: float) -> None:
+    def _note(self, choice: Choice, output: RequestOutput, trail: RequestStats, now: float) -> None:
         metrics, count = self._front.metrics, len(output.tokens)
         if count:
             if choice.tokens:
@@ -150,14 +150,16 @@ class Exchange(Response):
             trail.finish_reasons.append(output.finish_reason)
             metrics.completed(now - trail.started, choice.tpot)
 
-    def _cut_off(self, reason: str, trail: Trail) -> None:
+    def _cut_off(self, reason: str, trail: RequestStats) -> None:
         """Every completion that has not ended ends so; where none is known yet, the request as a whole."""
         cut = [choice for choice in self._choices.values() if choice.finish_reason is None]
         for choice in cut:
             choice.finish_reason = reason
         trail.finish_reasons += [reason] * (len(cut) if self._choices else 1)
 
-    async def _answer(self, outputs: OutputStream, trail: Trail, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(
+        self, outputs: OutputStream, trail: RequestStats, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         while came := await self._next(outputs, trail):
             for choice, output in came:
                 choice.texts.append(output.text)
@@ -180,7 +182,9 @@ class Exchange(Response):
             "finish_reason": choice.finish_reason,
         }
 
-    async def _stream(self, outputs: OutputStream, trail: Trail, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _stream(
+        self, outputs: OutputStream, trail: RequestStats, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         wanted = self._body.wants_usage
         writer = ChunkWriter(
             self._dialect, self._dialect.prefix + trail.id, int(time.time()), self._front.model, wanted
@@ -221,7 +225,7 @@ class Exchange(Response):
             return ApiError(504, f"the request took longer than {seconds:g} s and was cancelled", code="timeout")
         return as_api_error(error)
 
-    async def _fail(self, failure: ApiError, trail: Trail, send: Send) -> None:
+    async def _fail(self, failure: ApiError, trail: RequestStats, send: Send) -> None:
         """As an event where the stream has begun, else as an answer of its own."""
         if failure.status_code >= 500:
             self._cut_off("error", trail)

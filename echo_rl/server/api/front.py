@@ -13,7 +13,7 @@ from echo_rl.server.api.errors import RETRY_SECONDS, ApiError
 from echo_rl.server.api.limits import Admission
 from echo_rl.server.api.metrics import Metrics
 from echo_rl.server.api.schemas import Body
-from echo_rl.server.client.engine_client import EngineHost
+from echo_rl.server.client.engine_client import EngineClient
 from echo_rl.server.config import ServerConfig
 from echo_rl.server.messages import Ready
 
@@ -38,7 +38,7 @@ class TextCodec(Protocol):
 class Front:
     """One server. `draining` is set once, by whoever shuts it down."""
 
-    host: EngineHost
+    host: EngineClient
     tokenizer: TextCodec
     config: ServerConfig
     model: str

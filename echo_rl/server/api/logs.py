@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any, TextIO
 
-from echo_rl.server.api.request_stats import Trail
+from echo_rl.server.api.request_stats import RequestStats
 
 log = logging.getLogger(__name__)
 FIELDS = "fields"
@@ -52,7 +52,7 @@ def configure(form: str, stream: TextIO | None = None) -> None:
     logging.getLogger("echo_rl").setLevel(logging.INFO)
 
 
-def request_done(trail: Trail) -> None:
+def request_done(trail: RequestStats) -> None:
     """The line of a finished request."""
     write(
         "request",

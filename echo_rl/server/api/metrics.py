@@ -11,7 +11,7 @@ import time
 from prometheus_client import CollectorRegistry, generate_latest
 
 from echo_rl.server.api.meters import Meters
-from echo_rl.server.api.request_stats import CUT_OFF, Trail
+from echo_rl.server.api.request_stats import CUT_OFF, RequestStats
 from echo_rl.server.api.step_metrics import StepMetrics
 from echo_rl.server.messages import StepStats
 
@@ -60,7 +60,7 @@ class Metrics:
         if tpot is not None:
             self._tpot.observe(tpot)
 
-    def request_done(self, trail: Trail) -> None:
+    def request_done(self, trail: RequestStats) -> None:
         """Count one HTTP request, whatever became of it, and its completions that were cut off."""
         self._answers.add(1, trail.route, trail.status)
         self._aborted.add(sum(reason in CUT_OFF for reason in trail.finish_reasons))

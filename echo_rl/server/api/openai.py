@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Depends
 
 from echo_rl.server.api.auth import Guard
-from echo_rl.server.api.completion_response import Exchange
+from echo_rl.server.api.completion_response import CompletionResponse
 from echo_rl.server.api.front import Front
 from echo_rl.server.api.openai_format import ChatDialect, TextDialect
 from echo_rl.server.api.replies import FAILURES, ChatReply, CompletionReply, Model, ModelList, completion_responses
@@ -31,12 +31,12 @@ def make_router(front: Front, guard: Guard) -> APIRouter:
     @router.post("/completions", response_model=None, responses=completion_responses(CompletionReply))
     async def completions(body: CompletionRequest) -> Any:
         """Continue one or several prompts."""
-        return Exchange(front, body, TextDialect())
+        return CompletionResponse(front, body, TextDialect())
 
     @router.post("/chat/completions", response_model=None, responses=completion_responses(ChatReply))
     async def chat(body: ChatRequest) -> Any:
         """Answer a conversation."""
-        return Exchange(front, body, ChatDialect())
+        return CompletionResponse(front, body, ChatDialect())
 
     return router
 

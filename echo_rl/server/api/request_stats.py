@@ -17,7 +17,7 @@ KEY = "echo_rl.trail"
 
 
 @dataclass
-class Trail:
+class RequestStats:
     """Written by whoever serves the request. Times are of `time.perf_counter`, in seconds."""
 
     id: str
@@ -42,16 +42,16 @@ class Trail:
         return None if self.finished is None else self.finished - self.started
 
 
-def trail_of(scope: Scope) -> Trail:
-    """The trail that `Trails` gave this request."""
-    trail: Trail = scope[KEY]
+def stats_of(scope: Scope) -> RequestStats:
+    """The trail that `RequestStatsMiddleware` gave this request."""
+    trail: RequestStats = scope[KEY]
     return trail
 
 
-class Trails:
+class RequestStatsMiddleware:
     """ASGI middleware, outermost: gives each request its trail and id, and hands it over at its end."""
 
-    def __init__(self, app: ASGIApp, done: Callable[[Trail], None]) -> None:
+    def __init__(self, app: ASGIApp, done: Callable[[RequestStats], None]) -> None:
         self._app = app
         self._done = done
 
@@ -59,7 +59,7 @@ class Trails:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        trail = Trail(uuid.uuid4().hex, time.perf_counter())
+        trail = RequestStats(uuid.uuid4().hex, time.perf_counter())
         scope[KEY] = trail
 
         async def noted(message: Message) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 
-class Tally:
+class RestartSafeCounter:
     """The sum over all cores of what each counted last."""
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """The front's view of an engine that runs elsewhere: requests in, outputs out, controllers swapped, deaths survived.
 
-An `EngineHost` belongs to one asyncio event loop and never blocks it.
+An `EngineClient` belongs to one asyncio event loop and never blocks it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 from echo_rl.contracts import Request, RequestOutput
 from echo_rl.errors import ConfigError, RequestError
-from echo_rl.server.client.counters import Tally
+from echo_rl.server.client.counters import RestartSafeCounter
 from echo_rl.server.client.last_good import LastGood
 from echo_rl.server.client.streams import News, OutputStream, Subscription
-from echo_rl.server.client.supervisor import HostConfig, Lifeline, Unavailable
+from echo_rl.server.client.supervisor import EngineSupervisor, SupervisorConfig, Unavailable
 from echo_rl.server.core.worker import Factory
 from echo_rl.server.messages import (
     Cancel,
@@ -40,13 +40,13 @@ from echo_rl.server.messages import (
 log = logging.getLogger(__name__)
 
 
-class EngineHost:
+class EngineClient:
     """Runs an engine core and speaks with it. Create and use it within one event loop."""
 
-    def __init__(self, config: HostConfig, factory: Factory) -> None:
+    def __init__(self, config: SupervisorConfig, factory: Factory) -> None:
         """`factory` loads the engine where it will run, see `worker.live`."""
         self._config = config
-        self._life = Lifeline(config, factory, self)
+        self._life = EngineSupervisor(config, factory, self)
         self._streams: dict[str, OutputStream] = {}
         self._replies: dict[int, asyncio.Future[Reply]] = {}
         self._tickets = itertools.count(1)
@@ -54,7 +54,11 @@ class EngineHost:
         self._callbacks: list[Callable[[StepStats], None]] = []
         self._trees = self._draining = False
         self._good = LastGood(config.controller, config.switch.trial_steps)
-        self._fallbacks, self._rollbacks, self._serving = Tally(), Tally(), Tally()
+        self._fallbacks, self._rollbacks, self._serving = (
+            RestartSafeCounter(),
+            RestartSafeCounter(),
+            RestartSafeCounter(),
+        )
         self.ready_info: Ready | None = None
         """What the engine said of itself when it was last loaded."""
         self.experiment: ExperimentReport | None = None

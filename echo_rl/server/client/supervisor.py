@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from echo_rl.errors import ConfigError, EchoError, explain
-from echo_rl.server.core.options import SwitchOptions
+from echo_rl.server.core.options import ControllerManagerOptions
 from echo_rl.server.core.worker import Factory, ProcessWorker, ThreadWorker, Worker
 from echo_rl.server.ipc import FrontChannel
 from echo_rl.server.messages import Event, Failed, Ready, Stop
@@ -30,7 +30,7 @@ class Unavailable(EchoError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class HostConfig:
+class SupervisorConfig:
     controller: str = "echo"
     """Decides from the start, as on the command line."""
     isolation: Literal["process", "thread"] = "process"
@@ -49,7 +49,7 @@ class HostConfig:
     """Seconds."""
     backoff: float = 0.5
     """Seconds before the first restart; doubles with every further death within the window."""
-    switch: SwitchOptions = field(default_factory=SwitchOptions)
+    switch: ControllerManagerOptions = field(default_factory=ControllerManagerOptions)
 
     def __post_init__(self) -> None:
         if self.isolation not in WORKERS:
@@ -57,7 +57,7 @@ class HostConfig:
 
 
 class Owner(Protocol):
-    """What a `Lifeline` asks of whom it serves, and tells it."""
+    """What a `EngineSupervisor` asks of whom it serves, and tells it."""
 
     @property
     def busy(self) -> bool:
@@ -81,10 +81,10 @@ class Owner(Protocol):
         ...
 
 
-class Lifeline:
+class EngineSupervisor:
     """The core of the moment. `state`: ``new``, ``loading`` (again), ``ready``, ``dead`` (given up), ``stopped``."""
 
-    def __init__(self, config: HostConfig, factory: Factory, owner: Owner) -> None:
+    def __init__(self, config: SupervisorConfig, factory: Factory, owner: Owner) -> None:
         self._config, self._factory, self._owner = config, factory, owner
         self.channel: FrontChannel | None = None
         self.worker: Worker | None = None

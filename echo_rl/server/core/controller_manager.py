@@ -16,11 +16,11 @@ from functools import partial
 from echo_rl.contracts import Controller
 from echo_rl.errors import ConfigError, explain
 from echo_rl.server.core.experiment import CONTROL, HARM, TREATMENT, ExperimentOptions, Switchback
-from echo_rl.server.core.options import SwitchOptions
-from echo_rl.server.guard.background_caller import Answer, Aside
-from echo_rl.server.guard.dry_run import rehearse
+from echo_rl.server.core.options import ControllerManagerOptions
+from echo_rl.server.guard.background_caller import Answer, BackgroundCaller
+from echo_rl.server.guard.dry_run import dry_run
 from echo_rl.server.guard.guarded import CAUSES, Guarded
-from echo_rl.server.guard.lazy_observer import Standby
+from echo_rl.server.guard.lazy_observer import LazyObserver
 from echo_rl.server.guard.validation import Limits
 from echo_rl.server.messages import Event, ExperimentReport, Reply, SetController, StartExperiment, StopExperiment
 
@@ -30,27 +30,29 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Seat:
+class ActiveController:
     """A controller under its guard, and how it was asked for."""
 
     spec: str
     guard: Guarded
 
 
-class Switch:
+class ControllerManager:
     """The controller in force (`seat`) and the commands that change it."""
 
-    def __init__(self, make: MakeController, spec: str, limits: Limits, options: SwitchOptions | None = None) -> None:
+    def __init__(
+        self, make: MakeController, spec: str, limits: Limits, options: ControllerManagerOptions | None = None
+    ) -> None:
         """Raises `ConfigError` where the first controller is not usable."""
-        self._make, self._limits, self._options = make, limits, options or SwitchOptions()
-        self._fallback = Standby(make(self._options.fallback))
+        self._make, self._limits, self._options = make, limits, options or ControllerManagerOptions()
+        self._fallback = LazyObserver(make(self._options.fallback))
         self._main = self._guard(spec, self._build(spec))
-        self._previous: Seat | None = None  # the way back
+        self._previous: ActiveController | None = None  # the way back
         self._trial = 0  # steps left in which to take it
-        self._arms: dict[str, Seat] = {}
+        self._arms: dict[str, ActiveController] = {}
         self._experiment: Switchback | None = None
         self._jobs: deque[SetController | StartExperiment] = deque()  # the first is being built
-        self._builder = Aside("controller builder")
+        self._builder = BackgroundCaller("controller builder")
         self._give_up = 0.0  # when the build under way has taken too long
         self._past: Counter[str] = Counter()  # fallbacks of controllers that are gone
         self.swaps = 0
@@ -59,11 +61,11 @@ class Switch:
     # ------------------------------------------------------------------------- state
 
     @property
-    def seat(self) -> Seat:
+    def seat(self) -> ActiveController:
         """Who decides the next step."""
         return self._arms[self._experiment.arm] if self._experiment is not None else self._main
 
-    def holds(self, seat: Seat) -> bool:
+    def holds(self, seat: ActiveController) -> bool:
         """Whether this one may still decide: it has not just been thrown out."""
         return seat is self._main or seat in self._arms.values()
 
@@ -110,7 +112,7 @@ class Switch:
         answer = self._builder.wait(0.0)
         if answer is None and time.monotonic() > self._give_up:
             self._builder.close()
-            self._builder = Aside("controller builder")
+            self._builder = BackgroundCaller("controller builder")
             answer = Answer(error=ConfigError(f"it was not built within {self._options.build_seconds:g} s"))
         if answer is None:
             return []
@@ -161,11 +163,11 @@ class Switch:
         return (job.control, job.treatment)
 
     def _build(self, spec: str) -> Controller:
-        rehearse(self._make(spec), self._limits)
+        dry_run(self._make(spec), self._limits)
         return self._make(spec)
 
-    def _guard(self, spec: str, controller: Controller) -> Seat:
-        return Seat(spec, Guarded(controller, self._fallback, self._options.deadline, self._limits))
+    def _guard(self, spec: str, controller: Controller) -> ActiveController:
+        return ActiveController(spec, Guarded(controller, self._fallback, self._options.deadline, self._limits))
 
     def _finish(self, job: SetController | StartExperiment, answer: Answer) -> list[Event]:
         if answer.error is not None:
@@ -189,14 +191,14 @@ class Switch:
         log.info("controller '%s' replaces '%s'", job.spec, old.spec)
         return Reply(job.ticket, {"controller": job.spec, "previous": old.spec, "swaps": self.swaps})
 
-    def _roll_back(self, previous: Seat) -> None:
+    def _roll_back(self, previous: ActiveController) -> None:
         bad = self._main
         log.warning("controller '%s' failed its trial; '%s' decides again", bad.spec, previous.spec)
         self._drop(bad)
         self._main, self._previous, self._trial = previous, None, 0
         self.rollbacks += 1
 
-    def _drop(self, seat: Seat | None) -> None:
+    def _drop(self, seat: ActiveController | None) -> None:
         if seat is not None:
             self._past.update(seat.guard.fallbacks)
             seat.guard.close()
@@ -243,7 +245,7 @@ def options_of(job: StartExperiment) -> ExperimentOptions:
     return ExperimentOptions(job.control, job.treatment, job.block_seconds, job.blocks, job.harm, job.seed)
 
 
-def _told(experiment: Switchback, in_force: Seat) -> ExperimentReport:
+def _told(experiment: Switchback, in_force: ActiveController) -> ExperimentReport:
     return ExperimentReport(experiment.state, {**experiment.report(), "controller": in_force.spec})
 
 

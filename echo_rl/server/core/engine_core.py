@@ -12,8 +12,8 @@ from typing import Protocol
 from echo_rl.contracts import Backend, Request, StepReport
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import EchoError, PlanViolation, RequestError
-from echo_rl.server.core.controller_manager import MakeController, Switch
-from echo_rl.server.core.options import SwitchOptions
+from echo_rl.server.core.controller_manager import ControllerManager, MakeController
+from echo_rl.server.core.options import ControllerManagerOptions
 from echo_rl.server.guard.validation import Limits
 from echo_rl.server.messages import (
     Cancel,
@@ -56,7 +56,7 @@ class CoreOptions:
     limits: Limits = field(default_factory=Limits)
     profile: CostProfile | None = None
     """Tells K_max; without it steps report 0."""
-    switch: SwitchOptions = field(default_factory=SwitchOptions)
+    switch: ControllerManagerOptions = field(default_factory=ControllerManagerOptions)
     ways: Callable[[], dict[str, int]] = dict
     """How the engine has served its steps so far, counted by way."""
 
@@ -70,7 +70,7 @@ class EngineCore:
         """Raises `ConfigError` where the controller `spec` is not usable."""
         options = options or CoreOptions()
         self._engine = engine
-        self._switch = Switch(make_controller, spec, options.limits, options.switch)
+        self._switch = ControllerManager(make_controller, spec, options.limits, options.switch)
         self._knee, self._ways = _Knees(options.profile), options.ways
         self._in_flight: set[str] = set()
         self._violations = 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class SwitchOptions:
+class ControllerManagerOptions:
     fallback: str = "echo"
     """Decides wherever the controller in force fails."""
     deadline: float = 0.25

@@ -21,7 +21,7 @@ from echo_rl.contracts import Controller
 from echo_rl.errors import EchoError, explain
 from echo_rl.server.api import logs
 from echo_rl.server.core.heap import settle
-from echo_rl.server.core.options import SwitchOptions
+from echo_rl.server.core.options import ControllerManagerOptions
 from echo_rl.server.core.turns import take_turns
 from echo_rl.server.ipc import CoreChannel
 from echo_rl.server.messages import Failed, Ready, Stop
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Served:
+class LoadedEngine:
     """A loaded engine and what serving it needs."""
 
     engine: ServedEngine
@@ -48,13 +48,15 @@ class Served:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-Factory = Callable[[SwitchOptions], Served]
+Factory = Callable[[ControllerManagerOptions], LoadedEngine]
 """Loads the engine where it will run. For a process it must be picklable: a module's function, or a partial of one."""
 
 
 def live(
-    load: Callable[[EngineConfig], tuple[Engine, dict[str, str]]], config: EngineConfig, switch: SwitchOptions
-) -> Served:
+    load: Callable[[EngineConfig], tuple[Engine, dict[str, str]]],
+    config: EngineConfig,
+    switch: ControllerManagerOptions,
+) -> LoadedEngine:
     """A live engine with the controllers of the registry.
 
     ``partial(live, load_engine, config)`` is a `Factory`. Raises what `load` raises, and `ConfigError` where the
@@ -67,7 +69,7 @@ def live(
     engine, environment = load(config)
     arch = engine.runner.target.arch
     limits = Limits(config.max_expanded, drafter=engine.runner.drafter is not None)
-    return Served(
+    return LoadedEngine(
         engine,
         build_controller,
         max_context=min(config.max_context, arch.max_positions),
@@ -77,7 +79,7 @@ def live(
     )
 
 
-def logging_as(form: str, factory: Factory, switch: SwitchOptions) -> Served:
+def logging_as(form: str, factory: Factory, switch: ControllerManagerOptions) -> LoadedEngine:
     """What `factory` loads, in a process of its own, whose log has this form from now on; see `logs.configure`."""
     logs.configure(form)
     return factory(switch)
@@ -125,7 +127,7 @@ class Worker(Protocol):
 class ProcessWorker:
     """A spawned process; a crash, a hang or a leak of the engine ends with it."""
 
-    def __init__(self, sock: socket.socket, factory: Factory, spec: str, switch: SwitchOptions) -> None:
+    def __init__(self, sock: socket.socket, factory: Factory, spec: str, switch: ControllerManagerOptions) -> None:
         context = multiprocessing.get_context("spawn")
         self._process = context.Process(target=_run_process, args=(sock, factory, spec, switch), name="engine")
         self._process.daemon = True
@@ -155,7 +157,7 @@ class ProcessWorker:
 class ThreadWorker:
     """A thread of this process; one that hangs is abandoned."""
 
-    def __init__(self, sock: socket.socket, factory: Factory, spec: str, switch: SwitchOptions) -> None:
+    def __init__(self, sock: socket.socket, factory: Factory, spec: str, switch: ControllerManagerOptions) -> None:
         self._sock = sock
         self._thread = threading.Thread(
             target=serve_core, args=(sock, factory, spec, switch), name="engine", daemon=True
@@ -177,7 +179,7 @@ def serve_core(
     sock: socket.socket,
     factory: Factory,
     spec: str,
-    switch: SwitchOptions,
+    switch: ControllerManagerOptions,
     on_orphaned: Callable[[], None] | None = None,
 ) -> bool:
     """Loads, says `Ready`, runs the core to its end. False where it failed: the last event is `Failed` then."""
@@ -208,7 +210,7 @@ def _tell(channel: CoreChannel, error: BaseException) -> None:
         log.warning("the front is gone, too")
 
 
-def _run_process(sock: socket.socket, factory: Factory, spec: str, switch: SwitchOptions) -> None:
+def _run_process(sock: socket.socket, factory: Factory, spec: str, switch: ControllerManagerOptions) -> None:
     """Signals that end a server go to the whole group; the front alone decides when the engine stops."""
     take_turns()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -218,7 +220,7 @@ def _run_process(sock: socket.socket, factory: Factory, spec: str, switch: Switc
     os._exit(0 if ok else 1)  # threads that hang (a controller's) must not keep the process
 
 
-def _settled(factory: Factory, switch: SwitchOptions) -> Served:
+def _settled(factory: Factory, switch: ControllerManagerOptions) -> LoadedEngine:
     served = factory(switch)
     settle()
     return served

@@ -25,7 +25,7 @@ class Answer:
         return self.value
 
 
-class Aside:
+class BackgroundCaller:
     """Makes one call at a time in a daemon thread of its own, which the first call starts.
 
     A call that never returns keeps nobody: the owner drops this object and the thread ends with the

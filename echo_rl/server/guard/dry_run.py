@@ -14,7 +14,7 @@ STEPS = 3
 """Invented steps at each batch size."""
 
 
-def rehearse(controller: Controller, limits: Limits) -> None:
+def dry_run(controller: Controller, limits: Limits) -> None:
     """A few steps at several batch sizes. Raises `ConfigError` on whatever a guard would have to step in for.
 
     Leaves the controller with invented experience: try one out, serve with another.

@@ -19,7 +19,7 @@ from torch import Tensor
 from echo_rl.contracts import AUTOREGRESSIVE, Controller, Forest, Frontier, LoadView, Selection, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.policy.ppo import Ppo
-from echo_rl.server.guard.background_caller import Aside
+from echo_rl.server.guard.background_caller import BackgroundCaller
 from echo_rl.server.guard.lazy_observer import MOST_REPORTS, show
 from echo_rl.server.guard.validation import Limits, Unsound, check_mask, check_plan, check_selection, cut
 
@@ -72,7 +72,7 @@ class Guarded:
         self._controller: Controller | None = controller
         self._fallback, self._deadline, self._limits = fallback, deadline, limits or Limits()
         self._aside = kept_aside(controller) if aside is None else aside
-        self._thread = Aside(f"controller {self.name}")
+        self._thread = BackgroundCaller(f"controller {self.name}")
         self._reports: deque[StepReport] = deque(
             maxlen=MOST_REPORTS
         )  # not yet shown to a controller that decides aside

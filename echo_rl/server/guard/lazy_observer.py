@@ -11,7 +11,7 @@ MOST_REPORTS = 128
 """Steps that are kept for a controller that observes later."""
 
 
-class Standby(Wrapping):
+class LazyObserver(Wrapping):
     """A controller that is rarely needed: it is shown the last `MOST_REPORTS` steps when it is, not one by one.
 
     Following every step costs it more than all checks of a guard together, and what lies further

@@ -21,7 +21,7 @@ MOST_VIEWERS = 16
 
 
 class LiveHost(Protocol):
-    """What the live view needs of a host; `echo_rl.server.client.engine_client.EngineHost` is one."""
+    """What the live view needs of a host; `echo_rl.server.client.engine_client.EngineClient` is one."""
 
     @property
     def ready(self) -> bool: ...

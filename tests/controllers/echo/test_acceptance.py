@@ -9,7 +9,7 @@ import pytest
 
 from echo_rl.contracts import LoadView, PhaseTimes, SpecPlan, StepReport
 from echo_rl.controllers.echo.acceptance import AcceptanceModel
-from echo_rl.controllers.probing import ProbeLedger, PromptShare
+from echo_rl.controllers.probing import ProbeBudget, PromptShare
 from echo_rl.controllers.tree_shapes import affordable, likeliest_tree, pooled_yield, separate_yield
 
 
@@ -100,7 +100,7 @@ def test_fewer_misses_would_yield_more():
 
 
 def test_a_probe_waits_for_its_credit_and_works_off_its_debt():
-    ledger = ProbeLedger(share=0.01, period=10)
+    ledger = ProbeBudget(share=0.01, period=10)
     for _ in range(10):
         ledger.plain(0.1)
     assert ledger.affords(0.0099) and not ledger.affords(0.02)

@@ -25,7 +25,7 @@ from echo_rl.runtime import kv_cache
 from echo_rl.runtime.step.device import inputs
 from echo_rl.runtime.step.device import step as step_module
 from echo_rl.runtime.step.device.buckets import Bucket
-from echo_rl.runtime.step.device.growth import Growth
+from echo_rl.runtime.step.device.growth import DeviceDrafter
 from echo_rl.runtime.step.device.inputs import Drawing, DrawKeys, Pairs, Prompts
 from echo_rl.runtime.step.device.verification import Verification
 from tests import tiny
@@ -189,7 +189,7 @@ READS = {
 }
 
 
-@pytest.mark.parametrize("where", [(Growth, "_select"), (Growth, "_expand"), (Verification, "_keep")])
+@pytest.mark.parametrize("where", [(DeviceDrafter, "_select"), (DeviceDrafter, "_expand"), (Verification, "_keep")])
 @pytest.mark.parametrize("read", READS)
 def test_a_read_anywhere_is_noticed(world, monkeypatch, where, read):
     """The assertion can fail: each kind of host read, put into each part of the launch, raises."""

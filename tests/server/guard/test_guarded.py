@@ -30,7 +30,7 @@ from echo_rl.controllers.policy.network import Policy
 from echo_rl.controllers.policy.ppo import Ppo, PpoOptions
 from echo_rl.controllers.selection import global_top_k, pack
 from echo_rl.server.guard.guarded import EVERYTHING, MOST_FAULTS, PATIENCE, Guarded, kept_aside
-from echo_rl.server.guard.lazy_observer import MOST_REPORTS, Standby
+from echo_rl.server.guard.lazy_observer import MOST_REPORTS, LazyObserver
 from echo_rl.server.guard.validation import Limits, Unsound, check_plan, check_selection, cut
 from tests import tiny
 from tests.controllers.conftest import forest_of, load_of
@@ -321,7 +321,7 @@ def test_where_the_fallback_fails_too_nothing_is_speculated():
 
 def test_a_fallback_on_standby_is_shown_the_last_steps_before_it_decides():
     other = Other()
-    standby = Standby(other)
+    standby = LazyObserver(other)
     for _ in range(MOST_REPORTS + 5):
         standby.observe(report_of())
     assert not other.observed

@@ -24,7 +24,7 @@ NOTHING = float("-inf")
 
 
 @dataclass(frozen=True)
-class Grown:
+class DeviceDraftStats:
     """What the drafter did, still on the device."""
 
     drafted: Tensor  # [1] int32 nodes proposed
@@ -44,7 +44,7 @@ class Front:
     mask: Tensor  # [B, F, E] expanded ancestors so far
 
 
-class Growth:
+class DeviceDrafter:
     """The drafter, its cache and the decisions, bound once."""
 
     def __init__(self, drafter: Drafter, cache: KVCache, spare: int, decisions: DeviceOps, max_nodes: int) -> None:
@@ -59,7 +59,7 @@ class Growth:
                 features = self._drafter.project(self._cache.features[slots])
                 self._drafter.absorb(tokens, features, positions, self._cache, slots)
 
-    def run(self, given: Given, bucket: Bucket) -> tuple[TreeRows, Grown]:
+    def run(self, given: Given, bucket: Bucket) -> tuple[TreeRows, DeviceDraftStats]:
         """Grow the forest and lay out the nodes to verify."""
         state = self._roots(given)[:, None]  # [B, F, hidden]
         batch = bucket.requests
@@ -144,8 +144,10 @@ def _front(level: Level, states: Tensor, mask: Tensor, first: int) -> Front:
     )  # fmt: skip
 
 
-def _grown(levels: list[Level], alive: list[Tensor]) -> Grown:
+def _grown(levels: list[Level], alive: list[Tensor]) -> DeviceDraftStats:
     """`alive` [B] a level: who drafted it."""
     drafted = torch.stack([(level.scores > NOTHING).sum() for level in levels]).sum(0, keepdim=True)
     by_depth = torch.stack(alive)  # [D, B]
-    return Grown(drafted.int(), by_depth.sum(1).int(), by_depth.sum(0).int(), levels[0].best_scores[:, 0].exp())
+    return DeviceDraftStats(
+        drafted.int(), by_depth.sum(1).int(), by_depth.sum(0).int(), levels[0].best_scores[:, 0].exp()
+    )

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from echo_kernels.device_interface import TreeRows, Walk
 from echo_rl.contracts import Selection, Verdict
-from echo_rl.runtime.step.base import Growth, Served
+from echo_rl.runtime.step.base import DraftStats, StepResult
 from echo_rl.runtime.step.device.buckets import Bucket
-from echo_rl.runtime.step.device.growth import Grown
+from echo_rl.runtime.step.device.growth import DeviceDraftStats
 
 
 def joined(*parts: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def joined(*parts: Tensor) -> Tensor:
     return torch.cat([p.reshape(-1).view(torch.int32) if p.is_floating_point() else p.reshape(-1).int() for p in parts])
 
 
-def of_growth(grown: Grown) -> Tensor:
+def of_growth(grown: DeviceDraftStats) -> Tensor:
     """[1 + D + 2 B]"""
     return joined(grown.drafted, grown.drafting, grown.levels, grown.confidence)
 
@@ -66,7 +66,7 @@ class _Cursor:
         return self._vector[begin : self._at].reshape(shape)
 
 
-def read(vector: np.ndarray, bucket: Bucket, sizes: Sizes) -> Served:
+def read(vector: np.ndarray, bucket: Bucket, sizes: Sizes) -> StepResult:
     """The landed vector as records that own their data."""
     b, d, cursor = bucket.requests, bucket.depth, _Cursor(vector)
     tokens, accepted, lengths, failed = cursor.take(b, d + 1), cursor.take(b, d), cursor.take(b), cursor.take(b)
@@ -80,7 +80,7 @@ def read(vector: np.ndarray, bucket: Bucket, sizes: Sizes) -> Served:
         tokens=tuple(_drawn(tokens[i]) for i in real) + tuple(_drawn(token) for token in first.reshape(-1, 1)),
         failed=frozenset(wrong),
     )
-    return Served(verdict, _selection(starts[: sizes.decodes + 1], parents, depths, nodes), growth)
+    return StepResult(verdict, _selection(starts[: sizes.decodes + 1], parents, depths, nodes), growth)
 
 
 def _drawn(row: np.ndarray) -> tuple[int, ...]:
@@ -96,10 +96,10 @@ def _selection(starts: np.ndarray, parents: np.ndarray, depths: np.ndarray, toke
     return Selection(*(torch.from_numpy(c.astype(np.int64)) for c in columns))
 
 
-def _growth(cursor: _Cursor, bucket: Bucket, sizes: Sizes) -> Growth:
+def _growth(cursor: _Cursor, bucket: Bucket, sizes: Sizes) -> DraftStats:
     drafted, drafting = int(cursor.take(1)[0]), cursor.take(bucket.depth).tolist()
     levels, confidence = cursor.take(bucket.requests), cursor.take(bucket.requests).view(np.float32)
-    return Growth(
+    return DraftStats(
         drafted=drafted,
         drafting=tuple(count for count in drafting if count),
         confidence=tuple(confidence[: sizes.drafting].tolist()),

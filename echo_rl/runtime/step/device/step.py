@@ -20,11 +20,11 @@ from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller, SpecPlan
 from echo_rl.runtime.runner import Runner
 from echo_rl.runtime.scheduler import Batch
-from echo_rl.runtime.step.base import Clock, Served, Step
+from echo_rl.runtime.step.base import Clock, Step, StepResult
 from echo_rl.runtime.step.device.buckets import Bucket, Buckets
 from echo_rl.runtime.step.device.buffers import Landing, Stopwatch
 from echo_rl.runtime.step.device.graphs import Capture, Graphs, capture_for
-from echo_rl.runtime.step.device.growth import Growth
+from echo_rl.runtime.step.device.growth import DeviceDrafter
 from echo_rl.runtime.step.device.inputs import Inputs, Pairs, Prompts, filters
 from echo_rl.runtime.step.device.results import Sizes, growth_size, of_growth, of_step, read, step_size
 from echo_rl.runtime.step.device.rule import DevicePlan, device_plan
@@ -63,7 +63,7 @@ class DeviceStep:
         self._verification = Verification(runner.target, taps, runner.cache, runner.spare, decisions)
         self._growth = None
         if drafter is not None:
-            self._growth = Growth(drafter, runner.cache, runner.spare, decisions, config.max_nodes)
+            self._growth = DeviceDrafter(drafter, runner.cache, runner.spare, decisions, config.max_nodes)
         largest = Bucket(config.max_batch_size, self._buckets.nodes[-1], config.max_expanded + 1, 1, True)
         self._rows = _tree_buffers(largest, config.max_nodes, device)
         self._grown = torch.zeros(growth_size(largest), dtype=torch.int32, device=device)
@@ -71,7 +71,7 @@ class DeviceStep:
         self._watch = Stopwatch(device)
 
     @torch.inference_mode()
-    def run(self, batch: Batch, plan: SpecPlan, controller: Controller, clock: Clock) -> Served:
+    def run(self, batch: Batch, plan: SpecPlan, controller: Controller, clock: Clock) -> StepResult:
         numbers = device_plan(plan, controller, batch)
         if not isinstance(numbers, str) and numbers.budget and self._growth is None:
             numbers = "drafter"
