@@ -27,7 +27,7 @@ from ceiling_ranker import accepted_nodes, ranked
 from common import CONSOLE, RESULTS, Ledger, Place, main
 from echo_rl.codec.actions import ActionTable
 from echo_rl.controllers.echo.gates import GateCalibration
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
 from echo_rl.replay.trace import Trace, fingerprint
 from echo_rl.utils import statistics

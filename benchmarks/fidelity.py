@@ -26,7 +26,7 @@ from echo_rl.contracts import Backend, Request
 from echo_rl.controllers import registry
 from echo_rl.controllers.arm import Arm
 from echo_rl.controllers.echo.gates import GateCalibration
-from echo_rl.costs.batched import SCALARS, BatchedCostProfile
+from echo_rl.costs.batched_profile import SCALARS, BatchedCostProfile
 from echo_rl.costs.interpolation import monotone
 from echo_rl.costs.profile import CostProfile
 from echo_rl.env.vec_env import ReplayVecEnv, ReplayVecEnvOptions

@@ -22,7 +22,7 @@ from echo_rl.controllers import registry
 from echo_rl.controllers.arm import Arm
 from echo_rl.controllers.policy.ppo import Ppo, PpoOptions
 from echo_rl.controllers.wrappers.timed import Timed
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
 from echo_rl.env.reward import RewardOptions
 from echo_rl.learning.learner import LearnerOptions

@@ -13,7 +13,7 @@ import tyro
 from common import CONSOLE, RESULTS, Place, main
 from echo_rl.cli.evaluate import loads, ranking
 from echo_rl.controllers import registry
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
 from echo_rl.experiments.evaluate import EvalConfig, evaluate
 from echo_rl.experiments.tune import TuneConfig, load_tuned, tune

@@ -28,7 +28,7 @@ from common import CONSOLE, Ledger, Place, main
 from echo_rl.contracts import Controller, LoadView, Request, SpecPlan
 from echo_rl.controllers import registry
 from echo_rl.controllers.policy.ppo import Steered
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
 from echo_rl.costs.roofline.surface import modelled_profile, roofline

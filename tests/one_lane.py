@@ -6,18 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from echo_rl.codec import DEPTHS, BatchedLoads, BatchedOutcomes, quantiles
+from echo_rl.codec import DEPTHS, quantiles
 from echo_rl.contracts import LoadView, StepReport
+from echo_rl.costs.batched_records import BatchedLoadView, BatchedStepReport
 
 
-def loads_of(load: LoadView) -> BatchedLoads:
+def loads_of(load: LoadView) -> BatchedLoadView:
     values = (load.batch_size, load.prefill_tokens, load.waiting, load.mean_context, load.kv_used, load.arrived)
-    return BatchedLoads(*(np.array([float(v)]) for v in values))
+    return BatchedLoadView(*(np.array([float(v)]) for v in values))
 
 
-def outcomes_of(report: StepReport) -> BatchedOutcomes:
+def outcomes_of(report: StepReport) -> BatchedStepReport:
     plan, on, first = report.plan, report.plan.speculates, report.confidence
-    return BatchedOutcomes(
+    return BatchedStepReport(
         loads=loads_of(report.load),
         budget=np.array([float(plan.budget)]),
         depth=np.array([float(plan.max_depth if on else 0)]),

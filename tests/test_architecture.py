@@ -36,7 +36,15 @@ RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
 SEPARATE = {"runtime", "env", "controllers"}
 TORCH_FREE = (
     *("contracts", "errors", "config", "utils.archives", "utils.files", "utils.ledger", "utils.statistics"),
-    *("utils.result_store", "costs.batched", "costs.correction", "costs.profile", "costs.files", "codec"),
+    *(
+        "utils.result_store",
+        "costs.batched_profile",
+        "costs.batched_records",
+        "costs.correction",
+        "costs.profile",
+        "costs.files",
+        "codec",
+    ),
     *("workloads.driver", "workloads.metrics", "workloads.records", "workloads.datasets"),
     *("wrapping", "experiments.plan", "experiments.report.blocks", "experiments.load.run"),
 )

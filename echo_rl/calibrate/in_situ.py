@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from echo_rl.codec import gates_asked
 from echo_rl.contracts import Backend, LoadView, Request, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.interpolation import monotone
 from echo_rl.costs.profile import CostProfile
 from echo_rl.replay.timing import Floats, Phases, Work, step_phases

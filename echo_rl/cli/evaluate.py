@@ -47,7 +47,7 @@ class Eval:
         from rich.console import Console
 
         from echo_rl.controllers import registry
-        from echo_rl.costs.batched import BatchedCostProfile
+        from echo_rl.costs.batched_profile import BatchedCostProfile
         from echo_rl.costs.profile import CostProfile
         from echo_rl.experiments.evaluate import evaluate
 

@@ -38,7 +38,7 @@ class Tune:
         from rich.console import Console
 
         from echo_rl.cli.evaluate import load_trace
-        from echo_rl.costs.batched import BatchedCostProfile
+        from echo_rl.costs.batched_profile import BatchedCostProfile
         from echo_rl.costs.profile import CostProfile
         from echo_rl.experiments.tune import TuneConfig, tune
 

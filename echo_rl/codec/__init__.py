@@ -10,7 +10,6 @@ from echo_rl.codec.actions import CALIBRATED, ActionTable, Gates, Knobs, gates_a
 from echo_rl.codec.batched_observations import BatchedObservationEncoder, quantiles
 from echo_rl.codec.features import CODEC_VERSION, CONFIDENCE, DEPTHS, FEATURES, GROUPS, visible
 from echo_rl.codec.observations import ObservationEncoder
-from echo_rl.costs.outcomes import BatchedLoads, BatchedOutcomes
 
 __all__ = [
     "CALIBRATED",
@@ -20,9 +19,7 @@ __all__ = [
     "FEATURES",
     "GROUPS",
     "ActionTable",
-    "BatchedLoads",
     "BatchedObservationEncoder",
-    "BatchedOutcomes",
     "Gates",
     "Knobs",
     "ObservationEncoder",

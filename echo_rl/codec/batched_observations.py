@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echo_rl.codec.features import CONFIDENCE, COST_NODES, DEPTHS, FEATURES, FIRST, RATE, SPARSE_RATE
-from echo_rl.costs.batched import BatchedCostProfile
 from echo_rl.costs.batched_correction import BatchedCostCorrector
-from echo_rl.costs.outcomes import BatchedLoads, BatchedOutcomes
+from echo_rl.costs.batched_profile import BatchedCostProfile
+from echo_rl.costs.batched_records import BatchedLoadView, BatchedStepReport
 
 Floats = NDArray[np.float64]
 
@@ -37,7 +37,7 @@ class BatchedObservationEncoder:
         self._average[lanes], self._last[lanes], self._plain[lanes] = FIRST, 0.0, 0.0
         self._paces.reset(lanes)
 
-    def update(self, outcomes: BatchedOutcomes) -> None:
+    def update(self, outcomes: BatchedStepReport) -> None:
         """Learn from a step. Lanes without a decoding request change nothing: the next one's arrivals hold theirs."""
         loads, on = outcomes.loads, outcomes.budget > 0
         live, batch = loads.batch > 0, np.maximum(loads.batch, 1.0)
@@ -61,7 +61,7 @@ class BatchedObservationEncoder:
         self._last[live] = last[live]
         self._plain = np.where(live, np.where(on, 0.0, self._plain + 1.0), self._plain)
 
-    def observe(self, loads: BatchedLoads) -> NDArray[np.float32]:
+    def observe(self, loads: BatchedLoadView) -> NDArray[np.float32]:
         """[E, len(FEATURES)], each entry clipped to its range."""
         columns = [
             _log2(np.maximum(loads.batch, 1.0)) / 6.0,
@@ -82,7 +82,7 @@ class BatchedObservationEncoder:
         ]
         return np.clip(np.stack(columns, axis=1), _LOW, _HIGH).astype(np.float32)
 
-    def _cost_features(self, loads: BatchedLoads) -> Floats:
+    def _cost_features(self, loads: BatchedLoadView) -> Floats:
         """[E, len(COST_NODES) + 1] the cost entries of an observation."""
         costs, paces, batch = self._costs, self._paces, np.maximum(loads.batch, 1.0)
         nodes = np.concatenate([np.zeros((len(batch), 1)), batch[:, None] * COST_NODES], axis=1)

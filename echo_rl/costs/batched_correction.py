@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
+from echo_rl.costs.batched_records import BatchedStepReport
 from echo_rl.costs.correction import FORGOTTEN, NOISE, OCTAVES, OUTLIER, PRIOR, RATE, STEP, basis
-from echo_rl.costs.outcomes import BatchedOutcomes
 
 Floats = NDArray[np.float64]
 Lanes = NDArray[np.bool_]
@@ -60,7 +60,7 @@ class BatchedCostCorrector:
         self.verify.reset(lanes)
         self._behind[lanes], self.draft[lanes], self.rest[lanes] = False, 1.0, 1.0
 
-    def observe(self, outcomes: BatchedOutcomes) -> None:
+    def observe(self, outcomes: BatchedStepReport) -> None:
         loads, costs, verified = outcomes.loads, self._costs, outcomes.verified
         speculates, batch = outcomes.budget > 0, np.maximum(loads.batch, 1.0)
         counts = (loads.batch > 0) & (loads.prefill == 0)

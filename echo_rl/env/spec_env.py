@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from echo_rl.codec import FEATURES, ActionTable, Gates, ObservationEncoder
 from echo_rl.contracts import Backend, LoadView, Request, StepReport
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.env.reward import RewardMeter, RewardOptions
 from echo_rl.env.session import ServedStep, WorkloadSession
 from echo_rl.env.stepper import Clock, Steerable

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from echo_rl.codec import ActionTable, BatchedObservationEncoder, visible
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.env.reward import RewardMeter, RewardOptions
 from echo_rl.env.spec_env import observation_space
 from echo_rl.errors import ConfigError

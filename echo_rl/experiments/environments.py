@@ -56,7 +56,7 @@ def make_replay(
     """
     from echo_rl.controllers.echo.gates import GateCalibration
     from echo_rl.controllers.policy.ppo import Steered
-    from echo_rl.costs.batched import BatchedCostProfile
+    from echo_rl.costs.batched_profile import BatchedCostProfile
     from echo_rl.costs.profile import CostProfile
     from echo_rl.env.spec_env import SpecEnv
     from echo_rl.replay.backend import ReplayBackend, ReplayOptions
@@ -95,7 +95,7 @@ def make_live(
     from echo_rl.contracts import SamplingParams, SpecPlan
     from echo_rl.controllers.echo.gates import GateCalibration
     from echo_rl.controllers.policy.ppo import Steered
-    from echo_rl.costs.batched import BatchedCostProfile
+    from echo_rl.costs.batched_profile import BatchedCostProfile
     from echo_rl.costs.profile import CostProfile
     from echo_rl.env.spec_env import SpecEnv
     from echo_rl.runtime.engine import Engine

@@ -26,7 +26,7 @@ from echo_rl import __version__
 from echo_rl.contracts import Controller, MakeController, Request
 from echo_rl.controllers.arm import Arm
 from echo_rl.controllers.wrappers.timed import Timed
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.errors import ConfigError, PolicyError, TraceError
 from echo_rl.experiments.rank import BASELINE, HINDSIGHT, REFERENCE, Block, Served, draw, pooled, report
 from echo_rl.experiments.report.blocks import made_of

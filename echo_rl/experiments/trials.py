@@ -63,7 +63,7 @@ class Venue:
 
 def replay_venue(trace: Trace, noise: bool = True) -> Venue:
     """Simulated time over recorded responses, at this machine's measured costs."""
-    from echo_rl.costs.batched import BatchedCostProfile
+    from echo_rl.costs.batched_profile import BatchedCostProfile
     from echo_rl.costs.files import own_or_packaged
     from echo_rl.costs.profile import CostProfile
     from echo_rl.replay.backend import ReplayBackend, ReplayOptions

@@ -21,7 +21,7 @@ from rich.progress import Progress
 from echo_rl.contracts import MakeController
 from echo_rl.controllers import registry
 from echo_rl.controllers.arm import Arm
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.errors import ConfigError, TraceError, UnknownController
 from echo_rl.experiments.evaluate import EvalConfig, Replayer, halving
 from echo_rl.experiments.rank import BASELINE, Block, mean_speedup

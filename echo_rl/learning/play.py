@@ -14,7 +14,7 @@ import numpy as np
 
 from echo_rl.contracts import Controller, LoadView, SpecPlan, StepReport
 from echo_rl.controllers.policy.network import Policy
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.env.session import ServedStep, WorkloadSession
 from echo_rl.replay.backend import ReplayBackend, ReplayOptions
 from echo_rl.replay.timing import plain_step

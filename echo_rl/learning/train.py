@@ -22,7 +22,7 @@ from echo_rl.controllers.echo.echo import Echo, EchoOptions
 from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.controllers.policy.network import Policy, bound
 from echo_rl.controllers.policy.ppo import Ppo, PpoOptions
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
 from echo_rl.env.reward import RewardOptions
 from echo_rl.env.vec_env import ReplayVecEnv, ReplayVecEnvOptions

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from echo_rl.codec import BatchedLoads, gates_asked
+from echo_rl.codec import gates_asked
 from echo_rl.contracts import (
     AUTOREGRESSIVE,
     NO_GATE,
@@ -27,7 +27,8 @@ from echo_rl.contracts import (
     SpecPlan,
     StepReport,
 )
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
+from echo_rl.costs.batched_records import BatchedLoadView
 from echo_rl.errors import ConfigError, PlanViolation, RequestError, TraceError
 from echo_rl.replay.scheduler import Gain, ReplayScheduler, ReplaySchedulerOptions, Turn
 from echo_rl.replay.timing import Work, noise, step_phases
@@ -193,7 +194,7 @@ class ReplayBackend:
         return tuple(outputs)
 
 
-def _view(loads: BatchedLoads, max_nodes: int) -> LoadView:
+def _view(loads: BatchedLoadView, max_nodes: int) -> LoadView:
     """What a controller sees of one server's load."""
     return LoadView(
         batch_size=int(loads.batch[0]),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_rl.codec import BatchedLoads
+from echo_rl.costs.batched_records import BatchedLoadView
 from echo_rl.errors import ConfigError
 from echo_rl.replay.trace import Trace
 
@@ -44,7 +44,7 @@ class ReplaySchedulerOptions:
 class Turn:
     """Who takes part in the servers' coming step."""
 
-    loads: BatchedLoads
+    loads: BatchedLoadView
     counts: Ints  # [E] decoding requests
     places: Ints  # [R] of the decoding requests among the running ones
     servers: Ints  # [R] as all that follows
@@ -152,13 +152,13 @@ class ReplayScheduler:
         self._keep(~over)
         return frozenset(state[TICKET, over].tolist())
 
-    def _loads(self, decoding: Ints, counts: Ints) -> BatchedLoads:
+    def _loads(self, decoding: Ints, counts: Ints) -> BatchedLoadView:
         """What controllers see of the step."""
         state, options = self._state, self.options
         held = state[PROMPT] - state[LEFT] + state[SERVED] + state[EMITTED]
         blocks = sums(state[SERVER], -(-held // options.block_size), self.count)
         context = sums(decoding[SERVER], decoding[PROMPT] + decoding[EMITTED] - 1, self.count)
-        return BatchedLoads(
+        return BatchedLoadView(
             batch=counts.astype(np.float64),
             prefill=sums(state[SERVER], state[SERVED], self.count),
             waiting=np.array([float(len(queue)) for queue in self._waiting]),

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_rl.codec import CALIBRATED, DEPTHS, BatchedLoads, BatchedOutcomes, Knobs, planned_gates, quantiles
+from echo_rl.codec import CALIBRATED, DEPTHS, Knobs, planned_gates, quantiles
 from echo_rl.contracts import NO_GATE
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
+from echo_rl.costs.batched_records import BatchedLoadView, BatchedStepReport
 from echo_rl.errors import ConfigError
 from echo_rl.replay.scheduler import ReplayScheduler, ReplaySchedulerOptions, Turn, sums
 from echo_rl.replay.timing import Phases, Plain, Work, noise, plain_step, step_phases
@@ -35,7 +36,7 @@ IDLE_STEPS = 10_000
 class VectorReplayStep:
     """One serving step of every lane, [E] each."""
 
-    outcomes: BatchedOutcomes
+    outcomes: BatchedStepReport
     tokens: Floats  # got by requests, first tokens included
     decoded: Floats  # of them those of decoding requests
     seconds: Floats
@@ -96,7 +97,7 @@ class VectorReplay:
         self.now[lane] = 0.0
         self._advance([lane])
 
-    def loads(self) -> BatchedLoads:
+    def loads(self) -> BatchedLoadView:
         """[E] what the coming step is decided on."""
         return self._turn.loads
 
@@ -112,7 +113,7 @@ class VectorReplay:
         self.now += phases.total
         kept = self._servers.commit(turn, verdicts.accepted, on).kept
         decoded = sums(turn.servers, kept, self.lanes)
-        outcomes = BatchedOutcomes(
+        outcomes = BatchedStepReport(
             loads=loads,
             budget=budgets.astype(np.float64),
             depth=np.where(on, knobs.depth, 0).astype(np.float64),

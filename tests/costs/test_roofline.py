@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import roofline as benchmark
 from echo_rl.cli import main
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
 from echo_rl.costs.roofline.hardware import HARDWARE, Assumptions
 from echo_rl.costs.roofline.models import MODELS, Experts

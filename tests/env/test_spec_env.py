@@ -18,7 +18,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from echo_rl.codec import FEATURES, ActionTable
 from echo_rl.contracts import AUTOREGRESSIVE, LoadView, PhaseTimes, Request, RequestOutput, SamplingParams, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
 from echo_rl.env.reward import RewardOptions
 from echo_rl.env.spec_env import SpecEnv, SpecEnvOptions

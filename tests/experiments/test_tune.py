@@ -13,7 +13,7 @@ from echo_rl.contracts import LoadView, SpecPlan
 from echo_rl.controllers import registry
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.registry import Family
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, UnknownController

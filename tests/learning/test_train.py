@@ -19,7 +19,7 @@ from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.controllers.policy import network
 from echo_rl.controllers.policy.network import Policy
 from echo_rl.controllers.policy.ppo import Ppo, PpoOptions, Steered
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError

@@ -12,7 +12,7 @@ from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.baselines.fixed import Chain, ChainOptions, Eagle3, Eagle3Options, Static, StaticOptions
 from echo_rl.controllers.echo.echo import EchoOptions, EchoUnscheduled
 from echo_rl.controllers.echo.gates import DepthGate, GateCalibration
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, RequestError, TraceError

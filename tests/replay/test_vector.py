@@ -24,7 +24,7 @@ from echo_rl.contracts import NO_GATE, Forest, Frontier, SpecPlan
 from echo_rl.controllers.echo.echo import CalibratedSelection
 from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.controllers.selection import global_top_k
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
 from echo_rl.env.vec_env import ReplayVecEnv, ReplayVecEnvOptions

@@ -31,7 +31,7 @@ from echo_rl.controllers.baselines.dynamic import (
 )
 from echo_rl.controllers.baselines.fixed import Eagle3
 from echo_rl.controllers.selection import MISSING, likeliest, pack, per_request_top_k
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile, context_of, half_octave
 from echo_rl.errors import ConfigError
 

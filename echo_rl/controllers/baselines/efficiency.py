@@ -23,7 +23,7 @@ from echo_rl.controllers.baselines.dynamic import Gates, probabilities
 from echo_rl.controllers.probing import ProbeBudget
 from echo_rl.controllers.selection import likeliest
 from echo_rl.controllers.tree_shapes import REFERENCE_HIT
-from echo_rl.costs.batched import BatchedCostProfile, Floats
+from echo_rl.costs.batched_profile import BatchedCostProfile, Floats
 from echo_rl.costs.correction import CostCorrector, basis
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError

@@ -27,7 +27,7 @@ from echo_rl.controllers.baselines.efficiency import (
     Switch,
     running_sum,
 )
-from echo_rl.costs.batched import Floats
+from echo_rl.costs.batched_profile import Floats
 from echo_rl.errors import ConfigError
 
 

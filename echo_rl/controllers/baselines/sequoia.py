@@ -14,7 +14,7 @@ from echo_rl.controllers.baselines.cost_aware import CostAwareOptions
 from echo_rl.controllers.baselines.dynamic import Values
 from echo_rl.controllers.baselines.fixed import Path, Static, StaticOptions
 from echo_rl.controllers.tree_shapes import REFERENCE_HIT, likeliest_tree
-from echo_rl.costs.batched import BatchedCostProfile
+from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile, context_of, half_octave
 from echo_rl.errors import ConfigError
 

@@ -11,7 +11,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class BatchedLoads:
+class BatchedLoadView:
     """`LoadView` over lanes, [E] each."""
 
     batch: Floats
@@ -23,10 +23,10 @@ class BatchedLoads:
 
 
 @dataclass(frozen=True)
-class BatchedOutcomes:
+class BatchedStepReport:
     """What a step did, over lanes: the part of `StepReport` that observations are made of."""
 
-    loads: BatchedLoads
+    loads: BatchedLoadView
     budget: Floats  # [E]
     depth: Floats  # [E]
     width: Floats  # [E]
