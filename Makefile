@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format sglang-contract bench clean
+.PHONY: help setup demo test lint format docs sglang-contract bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -32,10 +32,13 @@ format: setup ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: setup ## the documentation, into site/; a broken link or name is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 sglang-contract: ## the SGLang plugin against the real wheel, in an environment of its own
 	scripts/sglang_contract.sh
 
-bench: setup ## every number of the README (hours; resumable)
+bench: setup ## every number of the documentation (hours; resumable)
 	$(BIN)/python benchmarks/losslessness.py
 	$(BIN)/python benchmarks/plain_decoding.py
 	$(BIN)/python benchmarks/acceptance.py
@@ -55,4 +58,4 @@ bench: setup ## every number of the README (hours; resumable)
 	$(BIN)/python benchmarks/render.py
 
 clean: ## remove build products and caches (not the virtual environment)
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,7 +1,7 @@
 """Writes the tables of the documentation from the JSON results, so that no number is typed by hand.
 
 Each table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``, in the README or in
-``benchmarks/README.md``. ``--check`` changes nothing and exits with 1 where a page is out of date.
+``docs/benchmarks.md``. ``--check`` changes nothing and exits with 1 where a page is out of date.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from echo_rl.utils.result_store import digest
 from tables import TABLES, WITHOUT_DRAFTER
 
 HERE = Path(__file__).resolve().parent
-PAGES = (HERE.parent / "README.md", HERE / "README.md")
+PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "benchmarks.md")
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 PENDING = "*Not measured yet: run `make bench`.*\n"
 EARLIER = "\n*Measured with an earlier drafter than the one that ships.*\n"

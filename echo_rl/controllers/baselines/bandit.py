@@ -28,6 +28,7 @@ class BanditOptions:
     arms: tuple[Arm, ...] = (PLAIN_ARM, (1.0, 1, 1), (3.0, 3, 1), (7.0, 4, 3), (15.0, 6, 4))
     """The shapes to choose from, as (nodes a request, depth, width)."""
     rule: Rule = "ucb"
+    """``ucb``: the least lower confidence bound of the loss; ``exp3``: at random, by the summed losses."""
     explore: float = 0.1
     """UCB: width of the confidence bound, as a share of the slowest arm's loss. EXP3: share of uniform choices."""
     memory: float = 200.0
@@ -38,7 +39,7 @@ class BanditOptions:
     switching: float = 0.02
     """Loss of leaving the arm in use, in units of the slowest arm's time a token."""
     seed: int = 0
-    """Of EXP3's draws."""
+    """The seed of EXP3's draws."""
     TUNABLE: ClassVar[Values] = {"rule": get_args(Rule), "explore": (0.03, 0.1, 0.3), "hold": (4, 16)}
 
     def __post_init__(self) -> None:
@@ -100,8 +101,9 @@ class _Context:
 class Bandit(BaseController):
     """Plays the arm with the least loss, and the others often enough to know (UCB), or at random by loss (EXP3).
 
-    The loss of a choice is the seconds a token of its steps, over those of the slowest arm; leaving the arm in
-    use costs `switching` on top. A choice stands for `hold` steps or until the batch leaves its octave.
+    Source: BanditSpec (arXiv 2505.15141) and Nightjar (arXiv 2512.22420). The loss of a choice is the seconds a token
+    of its steps, over those of the slowest arm; leaving the arm in use costs `switching` on top. A choice stands for
+    `hold` steps or until the batch leaves its octave.
     """
 
     name = "bandit"

@@ -69,7 +69,9 @@ class FixedOptions:
     nodes: float = 7.0
     """Verified nodes a request, averaged over the batch; 0 is plain decoding."""
     depth: int = 4
+    """Levels drafted."""
     width: int = 3
+    """Nodes expanded a level, and children of each."""
 
     def __post_init__(self) -> None:
         if self.nodes < 0 or min(self.depth, self.width) < 1:
@@ -94,11 +96,14 @@ class Fixed(BaseController):
 
 @dataclass(frozen=True)
 class Eagle3Options:
-    """EAGLE-3's defaults. `total` counts drafted nodes (the authors' figure includes the root)."""
+    """EAGLE-3's defaults."""
 
     total: int = 60
+    """Drafted nodes that a request may have verified (the authors' figure includes the root)."""
     depth: int = 8
+    """Levels drafted."""
     top_k: int = 10
+    """Nodes expanded a level, and children of each."""
 
     TUNABLE: ClassVar[Mapping[str, tuple[int, ...]]] = {
         "total": (3, 7, 15, 30, 60), "depth": (3, 4, 6, 8), "top_k": (3, 8),
@@ -112,7 +117,10 @@ class Eagle3Options:
 
 
 class Eagle3(BaseController):
-    """EAGLE-2/3's dynamic tree: expand `top_k` a level, rerank each request's best `total`; blind to the batch."""
+    """EAGLE-3's dynamic tree (arXiv 2503.01840): expand `top_k` nodes a level, verify each request's best `total`.
+
+    It looks at one request at a time and is blind to the batch.
+    """
 
     name = "eagle3"
 
@@ -143,7 +151,7 @@ class StaticOptions:
 
 
 class Static(BaseController):
-    """A fixed topology (Medusa, EAGLE-1): the same child ranks for every request in every step.
+    """A fixed topology (Medusa, arXiv 2401.10774; EAGLE-1, arXiv 2401.15077): the same child ranks in every step.
 
     The drafter expands the `width` likeliest nodes of a level, so a node of the topology whose
     parent was not among them does not exist in that step; it is left out and its share unused.

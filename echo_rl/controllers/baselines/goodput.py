@@ -44,7 +44,7 @@ class TurboSpecOptions(CostedOptions):
 
 
 class TurboSpec(BaseController):
-    """SmartSpec: the chain length k >= 0 with the highest goodput, one for the whole batch.
+    """SmartSpec (arXiv 2406.14066): the chain length k >= 0 with the highest goodput, one for the whole batch.
 
     goodput(k) = B * (1 - a**(k + 1)) / (1 - a) / t(B, k), with a the moving chance that a token is accepted.
     The paper fits a linear model to t; here t is the measured profile times its running ratio to real steps.
@@ -96,7 +96,7 @@ class AdaSpecOptions(CostedOptions):
 
 
 class AdaSpec(Efficient):
-    """SpecServe: stop drafting where a further level lowers the step's efficiency; verify by confidence prior.
+    """SpecServe (arXiv 2503.05096): stop drafting where a level lowers the step's efficiency, verify by confidence.
 
     After each level the requests are ranked by their best path. The n likeliest draft on, where n
     maximises (tokens expected so far + what one more node each would bring) over (the step's time so far +

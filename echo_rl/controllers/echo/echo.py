@@ -41,6 +41,7 @@ class EchoOptions:
     nodes: float | None = None
     """Fixed budget in nodes a request instead of the planner's choice, still under K_max."""
     planner: PlannerOptions = field(default_factory=PlannerOptions)
+    """How budgets are compared; only from Python, not on a command line."""
 
     def __post_init__(self) -> None:
         if self.nodes is not None and not self.nodes > 0:
@@ -72,7 +73,7 @@ class CalibratedSelection(BaseController):
 
 
 class Echo(CalibratedSelection):
-    """The whole method: sparse calibrated gates, planned budget, batch-wide scheduler."""
+    """The whole method (arXiv 2604.09603): sparse calibrated gates, planned budget, batch-wide scheduler."""
 
     name = "echo"
 
@@ -104,7 +105,7 @@ class Echo(CalibratedSelection):
 
 
 class EchoDense(Echo):
-    """Ablation: a gate at every depth."""
+    """Ablation of ECHO: a gate at every depth."""
 
     name = "echo_dense"
 
@@ -126,7 +127,7 @@ class EchoFixedOptions(EchoOptions):
 
 
 class EchoFixed(Echo):
-    """Ablation: one fixed threshold at all gates instead of one calibrated a depth."""
+    """Ablation of ECHO: one fixed threshold at all gates instead of one calibrated a depth."""
 
     name = "echo_fixed"
 
@@ -140,7 +141,7 @@ class EchoFixed(Echo):
 
 
 class EchoUnscheduled(Echo):
-    """Ablation: the same budget split evenly; what a truncated request saves stays with it."""
+    """Ablation of ECHO: the same budget split evenly; what a truncated request saves stays with it."""
 
     name = "echo_unscheduled"
     scheduled = False

@@ -62,7 +62,7 @@ class PpoOptions:
     deterministic: bool = True
     """Take the likeliest action; otherwise draw one, as in training."""
     seed: int = 0
-    """Of the drawn actions."""
+    """The seed of the drawn actions."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.deterministic, bool) or not isinstance(self.seed, int) or self.seed < 0:
@@ -70,7 +70,7 @@ class PpoOptions:
 
 
 class Ppo(CalibratedSelection):
-    """A learned policy, which decides every `Policy.repeat` steps with decoding requests.
+    """A learned policy over ECHO's gates and scheduler. It decides anew every `Policy.repeat` decoding steps.
 
     In between, a rare plain step shows what plain decoding costs by now: a policy that keeps to one size would
     never learn where the cost profile is wrong.
