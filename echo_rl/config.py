@@ -31,7 +31,7 @@ def from_mapping(record: type[T], values: Mapping[str, Any]) -> T:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How to load and run a target with its drafter."""
+    """The settings by which a target and its drafter are loaded and run."""
 
     model: str = "smollm2"
     """``smollm2`` (the embedded default) or the path of a Hugging Face folder (Llama, Qwen2, Qwen3)."""

@@ -28,7 +28,7 @@ LOWEST_SCORE = float(np.finfo(np.float32).min)
 """Least score of a node that exists."""
 
 OFF_PATH = -1
-"""In a replayed forest the token of every node that the target didn't choose: which one it was changes nothing."""
+"""The token that a replayed forest gives every node that the target didn't choose: which one it was changes nothing."""
 
 
 MAX_LOGPROBS = 20
@@ -43,7 +43,7 @@ MOST_TEMPERATURE = 1e38
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request's tokens are drawn.
+    """The parameters by which one request's tokens are drawn.
 
     The token at position p is ``argmax(logits / temperature + Gumbel(seed, p))`` after top-k and
     top-p filtering; a temperature below `LEAST_TEMPERATURE` counts as 0, which is the plain argmax.
@@ -91,7 +91,7 @@ class Request:
     speculate: bool = True
     """False: one token a step for this request, whatever the controller plans for the others."""
     logprobs: int | None = None
-    """How many likeliest alternatives to report with every token; 0 = the token's own alone, None = nothing."""
+    """Number of likeliest alternatives to report with every token; 0 = the token's own alone, None = nothing."""
 
     def __post_init__(self) -> None:
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
@@ -100,7 +100,7 @@ class Request:
 
 @dataclass(frozen=True)
 class LoadView:
-    """What a controller may know before a step. Scalars only, no hidden states."""
+    """Everything that a controller may know before a step: scalars only, no hidden states."""
 
     batch_size: int
     """Requests that decode in this step and may speculate (B)."""
@@ -222,13 +222,13 @@ class Forest:
 
     @property
     def drafting(self) -> tuple[int, ...]:
-        """At index d: requests that drafted depth d."""
+        """Requests that drafted depth d, at index d."""
         stops = self.stop_depth.tolist()
         return tuple(sum(stop >= depth for stop in stops) for depth in range(max(stops) + 1))
 
     @property
     def first_confidence(self) -> tuple[float, ...]:
-        """Per request, the drafter's probability of its likeliest first token."""
+        """The drafter's probability of its likeliest first token, one a request."""
         first = np.count_nonzero(self.depths.cpu().numpy() == 0)  # levels are in order
         return tuple(np.exp(self.scores.cpu().numpy()[:, :first].max(1)).tolist())
 
@@ -249,7 +249,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """How likely a token was under the target's plain distribution: temperature 1, nothing filtered."""
+    """A token's log-probability under the target's plain distribution: temperature 1, nothing filtered."""
 
     token: int
     logprob: float
@@ -259,7 +259,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What verification decided for every request that samples (decodes, then prompts that end in this step)."""
+    """The decision of verification for every request that samples (decodes, then prompts that end in this step)."""
 
     accepted: tuple[tuple[int, ...], ...]  # per request: accepted nodes (index among its selected nodes), root first
     tokens: tuple[tuple[int, ...], ...]  # per request: the accepted nodes' tokens, then the bonus token
@@ -301,13 +301,13 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class RequestTree:
-    """What was verified for one request in a step, for showing it."""
+    """The nodes that were verified for one request in a step, kept to show them."""
 
     id: str
     parents: tuple[int, ...]
-    """Per node its parent among the nodes; -1 = child of the root."""
+    """Each node's parent among the nodes; -1 = child of the root."""
     depths: tuple[int, ...]
-    """Per node; 0 = child of the root."""
+    """Each node's depth; 0 = child of the root."""
     accepted: tuple[int, ...]
     """The nodes of the accepted path, root first."""
     drafted_depth: int
@@ -316,7 +316,7 @@ class RequestTree:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did: the only thing a controller learns from."""
+    """The record of one step: the only thing a controller learns from."""
 
     load: LoadView
     plan: SpecPlan
@@ -330,16 +330,16 @@ class StepReport:
     committed: int
     """Tokens committed by the B requests of `load`, bonus tokens included (before any cut by a stop)."""
     reached_by_depth: tuple[int, ...]
-    """At index d: requests with a selected node at depth d whose path was accepted up to depth d - 1."""
+    """Requests with a selected node at depth d whose path was accepted up to depth d - 1, at index d."""
     accepted_by_depth: tuple[int, ...]
-    """At index d: requests that accepted a node at depth d."""
+    """Requests that accepted a node at depth d, at index d."""
     times: PhaseTimes
     drafting: tuple[int, ...] = ()
-    """At index d: requests that drafted depth d."""
+    """Requests that drafted depth d, at index d."""
     confidence: tuple[float, ...] = ()
-    """Per decoding request, the drafter's probability of its likeliest first token; empty in a plain step."""
+    """The drafter's probability of its likeliest first token, one a decoding request; empty in a plain step."""
     trees: tuple[RequestTree, ...] = ()
-    """What was verified for each of the B requests, where the backend was asked to show it."""
+    """The nodes that were verified for each of the B requests, where the backend was asked to show them."""
 
 
 @runtime_checkable

@@ -46,5 +46,5 @@ class PlanViolation(EchoError, RuntimeError):
 
 
 def explain(error: BaseException) -> str:
-    """What went wrong, in one line; with its kind where the message was not written for users."""
+    """The error in one line; with its class where the message was not written for users."""
     return str(error) if isinstance(error, EchoError) else f"{type(error).__name__}: {error}"

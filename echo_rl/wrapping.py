@@ -1,4 +1,4 @@
-"""Controllers around other controllers."""
+"""The base of controllers that wrap another controller."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class Wrapping:
         self._controller.observe(report)
 
     def score_powers(self, plan: SpecPlan) -> tuple[float, ...] | None:
-        """Of the controller inside, where it has any: a device may then decide in its stead. A subclass that extends
-        or selects otherwise must answer None."""
+        """The inner controller's powers, where it has any: a device may then decide in its stead.
+
+        A subclass that extends or selects otherwise must answer None.
+        """
         powers = getattr(self._controller, "score_powers", None)
         return None if powers is None else powers(plan)

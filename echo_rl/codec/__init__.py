@@ -1,4 +1,4 @@
-"""What a learned controller sees and says: loads and reports to observations, actions to plans.
+"""Encodes what a learned controller sees and decodes what it says: observations of loads and reports, plans of actions.
 
 One package for training and for serving, so the two cannot drift apart; a policy is bound to
 `CODEC_VERSION`. A `BatchedObservationEncoder` works on *lanes* (parallel servers, [E] arrays), an `ObservationEncoder`

@@ -27,7 +27,7 @@ class BatchedObservationEncoder:
     """The running statistics behind an observation, for E lanes. `update` after a step, `observe` before one."""
 
     def __init__(self, costs: BatchedCostProfile, lanes: int = 1) -> None:
-        self._costs, self._paces = costs, BatchedCostCorrector(costs, lanes)
+        self._costs, self._corrector = costs, BatchedCostCorrector(costs, lanes)
         self._average = np.tile(FIRST, (lanes, 1))  # [E, len(FIRST)] running averages, columns as below
         self._last = np.zeros((lanes, 3))
         self._plain = np.zeros(lanes)
@@ -35,7 +35,7 @@ class BatchedObservationEncoder:
     def reset(self, lanes: NDArray[np.bool_]) -> None:
         """Forget everything about these lanes ([E] bool)."""
         self._average[lanes], self._last[lanes], self._plain[lanes] = FIRST, 0.0, 0.0
-        self._paces.reset(lanes)
+        self._corrector.reset(lanes)
 
     def update(self, outcomes: BatchedStepReport) -> None:
         """Learn from a step. Lanes without a decoding request change nothing: the next one's arrivals hold theirs."""
@@ -56,7 +56,7 @@ class BatchedObservationEncoder:
         unknown = np.isnan(measured)
         measured[unknown] = rate[unknown] = 0.0
         self._average += rate * (measured - self._average)
-        self._paces.observe(outcomes)
+        self._corrector.observe(outcomes)
         last = np.stack([outcomes.budget / batch, outcomes.depth, outcomes.width], axis=1)
         self._last[live] = last[live]
         self._plain = np.where(live, np.where(on, 0.0, self._plain + 1.0), self._plain)
@@ -84,14 +84,14 @@ class BatchedObservationEncoder:
 
     def _cost_features(self, loads: BatchedLoadView) -> Floats:
         """[E, len(COST_NODES) + 1] the cost entries of an observation."""
-        costs, paces, batch = self._costs, self._paces, np.maximum(loads.batch, 1.0)
+        costs, corrector, batch = self._costs, self._corrector, np.maximum(loads.batch, 1.0)
         nodes = np.concatenate([np.zeros((len(batch), 1)), batch[:, None] * COST_NODES], axis=1)
         rows = batch[:, None] + nodes
-        verify = costs.verify(batch[:, None], rows, loads.context[:, None]) * paces.verify.factors(rows)
-        plain, speculative = paces.rest.T
+        verify = costs.verify(batch[:, None], rows, loads.context[:, None]) * corrector.verify.factors(rows)
+        plain, speculative = corrector.rest.T
         base = verify[:, 0] + costs.overhead(batch, 0.0, False) * plain
         seconds = verify[:, 1:] + costs.overhead(batch[:, None], nodes[:, 1:], True) * speculative[:, None]
-        level = (costs.draft(batch, 3, 3) - costs.draft(batch, 3, 2)) * paces.draft
+        level = (costs.draft(batch, 3, 3) - costs.draft(batch, 3, 2)) * corrector.draft
         return np.concatenate([np.log2(seconds / base[:, None]) / 4.0, (level / base)[:, None]], axis=1)
 
 

@@ -22,8 +22,8 @@ RATE = 0.1
 SPARSE_RATE = 0.05
 """The same for the acceptance at a depth that at least four requests reached, less where fewer did."""
 FIRST = (0.0, *(0.5 for _ in range(DEPTHS + len(CONFIDENCE))), 1.0, 0.0)
-"""What the running averages start from: arrivals, acceptance by depth, confidence quantiles, tokens a request and step,
-share of the budget used."""
+"""Values that the running averages start from: arrivals, acceptance by depth, confidence quantiles, tokens a request
+and step, share of the budget used."""
 
 FEATURES: tuple[tuple[str, float, float], ...] = (
     ("batch (log2 / 6)", 0.0, 1.5),

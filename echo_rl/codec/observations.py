@@ -1,4 +1,4 @@
-"""`Tracker` for the one server that a controller serves, in plain floats: a few numbers don't pay for arrays."""
+"""Observations of the one server that a controller serves, in plain floats: a few numbers don't pay for arrays."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class ObservationEncoder:
 
     def __init__(self, costs: CostProfile) -> None:
         self._costs = costs
-        self._menus: dict[tuple[int, int], _Menu] = {}  # by (batch, half octave of context)
+        self._predictions: dict[tuple[int, int], _Predictions] = {}  # by (batch, half octave of context)
         self.reset()
 
     def reset(self) -> None:
         """Forget every step."""
-        self._average, self._pace = list(FIRST), CostCorrector(self._costs)
+        self._average, self._corrector = list(FIRST), CostCorrector(self._costs)
         self._last = (0.0, 0, 0)  # budget a request, depth and width of the last step that decoded
         self._plain = 0  # plain steps since one speculated
         self._arrived = 0  # since a step with a decoding request
@@ -42,7 +42,7 @@ class ObservationEncoder:
         """Learn from a step. Of one without a decoding request the arrivals alone count, with the next one's."""
         load, plan = report.load, report.plan
         self._arrived += load.arrived
-        self._pace.observe(report)
+        self._corrector.observe(report)
         if not load.batch_size:
             return
         self._follow(0, float(self._arrived))
@@ -91,35 +91,35 @@ class ObservationEncoder:
             self._average[place] += rate * (measured - self._average[place])
 
     def _cost_features(self, load: LoadView) -> list[float]:
-        """`Tracker._cost_features` of one load."""
-        menu, pace = self._menu(load), self._pace
-        verify = menu.verify * pace.verify.factors(menu.curve)
-        base = float(verify[0]) + menu.plain_rest * pace.rest[False]
-        seconds = verify[1:] + menu.rest * pace.rest[True]
-        return [*(np.log2(seconds / base) / 4.0).tolist(), menu.level * pace.draft / base]
+        """`BatchedObservationEncoder._cost_features` of one load."""
+        predicted, corrector = self._predicted(load), self._corrector
+        verify = predicted.verify * corrector.verify.factors(predicted.weights)
+        base = float(verify[0]) + predicted.plain_rest * corrector.rest[False]
+        seconds = verify[1:] + predicted.rest * corrector.rest[True]
+        return [*(np.log2(seconds / base) / 4.0).tolist(), predicted.level * corrector.draft / base]
 
-    def _menu(self, load: LoadView) -> _Menu:
+    def _predicted(self, load: LoadView) -> _Predictions:
         key = (load.batch_size, half_octave(load.mean_context))
-        if key not in self._menus:
-            self._menus[key] = _menu(self._costs, max(1, load.batch_size), context_of(key[1]))
-        return self._menus[key]
+        if key not in self._predictions:
+            self._predictions[key] = _predict(self._costs, max(1, load.batch_size), context_of(key[1]))
+        return self._predictions[key]
 
 
 @dataclass(frozen=True)
-class _Menu:
-    """What the profile says of a plain step, and of steps with `COST_NODES` nodes a request (N of them)."""
+class _Predictions:
+    """The profile's seconds of a plain step, and of steps with `COST_NODES` nodes a request (N of them)."""
 
     verify: Floats  # [1 + N] seconds
-    curve: Floats  # [1 + N, OCTAVES] see `pace.basis`
+    weights: Floats  # [1 + N, OCTAVES] see `correction.basis`
     plain_rest: float  # seconds outside the pass
     rest: Floats  # [N] seconds outside the passes
     level: float  # seconds of one drafted level
 
 
-def _menu(profile: CostProfile, batch: int, context: float) -> _Menu:
+def _predict(profile: CostProfile, batch: int, context: float) -> _Predictions:
     nodes = batch * np.array(COST_NODES)
     rows = [float(batch), *(batch + nodes).tolist()]
-    return _Menu(
+    return _Predictions(
         np.array(profile.verify_each(batch, rows, context)),
         basis(rows),
         profile.overhead_seconds(batch),
@@ -129,7 +129,7 @@ def _menu(profile: CostProfile, batch: int, context: float) -> _Menu:
 
 
 def _quantiles(values: Sequence[float]) -> list[float]:
-    """`CONFIDENCE` of the values, as `tracker.quantiles`; NaN counts as the highest."""
+    """`CONFIDENCE` of the values, as `batched_observations.quantiles`; NaN counts as the highest."""
     known = sorted(value for value in values if not math.isnan(value))
     ordered, last = [*known, *[math.nan] * (len(values) - len(known))], len(values) - 1
     found = []

@@ -1,4 +1,4 @@
-"""An arm: a controller with its options as they are written on a command line."""
+"""Reads an arm: a controller with its options as they are written on a command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every controller shares: the default rules. The functions that pick nodes of a forest are in `picking`."""
+"""The default rules that every controller shares. The functions that select nodes of a forest are in `selection`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BaseController(ABC):
     def __init__(self) -> None:
         self._node_cap: int | None = None
         self.materials: tuple[object, ...] = ()
-        """What it was made of besides its options, such as what was in the files that these name."""
+        """Everything that it was made of besides its options, such as the contents of the files that these name."""
 
     @abstractmethod
     def propose(self, load: LoadView) -> SpecPlan:
@@ -53,7 +53,7 @@ class BaseController(ABC):
         return () if self._decides_as(BaseController) and not plan.floor else None
 
     def _decides_as(self, rule: Any) -> bool:
-        """Whether gates and selection are still those of that class."""
+        """True where gates and selection are still those of that class."""
         own = type(self)
         return own.extend is rule.extend and own.select is rule.select
 

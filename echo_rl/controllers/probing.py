@@ -1,4 +1,4 @@
-"""What speculating costs besides its own steps: prompts that the drafter has to read, and looks that may not pay."""
+"""Accounts for what speculating costs besides its own steps: prompts that the drafter reads, and probes."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class PromptShare:
 
 
 class PlainProbe:
-    """When a server that keeps speculating should decode plainly for a step, to see what that costs by now.
+    """Decides when a server that keeps speculating decodes plainly for a step, to see what that costs by now.
 
     Counted by batch octave: first after `FIRST` speculative steps, then after twice as many each time, since the
-    first looks show most of what the profile misjudges.
+    first probes show most of what the profile misjudges.
     """
 
     FIRST = 8
 
     def __init__(self) -> None:
         self._speculative: dict[int, int] = {}  # batch octave -> speculative steps since a plain one
-        self._taken: dict[int, int] = {}  # batch octave -> looks so far
+        self._taken: dict[int, int] = {}  # batch octave -> probes so far
 
     def due(self, load: LoadView, most: float) -> bool:
         """`most`: speculative steps after which one is due in any case."""
@@ -50,11 +50,11 @@ class PlainProbe:
         wait = min(most, self.FIRST << min(self._taken.get(octave, 0), 16))
         return not load.prefill_tokens and self._speculative.get(octave, 0) >= wait
 
-    def observe(self, report: StepReport, looked: bool) -> None:
-        """`looked`: whether the step was to be a look."""
+    def observe(self, report: StepReport, probed: bool) -> None:
+        """`probed`: the step was planned as a probe."""
         octave, speculates = report.load.batch_size.bit_length(), report.plan.speculates
         self._speculative[octave] = self._speculative.get(octave, 0) + 1 if speculates else 0
-        if looked and not speculates:
+        if probed and not speculates:
             self._taken[octave] = self._taken.get(octave, 0) + 1
 
 

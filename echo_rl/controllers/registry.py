@@ -1,4 +1,4 @@
-"""Every controller by name."""
+"""Registers every controller by name and makes them."""
 
 from __future__ import annotations
 

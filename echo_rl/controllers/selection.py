@@ -1,6 +1,6 @@
-"""Which nodes of a forest are verified: the pure functions that pick them, and `pack`, which lists them.
+"""Selects the nodes of a forest that are verified: pure functions that pick them, and `pack`, which lists them.
 
-Picking is a few whole-batch operations; nothing here loops over requests or nodes. Knows nothing about
+Each pick is a few whole-batch operations; nothing here loops over requests or nodes. Knows nothing about
 drafters, models or time. `likeliest` is what most rules ask for; where the forest lies in the host's memory it
 is done by a few numpy calls on flat arrays, since a step asks once, with cold caches, so that every further
 function costs more than the work it does.
@@ -47,7 +47,7 @@ def likeliest(
 ) -> Selection:
     """The k likeliest nodes of the batch, at most `limit` of one request, none below `floor`.
 
-    `powers`: of the path probabilities, by depth, the last for all that are deeper (None: 1 everywhere).
+    `powers` are those of path probabilities by depth, the last for all that are deeper (None: 1 everywhere).
     """
     if forest.scores.is_cpu and k > 0:
         picked = _on_host(forest, k, limit, powers, floor)

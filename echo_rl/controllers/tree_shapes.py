@@ -1,4 +1,4 @@
-"""Tree shapes: which tree a budget affords, and what a tree of a given size is expected to yield.
+"""Tree shapes: the trees that a budget affords, and the accepted nodes expected of a tree of a given size.
 
 The *rank model* stands behind both: a node's r-th child (r = 0 best) is the target's token with
 probability ``p * (1 - p)**r``. It is only a prior over shapes: `acceptance` corrects its yields by
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 REFERENCE_HIT = 0.6
-"""p of a typical first choice."""
+"""Probability that a typical first choice is accepted (p)."""
 HIT_SPREAD = 3.0
 """Easy, typical and hard positions differ by this much in the log-odds of p. Of 1.2, 1.8, 2.4 and 3.0 this one carries
 yields best from one tree size to another (replays of the shipped trace, batch 64, 1 to 23 nodes a request: mean
@@ -135,7 +135,7 @@ def _mix(depth: int, width: int, hit: float) -> _Curve:
 
 @lru_cache(maxsize=128)
 def _paths(depth: int, width: int) -> tuple[int, ...]:
-    """[s] how many paths down to `depth` have ranks below `width` that sum to s, up to 12."""
+    """[s] number of paths down to `depth` whose ranks below `width` sum to s, up to 12."""
     if depth < 0:
         return (1,)
     above = _paths(depth - 1, width)

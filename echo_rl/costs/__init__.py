@@ -1,1 +1,1 @@
-"""What a step costs on one machine: measured profiles, their interpolation and their correction in service."""
+"""The costs of a step on one machine: measured profiles, their interpolation and their correction in service."""

@@ -1,4 +1,4 @@
-"""`pace.Pace` of many servers at once (lanes, [E] arrays)."""
+"""`CostCorrector` and its curve for many servers at once (lanes, [E] arrays)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Lanes = NDArray[np.bool_]
 
 
 class BatchedCorrectionCurve:
-    """`pace.Curve` of each lane."""
+    """The `CorrectionCurve` of each lane."""
 
     def __init__(self, lanes: int) -> None:
         self._logs = np.zeros((lanes, OCTAVES))
@@ -45,7 +45,7 @@ class BatchedCorrectionCurve:
 
 
 class BatchedCostCorrector:
-    """`pace.Pace` of each lane; no request of theirs refuses speculation."""
+    """The `CostCorrector` of each lane; no request of theirs refuses speculation."""
 
     def __init__(self, costs: BatchedCostProfile, lanes: int) -> None:
         self._costs, self._lanes = costs, np.arange(lanes)
@@ -76,7 +76,7 @@ class BatchedCostCorrector:
 
 
 def _follow(averages: Floats, ratios: Floats, counts: Lanes) -> Floats:
-    """`pace._follow` in the lanes that count."""
+    """`correction._follow` in the lanes that count."""
     counts = counts & (ratios > 0.0)
     surprise = np.log(np.where(counts, ratios / averages, 1.0))
     return averages * np.exp(RATE * np.clip(surprise, -STEP, STEP))

@@ -14,7 +14,7 @@ from echo_rl.errors import ConfigError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Lanes = Ints | int
-"""Machines of the entries of an array: one each along its first axis, or the only one."""
+"""Indices of the machines that an array's entries belong to: one each along its first axis, or the only one."""
 SCALARS = (
     *("step_overhead", "spec_overhead", "request_overhead", "node_overhead"),
     *("catch_up", "gate_overhead", "prefill_weight", "noise"),
@@ -23,9 +23,9 @@ SCALARS = (
 
 
 class BatchedCostProfile:
-    """Trilinear interpolation of profiles' surfaces, vectorised.
+    """`CostProfile` over arrays: its surfaces, interpolated for many loads at once.
 
-    Either one machine, for arrays of any shape; or one a lane, for arrays whose first axis is the lanes.
+    Holds either one machine, for arrays of any shape, or one a lane, for arrays whose first axis is the lanes.
     """
 
     def __init__(self, profile: CostProfile, lanes: int = 0) -> None:
@@ -69,7 +69,7 @@ class BatchedCostProfile:
         return total
 
     def scalar(self, name: str) -> Floats:
-        """One of `SCALARS`: of the lanes ([E]), or of the only machine ([])."""
+        """One of `SCALARS`, for every lane ([E]) or for the only machine ([])."""
         values: Floats = self._scalars[SCALARS.index(name), self._lane(1)]
         return values
 
@@ -104,7 +104,7 @@ def _axes(*axes: tuple[int, ...]) -> tuple[Floats, ...]:
 
 
 def _locate(axis: Floats, x: ArrayLike, extrapolate: bool) -> tuple[Ints, Ints, Floats]:
-    """Knots below and above and the position between them; see `grid.locate`."""
+    """Knots below and above and the position between them; see `interpolation.locate`."""
     x = np.asarray(x, dtype=np.float64)
     if len(axis) == 1:
         zero = np.zeros(x.shape, dtype=np.int64)

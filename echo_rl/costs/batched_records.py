@@ -1,4 +1,4 @@
-"""Loads and outcomes of many servers at once (lanes, [E] arrays)."""
+"""`LoadView` and `StepReport` of many servers at once: one lane a server, [E] arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class BatchedLoadView:
-    """`LoadView` over lanes, [E] each."""
+    """The part of `LoadView` that costs and observations need, over lanes, [E] each."""
 
     batch: Floats
     prefill: Floats
@@ -24,7 +24,7 @@ class BatchedLoadView:
 
 @dataclass(frozen=True)
 class BatchedStepReport:
-    """What a step did, over lanes: the part of `StepReport` that observations are made of."""
+    """The part of `StepReport` that costs and observations need, over lanes."""
 
     loads: BatchedLoadView
     budget: Floats  # [E]

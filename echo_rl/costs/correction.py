@@ -1,4 +1,4 @@
-"""How fast the machine really is: corrections of a cost profile by what steps took.
+"""Corrections of a cost profile by what steps really took.
 
 A profile that was measured in another hour or on another machine is wrong in level and in shape: where
 arithmetic is slower than it says but memory isn't, large passes cost twice what it predicts and small ones
@@ -46,7 +46,7 @@ _RELAPSE = FORGOTTEN * PRIOR
 
 
 def basis(rows: ArrayLike) -> Floats:
-    """[..., OCTAVES] what each knot of a curve says about passes of so many rows."""
+    """[..., OCTAVES] the weight of each knot of a curve for passes of so many rows (linear interpolation)."""
     place = np.log2(np.clip(np.asarray(rows, dtype=float), 1.0, 2.0 ** (OCTAVES - 1)))
     weights: Floats = np.maximum(0.0, 1.0 - np.abs(place[..., None] - np.arange(OCTAVES)))
     return weights
@@ -69,14 +69,14 @@ class CorrectionCurve:
         factors: Floats = np.exp(weights @ self._logs)
         return factors
 
-    def doubts(self, weights: Floats, rows: float) -> Floats:
+    def uncertainty(self, weights: Floats, rows: float) -> Floats:
         """[...] standard deviation of log `factors` against that of a pass of `rows` rows."""
         apart = weights - basis(rows)
-        doubts: Floats = np.sqrt(np.maximum(0.0, np.einsum("...i,...i", apart @ self._covariance, apart)))
-        return doubts
+        deviations: Floats = np.sqrt(np.maximum(0.0, np.einsum("...i,...i", apart @ self._covariance, apart)))
+        return deviations
 
     def factor(self, rows: float) -> float:
-        """`factors` of one pass, for little."""
+        """`factors` of one pass, without arrays."""
         return math.exp(_between(self._logs, *_place(rows)))
 
     def follow(self, rows: float, ratio: float) -> None:
@@ -139,7 +139,7 @@ class CostCorrector:
 
 
 def _follow(average: float, ratio: float) -> float:
-    """Geometric running average."""
+    """The geometric running average after a measurement; one that isn't positive changes nothing."""
     if not ratio > 0.0:
         return average
     return average * math.exp(RATE * max(-STEP, min(STEP, math.log(ratio / average))))

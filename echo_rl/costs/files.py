@@ -1,4 +1,4 @@
-"""Where calibrations lie, this machine's own and those that ship; reading and writing their versioned records."""
+"""Finds calibration files, this machine's own and those that ship; reads and writes their versioned records."""
 
 from __future__ import annotations
 

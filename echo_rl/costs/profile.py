@@ -1,4 +1,4 @@
-"""What a step costs on one machine: a measured surface, interpolated.
+"""The cost of a step on one machine: a measured surface, interpolated.
 
 Pure data and arithmetic: it knows nothing of tensors, models or how the numbers were measured
 (`echo_rl.calibrate.cost` measures them). Times are seconds, contexts are committed tokens a request.
@@ -76,7 +76,7 @@ class CostProfile:
     provenance: str = ""
     modelled: bool = field(default=False, repr=False)
     """Worked out from published figures (`costs.roofline`), not measured; `device` and `provenance` say so too. Not
-    in the repr: ledgers digest that, and what was begun before there was a label goes on."""
+    in the repr: resumable result files hold its digest, and those begun before there was a label can go on."""
 
     def __post_init__(self) -> None:
         check_surface("verify", self.verify, (self.batches, self.rows, self.contexts))
@@ -127,7 +127,7 @@ class CostProfile:
         return verify + self.draft_seconds(batch, width, depth) if nodes else verify
 
     def overhead_seconds(self, batch: int, nodes: int = 0, speculative: bool = False) -> float:
-        """What a step spends outside drafting and verifying."""
+        """Seconds that a step spends outside drafting and verifying."""
         extra = self.spec_overhead + self.node_overhead * nodes if speculative else 0.0
         return self.step_overhead + self.request_overhead * batch + extra
 

@@ -93,7 +93,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
     | 23-28 | predicted time of a step with .5, 1, 3, 7, 15, 31 nodes a request over a plain one, log2 / 4 | -1 | 2 |
     | 29 | predicted time of one drafted level over a plain step | 0 | 2 |
 
-    Times are predicted by the cost profile, corrected by what steps of all sizes have taken so far (`pace.Pace`).
+    Times are predicted by the cost profile, corrected by what steps of all sizes have taken so far (`CostCorrector`).
 
     ## Reward
     By default `tokens / batch - speedup * seconds / plain`: the step's tokens a request less what the same time

@@ -1,1 +1,1 @@
-"""What every room may use: files replaced whole, stores that are resumed, statistics, plotting."""
+"""Helpers that every package may use: files replaced whole, stores that are resumed, statistics, plotting."""

@@ -27,8 +27,8 @@ def cache_root() -> Path:
 
 def shipped_checkpoints() -> Path:
     """``$ECHO_RL_CHECKPOINTS``, or the `checkpoints` of the source tree, or the installed ones without one."""
-    if told := os.environ.get("ECHO_RL_CHECKPOINTS"):
-        return Path(told)
+    if folder := os.environ.get("ECHO_RL_CHECKPOINTS"):
+        return Path(folder)
     source = Path(__file__).resolve().parents[2] / "checkpoints"
     return source if source.is_dir() else Path(sysconfig.get_path("data"), "share", "echo-rl", "checkpoints")
 

@@ -1,4 +1,4 @@
-"""What timings depend on: the machine that they were taken on."""
+"""Describes the machine that timings were taken on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def machine(**more: str) -> dict[str, str]:
-    """What timings depend on: the processor and what the caller adds (device, dtype, torch version)."""
+    """Everything that timings depend on: the processor and what the caller adds (device, dtype, torch version)."""
     return {"cpu": _cpu_name(), "cores": str(os.cpu_count()), "python": platform.python_version(), **more}
 
 

@@ -1,4 +1,4 @@
-"""How every picture looks. Colours are Okabe and Ito's, told apart by every kind of colour vision."""
+"""The style of every plot. Colours are Okabe and Ito's, distinct under every kind of colour vision."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from echo_rl.utils.ledger import read_lines
 
 
 class Storable(Protocol):
-    """What a finished unit leaves behind."""
+    """A record that a finished unit leaves behind."""
 
     def to_json(self) -> dict[str, Any]: ...
 

@@ -24,57 +24,57 @@ def report_of(verified, batch=8, times=PhaseTimes()):  # noqa: B008 - frozen
 
 def test_drafting_the_rest_and_the_whole_machine_are_told_apart():
     profile = hinge_profile()
-    pace = CostCorrector(profile)
+    corrector = CostCorrector(profile)
     slow = PhaseTimes(
         draft=3 * profile.draft_seconds(8, 3, 3),
         verify=2 * profile.verify_seconds(8, 8 + 24, 128.0),
         commit=1.5 * profile.overhead_seconds(8, 24, True),
     )
     for _ in range(400):
-        pace.observe(report_of(24, times=slow))
-    assert pace.draft == pytest.approx(3.0, rel=0.01)
-    assert pace.verify.factor(32) == pytest.approx(2.0, rel=0.01)
-    assert pace.verify.factor(8) == pytest.approx(2.0, rel=0.1)  # a slow machine is slow for everyone
-    assert pace.rest[False] == 1.0  # no plain step was seen
-    assert pace.rest[True] == pytest.approx(1.5, rel=0.01)
+        corrector.observe(report_of(24, times=slow))
+    assert corrector.draft == pytest.approx(3.0, rel=0.01)
+    assert corrector.verify.factor(32) == pytest.approx(2.0, rel=0.01)
+    assert corrector.verify.factor(8) == pytest.approx(2.0, rel=0.1)  # a slow machine is slow for everyone
+    assert corrector.rest[False] == 1.0  # no plain step was seen
+    assert corrector.rest[True] == pytest.approx(1.5, rel=0.01)
 
 
 def test_drafting_that_catches_up_on_prompts_or_plain_steps_is_not_counted():
     profile = hinge_profile()
-    pace, drafting = CostCorrector(profile), profile.draft_seconds(8, 3, 3)
+    corrector, drafting = CostCorrector(profile), profile.draft_seconds(8, 3, 3)
     prompt = replace(report_of(24), load=replace(report_of(24).load, prefill_tokens=64))
     prompts_alone = replace(prompt, load=replace(prompt.load, batch_size=0), plan=SpecPlan(0))
     for before in (prompt, prompts_alone, report_of(0)):
-        pace.observe(before)
-        pace.observe(report_of(24, times=PhaseTimes(draft=9 * drafting)))
-        assert pace.draft == 1.0
-        pace.observe(report_of(24, times=PhaseTimes(draft=drafting)))
-        assert pace.draft == pytest.approx(1.0)
+        corrector.observe(before)
+        corrector.observe(report_of(24, times=PhaseTimes(draft=9 * drafting)))
+        assert corrector.draft == 1.0
+        corrector.observe(report_of(24, times=PhaseTimes(draft=drafting)))
+        assert corrector.draft == pytest.approx(1.0)
 
 
 def test_requests_that_refuse_speculation_are_rows_of_the_pass():
     profile = hinge_profile()
-    pace, report = CostCorrector(profile), report_of(24)
+    corrector, report = CostCorrector(profile), report_of(24)
     times = PhaseTimes(verify=profile.verify_seconds(32, 32 + 24, 128.0))
-    pace.observe(replace(report, load=replace(report.load, plain=24), times=times))
-    assert pace.verify.factor(56) == pytest.approx(1.0)
+    corrector.observe(replace(report, load=replace(report.load, plain=24), times=times))
+    assert corrector.verify.factor(56) == pytest.approx(1.0)
 
 
 def test_a_misjudged_plain_pass_is_learned_at_the_switch():
     """Speculative passes take twice the prediction, plain ones 1.4 times."""
     profile = hinge_profile()
-    pace = CostCorrector(profile)
+    corrector = CostCorrector(profile)
     speculative = PhaseTimes(verify=2.0 * profile.verify_seconds(8, 40, 128.0))
     plain = PhaseTimes(verify=1.4 * profile.ar_seconds(8, 128.0))
     for _ in range(4):
         for _ in range(60):
-            pace.observe(report_of(32, times=speculative))
-        pace.observe(report_of(0, times=plain))
-    assert pace.verify.factor(40) == pytest.approx(2.0, rel=0.03)
-    assert pace.verify.factor(8) == pytest.approx(1.4, rel=0.05)
+            corrector.observe(report_of(32, times=speculative))
+        corrector.observe(report_of(0, times=plain))
+    assert corrector.verify.factor(40) == pytest.approx(2.0, rel=0.03)
+    assert corrector.verify.factor(8) == pytest.approx(1.4, rel=0.05)
     for _ in range(200):  # off for good: the contrast stays, although plain steps alone cannot show it
-        pace.observe(report_of(0, times=plain))
-    assert pace.verify.factor(40) / pace.verify.factor(8) == pytest.approx(2.0 / 1.4, rel=0.05)
+        corrector.observe(report_of(0, times=plain))
+    assert corrector.verify.factor(40) / corrector.verify.factor(8) == pytest.approx(2.0 / 1.4, rel=0.05)
 
 
 def test_what_lies_between_two_measured_sizes_lies_between_their_factors():
@@ -107,19 +107,19 @@ def test_one_preempted_pass_changes_little():
 
 
 def test_the_backlog_of_a_drafter_that_was_off_is_not_its_pace():
-    pace = CostCorrector(hinge_profile())
-    pace.observe(report_of(0, times=PhaseTimes(verify=0.01)))
-    pace.observe(report_of(8, times=PhaseTimes(draft=9.0, verify=0.01)))
-    assert pace.draft == 1.0
+    corrector = CostCorrector(hinge_profile())
+    corrector.observe(report_of(0, times=PhaseTimes(verify=0.01)))
+    corrector.observe(report_of(8, times=PhaseTimes(draft=9.0, verify=0.01)))
+    assert corrector.draft == 1.0
 
 
 def test_steps_that_prefill_or_measure_nothing_teach_nothing():
-    pace = CostCorrector(hinge_profile())
+    corrector = CostCorrector(hinge_profile())
     report = report_of(8, times=PhaseTimes(verify=5.0))
-    pace.observe(replace(report, load=replace(report.load, prefill_tokens=64)))
+    corrector.observe(replace(report, load=replace(report.load, prefill_tokens=64)))
     for ratio in (0.0, -1.0, math.nan, math.inf):
-        pace.verify.follow(8, ratio)
-    assert pace.verify.factor(8) == 1.0
+        corrector.verify.follow(8, ratio)
+    assert corrector.verify.factor(8) == 1.0
 
 
 @given(st.lists(st.tuples(st.integers(1, 20_000), st.floats(1e-4, 1e4)), max_size=60))

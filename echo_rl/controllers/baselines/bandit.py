@@ -58,7 +58,7 @@ class BanditOptions:
 
 @dataclass
 class _Choice:
-    """The arm in use, since when, and what it cost."""
+    """The arm in use, the steps since it was chosen, and what they cost."""
 
     octave: int
     arm: int
@@ -71,15 +71,15 @@ class _Choice:
 
 @dataclass
 class _Context:
-    """What one batch octave's choices taught. Losses are seconds a token of one request."""
+    """The statistics of one batch octave's choices. Losses are seconds a token of one request."""
 
     arms: int
     pulls: list[float] = field(init=False)
-    """Fading counts."""
+    """Fading counts of choices by arm."""
     losses: list[float] = field(init=False)
-    """Running means."""
+    """Running mean losses by arm."""
     regret: list[float] = field(init=False)
-    """EXP3's fading sums of importance-weighted losses."""
+    """EXP3's fading sums of importance-weighted losses by arm."""
 
     def __post_init__(self) -> None:
         self.pulls, self.losses, self.regret = ([0.0] * self.arms for _ in range(3))
@@ -164,7 +164,7 @@ class Bandit(BaseController):
         return min(range(context.arms), key=bounds.__getitem__)
 
     def _chances(self, context: _Context) -> list[float]:
-        """EXP3: exponential in the summed losses, mixed with uniform choices."""
+        """EXP3's probabilities: exponential in the summed losses, mixed with uniform choices."""
         arms, explore = context.arms, self.options.explore
         rate = math.sqrt(2.0 * math.log(arms) / (arms * self.options.memory))
         least = min(context.regret)

@@ -127,7 +127,7 @@ class _Ladder:
             self._move()
 
     def _move(self) -> None:
-        """To ``round(average) + 1``, held back by the hysteresis."""
+        """Move to ``round(average) + 1``, held back by the hysteresis."""
         options, rungs, before = self._options, self._rungs, self._place
         while self._place and self._average <= self._edge(rungs[self._place - 1]) + options.down:
             self._place -= 1
@@ -155,7 +155,7 @@ class SglangAdaptive(BaseController):
         self.options = options
         self._starts = [start for start, _ in options.ladders]
         self._ladders = [_Ladder(rungs, options) for _, rungs in options.ladders]
-        self._ledger = ProbeBudget(options.probe_share, options.probe_period)
+        self._probe_budget = ProbeBudget(options.probe_share, options.probe_period)
         self._probing = False
         self._excess = 0.0  # seconds that the last probe took longer than plain steps
         self._plain: dict[int, float] = {}  # batch octave -> seconds of a plain step without prompts, running
@@ -163,7 +163,7 @@ class SglangAdaptive(BaseController):
     def propose(self, load: LoadView) -> SpecPlan:
         ladder = self._ladder(load)
         steps = ladder.steps
-        self._probing = not steps and not load.prefill_tokens and self._ledger.affords(self._excess)
+        self._probing = not steps and not load.prefill_tokens and self._probe_budget.affords(self._excess)
         steps = min(ladder.shortest if self._probing else steps, load.max_nodes)
         return SpecPlan(steps * load.batch_size, steps, 1) if steps else AUTOREGRESSIVE
 
@@ -172,7 +172,7 @@ class SglangAdaptive(BaseController):
         if not batch:
             return
         if not report.plan.speculates:
-            self._ledger.plain(seconds)
+            self._probe_budget.plain(seconds)
             if not report.load.prefill_tokens:
                 octave = batch.bit_length()
                 self._plain[octave] = 0.9 * self._plain.get(octave, seconds) + 0.1 * seconds
@@ -180,7 +180,7 @@ class SglangAdaptive(BaseController):
         self._ladder(report.load).accepted(report.accepted / batch, self._probing)
         if self._probing:
             self._excess = max(0.0, seconds - self._plain.get(batch.bit_length(), 0.0))
-            self._ledger.spent(self._excess)
+            self._probe_budget.spent(self._excess)
 
     def _ladder(self, load: LoadView) -> _Ladder:
         return self._ladders[bisect_right(self._starts, load.batch_size) - 1]

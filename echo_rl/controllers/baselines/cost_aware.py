@@ -1,6 +1,6 @@
 """Trees whose growth and size follow what the machine charges for them: SMART, CAST, EVICT.
 
-All read the machine's `CostProfile`. Where a paper looks at one request, the batch's cost of giving
+All read the machine's `CostProfile`. Where a paper considers one request, the batch's cost of giving
 every request as many nodes stands in for its cost. Where a rule compares one node's benefit with its
 marginal cost, the run of nodes up to the best total is taken instead: for falling benefits and
 rising costs that is the same set, and one step of a measured curve does not end it.
@@ -47,16 +47,16 @@ class Costs:
     """Seconds of a step at one load."""
 
     plain: float
-    """A whole step of plain decoding."""
+    """Seconds of a whole step of plain decoding."""
     verify: Tensor
-    """[N + 1] float32: a speculative step without its drafting, by drafted nodes verified over the batch."""
+    """[N + 1] float32 seconds of a speculative step without its drafting, by drafted nodes verified over the batch."""
     each: Tensor
     """[total + 1] the same over `plain`, by nodes that every request has verified."""
     draft: tuple[float, ...]
-    """Drafting, by levels drafted from 0 on."""
+    """Seconds of drafting, by levels drafted from 0 on."""
 
     def level(self, depth: int) -> float:
-        """Drafting level `depth` (0 = the root's children) on top of those above it."""
+        """Seconds of drafting level `depth` (0 = the root's children) on top of those above it."""
         return self.draft[depth + 1] - self.draft[depth]
 
 
@@ -177,7 +177,7 @@ class Smart(CostAware):
         return likeliest(forest, k, self._node_cap)
 
     def _best_run(self, ranked: Tensor, levels: int, share: float) -> tuple[int, float]:
-        """How many of the ranked nodes to add for the highest speed-up, and the tokens then expected."""
+        """The number of ranked nodes to add for the highest speed-up, and the tokens then expected."""
         tokens = _running(ranked, self._tokens)
         verify = self._costs.verify[self._nodes : self._nodes + len(tokens)].to(tokens.device)
         seconds = verify + self._costs.draft[levels]
@@ -254,7 +254,7 @@ class Cast(CostAware):
         return frontier.alive & pays & (kept[:, 0] > 0) & (self._nodes < most)
 
     def select(self, forest: Forest, plan: SpecPlan) -> Selection:
-        """Of the kept candidates, each request's likeliest while they pay by C3; a last level is kept whole."""
+        """Select each request's likeliest kept candidates while they pay by C3; a last level is kept whole."""
         scores = existing(forest.scores)
         unasked = int(forest.depths[-1]) + 1 - len(self._floors)
         open_to_all = scores.new_full((forest.batch_size,), MISSING)

@@ -1,7 +1,7 @@
 """Trees that a request's own confidence shapes: EAGLE-2, Dynamic Depth Decoding, TALON, OPT-Tree.
 
 Each is EAGLE's tree (`fixed.Eagle3`: expand the likeliest `top_k` of a level, pool their children,
-verify the best `total`) with one more rule. They look at one request at a time and know nothing of
+verify the best `total`) with one more rule. They consider one request at a time and know nothing of
 load, batch or cost. The runtime expands `top_k` nodes of every request that still drafts, so a rule
 that would expand fewer is applied to which nodes are verified and to when drafting stops.
 
@@ -65,7 +65,7 @@ class DddOptions(TreeOptions):
     tau: float = -1.0
     """Least log of the beam's summed path probability; to be calibrated, the drafter decides what is low."""
     checks: tuple[int, ...] = (5, 7, 9)
-    """Levels drafted (from 1) after which the beam is looked at."""
+    """Levels drafted (from 1) after which the beam is checked."""
     TUNABLE: ClassVar[Values] = {
         "tau": (-1.5, -1.0, -0.5),
         "total": (3, 7, 15, 59),

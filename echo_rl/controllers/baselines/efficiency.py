@@ -1,7 +1,7 @@
 """Expected tokens a second: what the rules that weigh a step's yield against its time have in common.
 
 The time of a step is the machine's profile scaled by what steps really took (`StepClock`), its yield
-the drafter's own confidence corrected by what was accepted (`YieldCurve`). `Switch` decides whether to
+the drafter's own confidence corrected by what was accepted (`YieldCurve`). `DraftingSwitch` decides whether to
 draft at all, and pays for rare probes while that does not pay.
 
 Shapes: B requests, M forest nodes a request, N ranked nodes of the whole batch.
@@ -36,16 +36,16 @@ FAR = 1_000_000
 
 @dataclass(frozen=True)
 class CostedOptions:
-    """What every rule of this kind can be told. The papers state none of these numbers."""
+    """The options of every rule of this kind. The papers state none of these numbers."""
 
     profile: CostProfile | str | Path | None = None
     """The machine's costs, or their file; None takes this machine's own, else the packaged one."""
     horizon: float = 128.0
     """Requests served over which acceptance is averaged."""
     probe_share: float = 0.005
-    """Share of plain decoding time that looking at the drafter may cost, see `ProbeBudget`."""
+    """Share of plain decoding time that probing the drafter may cost, see `ProbeBudget`."""
     probe_period: int = 64
-    """Fewest plain steps between two looks."""
+    """Fewest plain steps between two probes."""
 
     def __post_init__(self) -> None:
         if not self.horizon > 0 or self.probe_period < 1 or not 0 <= self.probe_share < 1:
@@ -61,7 +61,7 @@ class StepClock:
     def __init__(self, profile: CostProfile | str | Path | None) -> None:
         self.profile = CostProfile.of(profile)
         self._arrays = BatchedCostProfile(self.profile)
-        self._pace = CostCorrector(self.profile)
+        self._corrector = CostCorrector(self.profile)
         rows = self.profile.rows
         self._knots = (*rows, rows[-1] + FAR)  # of the verify pass's seconds by its rows
         self._weights = basis(self._knots)
@@ -69,26 +69,27 @@ class StepClock:
         self._curve: Floats = np.empty(0)  # seconds at the knots
 
     def plain(self, load: LoadView) -> float:
-        """A step that does not speculate."""
-        batch, pace = load.batch_size, self._pace
-        verify = self.profile.ar_seconds(batch, load.mean_context) * pace.verify.factor(batch)
-        return verify + self.profile.overhead_seconds(batch) * pace.rest[False]
+        """Seconds of a step that does not speculate."""
+        batch, corrector = load.batch_size, self._corrector
+        verify = self.profile.ar_seconds(batch, load.mean_context) * corrector.verify.factor(batch)
+        return verify + self.profile.overhead_seconds(batch) * corrector.rest[False]
 
     def speculative(self, load: LoadView, nodes: Floats, width: int, depth: Floats | float) -> Floats:
-        """Steps that draft `depth` levels and verify `nodes` over the batch, drafting included; arrays broadcast."""
-        batch, pace, profile = load.batch_size, self._pace, self.profile
+        """Seconds of steps that draft `depth` levels and verify `nodes` over the batch; arrays broadcast."""
+        batch, corrector, profile = load.batch_size, self._corrector, self.profile
         at = (batch, load.mean_context)
         if self._at != at:
             self._at, self._curve = at, np.array(profile.verify_each(batch, self._knots, load.mean_context))
-        verify = np.interp(batch + nodes, self._knots, self._curve * pace.verify.factors(self._weights))
-        rest = (profile.overhead_seconds(batch, 0, True) + profile.node_overhead * nodes) * pace.rest[True]
-        seconds: Floats = verify + rest + self._drafting(batch, width, depth) * pace.draft
+        verify = np.interp(batch + nodes, self._knots, self._curve * corrector.verify.factors(self._weights))
+        rest = (profile.overhead_seconds(batch, 0, True) + profile.node_overhead * nodes) * corrector.rest[True]
+        seconds: Floats = verify + rest + self._drafting(batch, width, depth) * corrector.draft
         return seconds
 
     def level(self, alive: Floats, width: int, depth: int) -> Floats:
-        """Drafting level `depth` (0 = the root's children) for so many requests, on top of the levels above it."""
+        """Seconds of drafting level `depth` (0 = the root's children) for `alive` requests, on top of those above
+        it."""
         arrays = self._arrays
-        return (arrays.draft(alive, width, depth + 1) - arrays.draft(alive, width, depth)) * self._pace.draft
+        return (arrays.draft(alive, width, depth + 1) - arrays.draft(alive, width, depth)) * self._corrector.draft
 
     def _drafting(self, batch: int, width: int, depth: Floats | float) -> Floats | float:
         draft = self.profile.draft_seconds
@@ -97,48 +98,48 @@ class StepClock:
         return np.array([draft(batch, width, int(levels)) for levels in depth.flat]).reshape(depth.shape)
 
     def draft(self, load: LoadView, width: int, depth: int) -> float:
-        """Drafting `depth` levels."""
-        return self.profile.draft_seconds(load.batch_size, width, depth) * self._pace.draft
+        """Seconds of drafting `depth` levels."""
+        return self.profile.draft_seconds(load.batch_size, width, depth) * self._corrector.draft
 
     def observe(self, report: StepReport) -> None:
         levels = len(report.drafting)
         if 0 < levels < report.plan.max_depth:  # drafting that stopped early is timed as what it was
             report = replace(report, plan=replace(report.plan, max_depth=levels))
-        self._pace.observe(report)
+        self._corrector.observe(report)
 
 
-class Switch:
-    """Whether a step drafts: while it pays, and as a rare probe while it does not."""
+class DraftingSwitch:
+    """Decides whether a step drafts: while it pays, and as a rare probe while it does not."""
 
     def __init__(self, clock: StepClock, options: CostedOptions) -> None:
         self._clock = clock
-        self._ledger = ProbeBudget(options.probe_share, options.probe_period)
+        self._probe_budget = ProbeBudget(options.probe_share, options.probe_period)
         self.probing = False
-        """The step in progress is a probe."""
+        """True while the step in progress is a probe."""
 
     def open(self, load: LoadView, pays: bool, excess: float) -> bool:
-        """`excess`: predicted seconds that drafting makes the step longer."""
-        self.probing = not pays and not load.prefill_tokens and self._ledger.affords(max(0.0, excess))
+        """True where this step drafts; `excess` is the predicted seconds that drafting makes it longer."""
+        self.probing = not pays and not load.prefill_tokens and self._probe_budget.affords(max(0.0, excess))
         return pays or self.probing
 
     def observe(self, report: StepReport) -> None:
-        ledger, load, plan = self._ledger, report.load, report.plan
+        probes, load, plan = self._probe_budget, report.load, report.plan
         if not load.batch_size:  # it read prompts alone
             return
         if not plan.speculates:
-            ledger.plain(report.times.total)
+            probes.plain(report.times.total)
             return
-        if ledger.steps:
+        if probes.steps:
             usual = self._clock.draft(load, plan.width, max(1, len(report.drafting) or plan.max_depth))
-            ledger.backlog = max(0.0, report.times.draft - usual) / ledger.steps
+            probes.backlog = max(0.0, report.times.draft - usual) / probes.steps
         if self.probing:
-            ledger.spent(report.times.total - self._clock.plain(load))
+            probes.spent(report.times.total - self._clock.plain(load))
         else:
-            ledger.restart()
+            probes.restart()
 
 
-class Memory:
-    """How much a new measurement weighs: the more requests were served since the last, the more.
+class MeasurementWeight:
+    """The weight of a new measurement: the more requests were served since the last, the more it weighs.
 
     So a probe after a long spell of plain decoding counts for more than a step among many.
     """
@@ -158,19 +159,19 @@ class Memory:
         return min(self.MOST, 1.0 - math.exp(-served / self._horizon))
 
 
-class Acceptance:
-    """Running chance that a token is accepted when the one before it was."""
+class AcceptanceRate:
+    """The running chance that a token is accepted when the one before it was."""
 
     def __init__(self, horizon: float) -> None:
-        self._memory = Memory(horizon)
+        self._weight = MeasurementWeight(horizon)
         self.chance = REFERENCE_HIT
 
     def observe(self, report: StepReport) -> None:
-        self._memory.passed(report)
+        self._weight.passed(report)
         reached = sum(report.reached_by_depth)
         if reached:
             measured = sum(report.accepted_by_depth) / reached
-            self.chance += self._memory.weight() * (measured - self.chance)
+            self.chance += self._weight.weight() * (measured - self.chance)
 
 
 class YieldCurve:
@@ -185,7 +186,7 @@ class YieldCurve:
     NODES = np.array([*np.arange(0.25, 8.25, 0.25), 10.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0])
 
     def __init__(self, horizon: float) -> None:
-        self._memory = Memory(horizon)
+        self._weight = MeasurementWeight(horizon)
         chain = np.cumsum(REFERENCE_HIT ** np.arange(1, MOST_LEVELS + 1))
         self._gains: Floats = np.interp(self.NODES, np.arange(MOST_LEVELS + 1), np.append(0.0, chain))
         self._reach: Floats = chain  # [MOST_LEVELS] what all nodes of the first 1, 2, ... levels are worth
@@ -206,8 +207,8 @@ class YieldCurve:
         bound = self._reach[np.asarray(depths) - 1][:, None]
         return np.minimum(np.minimum(self._gains, bound) * self.correction, self.NODES)
 
-    def look(self, running: Floats, levels: Floats, batch: int, picked: int) -> None:
-        """A drafted forest.
+    def observe_forest(self, running: Floats, levels: Floats, batch: int, picked: int) -> None:
+        """Note the forest that was drafted in this step.
 
         `running` [N + 1]: summed probability of the likeliest 0, 1, ... nodes, of which `picked` are
         verified. `levels` [D]: summed probability of each level.
@@ -217,10 +218,10 @@ class YieldCurve:
         self._seen, self._picked = (gains, reach), float(running[picked])
 
     def observe(self, report: StepReport) -> None:
-        self._memory.passed(report)
+        self._weight.passed(report)
         if self._seen is None:
             return
-        weight, batch = self._memory.weight(), report.load.batch_size
+        weight, batch = self._weight.weight(), report.load.batch_size
         gains, reach = self._seen
         self._gains, self._reach = (
             self._gains + weight * (gains - self._gains),
@@ -247,7 +248,7 @@ class Efficient(BaseController):
         self.clock = StepClock(options.profile)
         self.materials = (self.clock.profile,)
         self.curve = YieldCurve(options.horizon)
-        self._switch = Switch(self.clock, options)
+        self._switch = DraftingSwitch(self.clock, options)
         self._depths: Sequence[int] = (depth,)  # levels that a step may end up drafting
         self._gates: Gates = ()
         self._load = LoadView(0, 0, 0, 0.0, 0.0, 0)
@@ -284,7 +285,7 @@ class Efficient(BaseController):
         tokens = forest.batch_size + self.trust * running
         k = int(self.rates(tokens, seconds).argmax())
         levels = np.bincount(forest.depths.cpu().numpy(), weights=probs.sum(0).cpu().numpy()).astype(np.float64)
-        self.curve.look(running, levels, forest.batch_size, k)
+        self.curve.observe_forest(running, levels, forest.batch_size, k)
         return likeliest(forest, k, self._node_cap)
 
     def observe(self, report: StepReport) -> None:

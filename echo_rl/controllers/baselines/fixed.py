@@ -18,7 +18,7 @@ from echo_rl.errors import ConfigError
 Path = tuple[int, ...]
 
 EAGLE1_TREE: tuple[Path, ...] = likeliest_tree(nodes=25, depth=5)
-"""The size and depth of EAGLE-1's default tree: 25 nodes in 5 levels, placed by the rank model."""
+"""A tree of the size and depth of EAGLE-1's default one: 25 nodes in 5 levels, placed by the rank model."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Static(BaseController):
 
 
 def path_ids(forest: Forest, transitions: Tensor) -> Tensor:
-    """[B, M] int64: which path of the topology a node is, 0 for none. Walks the levels, root first."""
+    """[B, M] int64: the path of the topology that a node is, 0 for none. Walks the levels, root first."""
     ranks = child_ranks(forest)
     inside = (ranks < transitions.shape[1]) & forest.exists
     ranks = ranks.clamp(max=transitions.shape[1] - 1)

@@ -20,11 +20,11 @@ from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.baselines.dynamic import Values, every_level, probabilities
 from echo_rl.controllers.baselines.efficiency import (
     MOST_LEVELS,
-    Acceptance,
+    AcceptanceRate,
     CostedOptions,
+    DraftingSwitch,
     Efficient,
     StepClock,
-    Switch,
     running_sum,
 )
 from echo_rl.costs.batched_profile import Floats
@@ -57,8 +57,8 @@ class TurboSpec(BaseController):
         self.options = options
         self.clock = StepClock(options.profile)
         self.materials = (self.clock.profile,)
-        self.acceptance = Acceptance(options.horizon)
-        self._switch = Switch(self.clock, options)
+        self.acceptance = AcceptanceRate(options.horizon)
+        self._switch = DraftingSwitch(self.clock, options)
 
     def propose(self, load: LoadView) -> SpecPlan:
         batch, plain = load.batch_size, self.clock.plain(load)
@@ -111,7 +111,7 @@ class AdaSpec(Efficient):
     def __init__(self, options: AdaSpecOptions) -> None:
         super().__init__(options, options.depth, options.width)
         self.options = options
-        self.acceptance = Acceptance(options.horizon)
+        self.acceptance = AcceptanceRate(options.horizon)
         self._gates, self._depths = every_level(options.depth), range(1, options.depth + 1)
         self._bound: float | None = None
         self._drafted: list[Tensor] = []  # per level of the step in progress, its nodes' probabilities
@@ -136,7 +136,7 @@ class AdaSpec(Efficient):
         return frontier.alive & (best >= best.topk(going).values[-1])
 
     def _worth_extending(self, best: Tensor, depth: int, plan: SpecPlan) -> int:
-        """How many requests should draft another level."""
+        """The number of requests that should draft another level."""
         held = running_sum(torch.cat(self._drafted), plan.budget)
         ahead = running_sum(best, len(best))  # [A + 1]
         seconds = self.clock.speculative(

@@ -1,4 +1,4 @@
-"""What a budget is expected to yield: accepted nodes a request as a function of the tree's size and depth.
+"""Estimates what a budget yields: accepted nodes a request as a function of the tree's size and depth.
 
 One scalar, the drafter's *skill* (how often its first choice is right), is fitted to everything
 observed lately, and the yield at each depth is then corrected by what that depth really gave. So a

@@ -1,7 +1,7 @@
 """ECHO: sparse gates, a batch-wide node budget under the knee, and the freed budget moved where it pays.
 
 Source: ECHO (arXiv 2604.09603). Three decisions: `plan` sets the step's budget and shape
-(`planner`), `extend` stops hopeless requests at the sparse gates, `select` spends the budget.
+(`planner`), `extend` stops unlikely requests at the sparse gates, `select` spends the budget.
 
 How `select` realises the paper's two priorities. It verifies the likeliest nodes of the whole batch,
 by calibrated path probability. (1) *Depth extension*: a request that passed its gate has a likely

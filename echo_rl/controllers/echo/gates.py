@@ -1,6 +1,6 @@
-"""The gates of a drafter: where along a path to check its confidence, and what confidence to ask for.
+"""The gates of a drafter: the depths at which its confidence is checked, and the confidence asked for.
 
-A record and its file format; `echo_rl.calibrate.gates` measures one. A gate at depth d (0 = the
+Holds the record and its file format; `echo_rl.calibrate.gates` measures one. A gate at depth d (0 = the
 root's children) lets a request keep drafting iff its best path's probability is at least tau.
 """
 
@@ -58,9 +58,9 @@ class GateCalibration:
     chosen: tuple[int, ...]
     """The sparse depths: near the root, one mid, one deep."""
     score_power: tuple[float, ...] = ()
-    """At index d: the power that turns a path probability at depth d into a calibrated one.
+    """The power that turns a path probability at depth d into a calibrated one, at index d.
 
-    Empty: as drafted. Must not fall with depth, so that a child stays no likelier than its parent.
+    Empty takes probabilities as drafted. Must not fall with depth, so that a child stays no likelier than its parent.
     """
     provenance: str = ""
 

@@ -40,9 +40,9 @@ class Shape:
 
 
 PLAIN = Shape(0)
-MOST_MENUS = 1024
-"""Kept at a time."""
-HOPE = 1.0
+MOST_CACHED = 1024
+"""Most entries of a cache; a full one is emptied."""
+OPTIMISM = 1.0
 """Standard deviations by which an untried pass may be cheaper than its prediction."""
 
 
@@ -57,9 +57,9 @@ class PlannerOptions:
     horizon: float = 256.0
     """Requests over which acceptance is averaged."""
     probe_share: float = 0.01
-    """Share of the time that looking at the alternative may cost, see `ProbeBudget`."""
+    """Share of the time that trying the alternative may cost, see `ProbeBudget`."""
     probe_period: int = 64
-    """Fewest steps between two looks."""
+    """Fewest steps between two probes."""
 
     def __post_init__(self) -> None:
         if self.period < 1 or self.probe_period < 1 or not self.horizon > 0:
@@ -69,25 +69,25 @@ class PlannerOptions:
 
 
 @dataclass(frozen=True)
-class Choices:
+class CandidateShapes:
     """The shapes open to one batch size, with what they cost and would yield whatever the context."""
 
     shapes: tuple[Shape, ...]
-    places: dict[tuple[float, int, int], int]
-    """Of a shape by its nodes a request, depth and width."""
+    index: dict[tuple[float, int, int], int]
+    """A shape's place in `shapes`, by its nodes a request, depth and width."""
     draft: Floats  # [O] seconds
     rest: Floats  # [O] seconds outside the passes
     yields: Floats  # [S, O, D] see AcceptanceModel
 
 
 @dataclass(frozen=True)
-class Menu:
-    """The choices at one context, with what verifying them costs."""
+class PricedShapes:
+    """The candidates at one context, with what verifying them costs."""
 
-    choices: Choices
+    candidates: CandidateShapes
     plain: float  # seconds of a plain verify pass
     verify: Floats  # [O] seconds
-    curve: Floats  # [O, OCTAVES] see `pace.basis`
+    weights: Floats  # [O, OCTAVES] see `correction.basis`
 
 
 @dataclass(frozen=True)
@@ -118,16 +118,16 @@ class BudgetPlanner:
     def __init__(self, profile: CostProfile, options: PlannerOptions, pooled: bool = True) -> None:
         self._profile, self._options = profile, options
         self._acceptance = AcceptanceModel(options.horizon, pooled)
-        self._pace = CostCorrector(profile)
+        self._corrector = CostCorrector(profile)
         self._prompts = PromptShare()
-        self._ledger = ProbeBudget(options.probe_share, options.probe_period)
-        self._choices: dict[tuple[int, int, int], Choices] = {}
-        self._menus: dict[tuple[int, int, int, int], Menu] = {}
+        self._probe_budget = ProbeBudget(options.probe_share, options.probe_period)
+        self._candidates: dict[tuple[int, int, int], CandidateShapes] = {}
+        self._priced_shapes: dict[tuple[int, int, int, int], PricedShapes] = {}
         self._decisions: dict[tuple[int, int], Decision] = {}  # by requests that speculate, and that refuse to
         self._in_use = PLAIN
-        self._looking = False  # the step in progress is a probe or a check
+        self._probing = False  # the step in progress is a probe, of drafting or of plain decoding
         self._unread: list[StepReport] = []  # not yet learned from
-        self._looks = PlainProbe()
+        self._plain_probe = PlainProbe()
         self._step = 0
         every = [tree for nodes in LADDER for tree in affordable_trees(nodes)]
         self._acceptance.yields(every, batch=2)  # fills the caches, so that no step has to
@@ -141,36 +141,36 @@ class BudgetPlanner:
             decision = self._decisions[served] = self._decide(load)
         self._in_use = decision.shape
         if decision.shape.budget:
-            self._looking = self._worth_checking(load, decision)
-            return PLAIN if self._looking else decision.shape
-        self._looking = self._worth_probing(load, decision)
-        return decision.best if self._looking else PLAIN
+            self._probing = self._worth_probing_plain(load, decision)
+            return PLAIN if self._probing else decision.shape
+        self._probing = self._worth_probing_drafting(load, decision)
+        return decision.best if self._probing else PLAIN
 
     def observe(self, report: StepReport) -> None:
-        speculated, ledger = report.plan.speculates, self._ledger
+        speculated, probes = report.plan.speculates, self._probe_budget
         self._unread.append(report)
-        self._looks.observe(report, self._looking)
-        if self._looking:
+        self._plain_probe.observe(report, self._probing)
+        if self._probing:
             self._decisions.clear()
-        if self._looking or (speculated and ledger.steps) or len(self._unread) >= 2 * self._options.period:
+        if self._probing or (speculated and probes.steps) or len(self._unread) >= 2 * self._options.period:
             self._catch_up()
         if not report.load.batch_size:  # it read prompts alone
             return
-        if speculated and ledger.steps:
+        if speculated and probes.steps:
             drafting = self._profile.draft_seconds(report.load.batch_size, report.plan.width, report.plan.max_depth)
-            ledger.backlog = max(0.0, report.times.draft - drafting * self._pace.draft) / ledger.steps
-        if speculated and self._looking:
-            ledger.spent(report.times.total - self._plain_seconds(report.load))
+            probes.backlog = max(0.0, report.times.draft - drafting * self._corrector.draft) / probes.steps
+        if speculated and self._probing:
+            probes.spent(report.times.total - self._plain_seconds(report.load))
         elif speculated:
-            ledger.restart()
-        elif not self._looking:
-            ledger.plain(report.times.total)
-        self._looking = False
+            probes.restart()
+        elif not self._probing:
+            probes.plain(report.times.total)
+        self._probing = False
 
     def _catch_up(self) -> None:
         """Learn from the steps since the last decision. Nobody asks in between, and together they cost less."""
         for report in self._unread:
-            self._pace.observe(report)
+            self._corrector.observe(report)
             self._acceptance.observe(report)
             self._prompts.observe(report)
         self._unread.clear()
@@ -181,89 +181,90 @@ class BudgetPlanner:
 
     def _decide(self, load: LoadView) -> Decision:
         self._catch_up()
-        menu = self._menu(load)
-        shapes, previous = menu.choices.shapes, self._decisions.get((load.batch_size, load.plain))
+        priced = self._priced(load)
+        shapes, previous = priced.candidates.shapes, self._decisions.get((load.batch_size, load.plain))
         stands = min(self._options.period, 2 * previous.stands) if previous is not None else 1
         expires = self._step + stands
         if not shapes:
             return Decision(PLAIN, PLAIN, math.inf, 0.0, expires, stands)
         decoding, plain = load.decoding, self._plain_seconds(load)
-        accepted = self._acceptance.expected(menu.choices.yields) * load.batch_size
+        accepted = self._acceptance.expected(priced.candidates.yields) * load.batch_size
         tokens, read = accepted + decoding, accepted + load.batch_size
-        factors = self._pace.verify.factors(menu.curve)
-        seconds = self._seconds(menu, read, factors)
+        factors = self._corrector.verify.factors(priced.weights)
+        seconds = self._seconds(priced, read, factors)
         rates, off = tokens / seconds, decoding / plain
         in_use = previous.shape if previous is not None else self._in_use
-        incumbent = menu.choices.places.get((in_use.nodes, in_use.depth, in_use.width))
-        hopes = rates
-        if incumbent is not None:  # without hope a shape that the profile makes too dear would never be tried
-            doubts = self._pace.verify.doubts(menu.curve, decoding + shapes[incumbent].budget)
-            hopes = tokens / self._seconds(menu, read, factors * np.exp(-HOPE * doubts))
+        incumbent = priced.candidates.index.get((in_use.nodes, in_use.depth, in_use.width))
+        optimistic = rates
+        if incumbent is not None:  # without optimism a shape that the profile makes too dear would never be tried
+            uncertainty = self._corrector.verify.uncertainty(priced.weights, decoding + shapes[incumbent].budget)
+            optimistic = tokens / self._seconds(priced, read, factors * np.exp(-OPTIMISM * uncertainty))
         current = float(rates[incumbent]) if incumbent is not None else off
-        best = int(hopes.argmax())
+        best = int(optimistic.argmax())
         shape = shapes[best]
-        if hopes[best] <= max(off, current * (1.0 + self._options.margin)):  # not worth a move
+        if optimistic[best] <= max(off, current * (1.0 + self._options.margin)):  # not worth a move
             shape = shapes[incumbent] if incumbent is not None and current > off else PLAIN
         return Decision(shape, shapes[best], float(seconds[best]) - plain, float(rates[best]) / off, expires, stands)
 
-    def _seconds(self, menu: Menu, tokens: Floats, factors: Floats) -> Floats:
+    def _seconds(self, priced: PricedShapes, tokens: Floats, factors: Floats) -> Floats:
         """[O] a step of each shape, with its share of letting the drafter read the prompts.
 
         `tokens` [O] of the requests that speculate, `factors` [O]: what verifying takes over what the profile says.
         """
-        pace = self._pace
-        reading = tokens * self._prompts.ratio * self._profile.catch_up * pace.draft
-        passes = menu.verify * factors + menu.choices.draft * pace.draft
-        return passes + menu.choices.rest * pace.rest[True] + reading
+        corrector = self._corrector
+        reading = tokens * self._prompts.ratio * self._profile.catch_up * corrector.draft
+        passes = priced.verify * factors + priced.candidates.draft * corrector.draft
+        return passes + priced.candidates.rest * corrector.rest[True] + reading
 
     def _plain_seconds(self, load: LoadView) -> float:
-        rest = self._profile.overhead_seconds(load.decoding) * self._pace.rest[False]
-        return self._menu(load).plain * self._pace.verify.factor(load.decoding) + rest
+        rest = self._profile.overhead_seconds(load.decoding) * self._corrector.rest[False]
+        return self._priced(load).plain * self._corrector.verify.factor(load.decoding) + rest
 
-    def _worth_checking(self, load: LoadView, decision: Decision) -> bool:
-        """Whether a plain step is due: a loss of ``1 - 1 / speedup`` of a step, spread to stay within the share."""
+    def _worth_probing_plain(self, load: LoadView, decision: Decision) -> bool:
+        """True where a plain step is due: it loses ``1 - 1 / speedup`` of a step, spread to stay within the share."""
         options = self._options
         loss = max(0.0, 1.0 - 1.0 / decision.speedup)
         most = max(options.probe_period, loss / max(1e-9, options.probe_share))
-        return options.probe_share > 0 and self._looks.due(load, most)
+        return options.probe_share > 0 and self._plain_probe.due(load, most)
 
-    def _worth_probing(self, load: LoadView, decision: Decision) -> bool:
-        """Whether a probe is affordable and could change the decision.
+    def _worth_probing_drafting(self, load: LoadView, decision: Decision) -> bool:
+        """True where a probe is affordable and could change the decision.
 
         It could if a drafter with half the misses would pay; the longer ago the drafter was last
         seen, the less is known of it, so the misses are halved once more every 512 plain steps.
         """
-        if load.prefill_tokens or not decision.best.budget or not self._ledger.affords(decision.excess):
+        if load.prefill_tokens or not decision.best.budget or not self._probe_budget.affords(decision.excess):
             return False
         self._catch_up()
-        menu = self._menu(load)
-        hoped = self._acceptance.expected(menu.choices.yields, miss=0.5 ** (1.0 + self._ledger.steps / 512))
-        read = (hoped + 1.0) * load.batch_size
-        seconds = self._seconds(menu, read, self._pace.verify.factors(menu.curve))
+        priced = self._priced(load)
+        miss = 0.5 ** (1.0 + self._probe_budget.steps / 512)
+        accepted = self._acceptance.expected(priced.candidates.yields, miss)
+        read = (accepted + 1.0) * load.batch_size
+        seconds = self._seconds(priced, read, self._corrector.verify.factors(priced.weights))
         return bool(((read + load.plain) / seconds).max() > load.decoding / self._plain_seconds(load))
 
-    def _menu(self, load: LoadView) -> Menu:
+    def _priced(self, load: LoadView) -> PricedShapes:
         """The ladder cut at K_max and at the load's node limit; built once a batch and half octave of context."""
         key = (load.batch_size, load.plain, half_octave(load.mean_context), load.max_nodes)
-        if key not in self._menus:
-            if len(self._menus) >= MOST_MENUS:
-                self._menus.clear()
-            self._menus[key] = self._build_menu(load, context_of(key[2]))
-        return self._menus[key]
+        if key not in self._priced_shapes:
+            if len(self._priced_shapes) >= MOST_CACHED:
+                self._priced_shapes.clear()
+            self._priced_shapes[key] = self._price(load, context_of(key[2]))
+        return self._priced_shapes[key]
 
-    def _build_menu(self, load: LoadView, context: float) -> Menu:
+    def _price(self, load: LoadView, context: float) -> PricedShapes:
         batch, most = load.batch_size, min(self.knee(load), load.max_nodes * load.batch_size)
         key, decoding = (batch, load.plain, most), load.decoding
-        if key not in self._choices:
-            if len(self._choices) >= MOST_MENUS:
-                self._choices.clear()
-            self._choices[key] = self._build_choices(batch, load.plain, most)
-        choices = self._choices[key]
-        rows = [decoding, *(decoding + shape.budget for shape in choices.shapes)]
+        if key not in self._candidates:
+            if len(self._candidates) >= MOST_CACHED:
+                self._candidates.clear()
+            self._candidates[key] = self._build_candidates(batch, load.plain, most)
+        candidates = self._candidates[key]
+        rows = [decoding, *(decoding + shape.budget for shape in candidates.shapes)]
         plain, *verify = self._profile.verify_each(decoding, rows, context)
-        return Menu(choices, plain, np.array(verify), basis(rows[1:]))
+        return PricedShapes(candidates, plain, np.array(verify), basis(rows[1:]))
 
-    def _build_choices(self, batch: int, refusing: int, most: int) -> Choices:
+    def _build_candidates(self, batch: int, refusing: int, most: int) -> CandidateShapes:
         profile, budgets = self._profile, dict[int, float]()
         for nodes in LADDER:
             if 0 < round(nodes * batch) <= most:
@@ -272,7 +273,7 @@ class BudgetPlanner:
         for budget, nodes in budgets.items():
             trees = [(depth, width) for _, depth, width in affordable_trees(nodes) if depth <= budget]
             shapes.extend(Shape(budget, depth, width, nodes) for depth, width in trees)
-        return Choices(
+        return CandidateShapes(
             tuple(shapes),
             {(s.nodes, s.depth, s.width): place for place, s in enumerate(shapes)},
             np.array([profile.draft_seconds(batch, s.width, s.depth) for s in shapes]),

@@ -183,7 +183,7 @@ def _read_weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Array]
 
 
 def bound(table: ActionTable) -> dict[str, Any]:
-    """What a policy's inputs and outputs mean, as JSON."""
+    """The meaning of a policy's inputs and outputs, as JSON."""
     values = {name: list(column) for name, column in asdict(table).items()}
     return {"codec_version": CODEC_VERSION, "features": [name for name, *_ in FEATURES], "table": values}
 

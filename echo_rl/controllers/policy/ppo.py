@@ -27,8 +27,8 @@ MOST_UNREAD = 32
 """Steps that may pass between two decisions before they are learned from; without decoding requests none is taken."""
 
 MOST_PLANS = 4096
-"""That are kept."""
-LOOK_AFTER = 256
+"""Most plans that are kept."""
+PLAIN_PROBE_AFTER = 256
 """Speculative steps after which a plain one is due, see `PlainProbe`. Where speculation doubles the speed that is .2 %
 of it."""
 
@@ -89,22 +89,22 @@ class Ppo(CalibratedSelection):
         self.echo = Echo(EchoOptions(options.profile, self.calibration))
         self.materials = (*self.echo.materials, self.policy)
         self.fallbacks = 0
-        self._lane = ObservationEncoder(self.echo.profile)
+        self._encoder = ObservationEncoder(self.echo.profile)
         self._unread: deque[StepReport] = deque()  # not yet learned from
         self._gates = self.calibration.sparse(max(self.policy.table.depths))
         self._generator = None if options.deterministic else np.random.default_rng(options.seed)
         self._action: Action | None = None  # None: this decision is ECHO's
         self._left = 0  # steps for which it still stands
-        self._looks = PlainProbe()
-        self._looking = False  # the step in progress is a look at plain decoding
+        self._plain_probe = PlainProbe()
+        self._probing = False  # the step in progress is a probe of plain decoding
         self._plans: dict[tuple[Action, int], SpecPlan] = {}
 
     def propose(self, load: LoadView) -> SpecPlan:
         if not self._left:
             self._action, self._left = self._decide(load), self.policy.repeat
         self._left -= 1
-        self._looking = self._action is not None and self._looks.due(load, LOOK_AFTER)  # ECHO has looks of its own
-        if self._looking:
+        self._probing = self._action is not None and self._plain_probe.due(load, PLAIN_PROBE_AFTER)  # ECHO has its own
+        if self._probing:
             return AUTOREGRESSIVE
         if self._action is None:
             return self.echo.propose(load)
@@ -116,8 +116,8 @@ class Ppo(CalibratedSelection):
         return self._plans[key]
 
     def observe(self, report: StepReport) -> None:
-        self._looks.observe(report, self._looking)
-        self._looking = False
+        self._plain_probe.observe(report, self._probing)
+        self._probing = False
         self._unread.append(report)
         if len(self._unread) > MOST_UNREAD:
             self._catch_up()
@@ -127,7 +127,7 @@ class Ppo(CalibratedSelection):
     def _decide(self, load: LoadView) -> Action | None:
         try:
             self._catch_up()
-            return self.policy.act(self._lane.observe(load), self._generator)
+            return self.policy.act(self._encoder.observe(load), self._generator)
         except Exception as error:  # a server must go on, whatever a policy does
             if not self.fallbacks:
                 log.warning("the policy cannot decide (%s: %s); ECHO does instead", type(error).__name__, error)
@@ -137,7 +137,7 @@ class Ppo(CalibratedSelection):
     def _catch_up(self) -> None:
         """Learn from the steps since the last decision: nobody asks in between, and together they cost less."""
         while self._unread:
-            self._lane.update(self._unread.popleft())
+            self._encoder.update(self._unread.popleft())
 
 
 def shipped() -> Path:

@@ -1,4 +1,4 @@
-"""How long a controller takes to decide."""
+"""Measures the time that a controller takes to decide."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Timed(Wrapping):
     def __init__(self, controller: Controller) -> None:
         super().__init__(controller)
         self.seconds = 0.0
-        """What they took in all."""
+        """Seconds that they took in all."""
 
     def plan(self, load: LoadView) -> SpecPlan:
         return self._time(super().plan, load)

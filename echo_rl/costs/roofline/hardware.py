@@ -50,12 +50,14 @@ HARDWARE: Mapping[str, Hardware] = MappingProxyType(
         )
     }
 )
-"""By name. Independent measurements report about 0.7 of the peak for large bf16 products on Hopper, 0.45 on MI300X."""
+"""The known accelerators by name. Independent measurements report about 0.7 of the peak for large bf16 products on
+Hopper, 0.45 on MI300X."""
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no datasheet states. Shares are of the published peak; seconds are per GPU and not overlapped."""
+    """The figures that no datasheet states. Shares are of the published peak; seconds are per GPU and not
+    overlapped."""
 
     compute: float | None = None
     """Share of the peak FLOP/s in dense matrix products; None takes the hardware's usual one."""

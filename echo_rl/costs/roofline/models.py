@@ -64,7 +64,7 @@ class Sizes:
 
     @property
     def parameters(self) -> int:
-        """All, with one embedding and one head."""
+        """All parameters, those of one embedding and one head included."""
         copies = self.experts.count if self.experts else 1
         router = self.hidden * self.experts.count if self.experts else 0
         layer = self.attention + copies * self.feed_forward + router
@@ -108,4 +108,4 @@ MODELS: Mapping[str, Model] = MappingProxyType(
         "qwen3-235b-a22b": Model("qwen3-235b-a22b", _QWEN3_235B, _drafter(_QWEN3_235B, 24_576)),
     }
 )
-"""By name."""
+"""The modelled targets by name."""

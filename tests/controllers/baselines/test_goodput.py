@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_rl.contracts import AUTOREGRESSIVE, PhaseTimes, SpecPlan, StepReport
-from echo_rl.controllers.baselines.efficiency import CostedOptions, StepClock, Switch, YieldCurve, running_sum
+from echo_rl.controllers.baselines.efficiency import CostedOptions, DraftingSwitch, StepClock, YieldCurve, running_sum
 from echo_rl.controllers.baselines.goodput import AdaSpec, AdaSpecOptions, TurboSpec, TurboSpecOptions
 from echo_rl.controllers.tree_shapes import REFERENCE_HIT
 from echo_rl.errors import ConfigError
@@ -130,8 +130,8 @@ def test_adaspec_slo_bounds_the_step(make_profile):
 
 def test_yield_curve_counts_the_whole_batch_likeliest_first():
     curve = YieldCurve(horizon=1e-9)
-    curve._memory.MOST = 1.0
-    curve.look(running_sum(torch.tensor([0.2, 0.9, 0.0, 0.5]), 9), np.array([1.4, 0.2]), batch=2, picked=2)
+    curve._weight.MOST = 1.0
+    curve.observe_forest(running_sum(torch.tensor([0.2, 0.9, 0.0, 0.5]), 9), np.array([1.4, 0.2]), batch=2, picked=2)
     report = StepReport(load_of(2), SpecPlan(2), (), 4, 2, 1, 3, (2,), (1,), PhaseTimes())
     curve.observe(report)
     nodes, share = curve.NODES.tolist(), 1 / 1.4  # 1 accepted of 1.4 promised
@@ -144,7 +144,7 @@ def test_yield_curve_counts_the_whole_batch_likeliest_first():
 
 def test_probes_stay_within_their_share(make_profile):
     clock = StepClock(make_profile())
-    switch = Switch(clock, CostedOptions(probe_share=0.01, probe_period=1))
+    switch = DraftingSwitch(clock, CostedOptions(probe_share=0.01, probe_period=1))
     plain = StepReport(load_of(1), AUTOREGRESSIVE, (), 0, 0, 0, 1, (), (), PhaseTimes(verify=10e-3))
     probe = StepReport(load_of(1), SpecPlan(1), (), 1, 1, 0, 1, (1,), (0,), PhaseTimes(verify=35e-3))
     opened = 0

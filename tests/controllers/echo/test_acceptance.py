@@ -100,14 +100,14 @@ def test_fewer_misses_would_yield_more():
 
 
 def test_a_probe_waits_for_its_credit_and_works_off_its_debt():
-    ledger = ProbeBudget(share=0.01, period=10)
+    budget = ProbeBudget(share=0.01, period=10)
     for _ in range(10):
-        ledger.plain(0.1)
-    assert ledger.affords(0.0099) and not ledger.affords(0.02)
-    ledger.spent(0.11)  # far more than there was credit for
+        budget.plain(0.1)
+    assert budget.affords(0.0099) and not budget.affords(0.02)
+    budget.spent(0.11)  # far more than there was credit for
     steps = 0
-    while not ledger.affords(0.0):
-        ledger.plain(0.1)
+    while not budget.affords(0.0):
+        budget.plain(0.1)
         steps += 1
     assert steps == 100
 

@@ -28,7 +28,7 @@ def run(make_load):
 
 def test_speculates_alone_and_not_in_a_crowd(make_profile, make_world, run):
     world, echo = make_world(make_profile(), hit=0.6), make("echo", profile=make_profile())
-    assert sum(r.plan.speculates for r in run(world, echo, 1, 100)[20:]) >= 78  # two looks at a plain step
+    assert sum(r.plan.speculates for r in run(world, echo, 1, 100)[20:]) >= 78  # two probes of a plain step
     assert sum(r.plan.speculates for r in run(world, echo, 32, 100)) <= 2  # probes
     assert sum(r.plan.speculates for r in run(world, echo, 1, 30)[10:]) >= 19
 
@@ -97,7 +97,7 @@ def test_acceptance_learned_while_on_survives_a_spell_off(make_profile, make_wor
 @pytest.mark.parametrize("batch", [16, 32])
 def test_being_off_costs_next_to_nothing(batch, catch_up, make_profile, make_world, run):
     """At a batch where speculation loses, probing costs under 1 % of the time, even when it finds a backlog."""
-    generous = make_profile(free_rows=24)  # the planner hopes for more than the machine gives
+    generous = make_profile(free_rows=24)  # the planner expects more than the machine gives
     world = make_world(make_profile(free_rows=8, per_row=1e-3), hit=0.5, catch_up=catch_up)
     plain = make_world(world.truth, hit=0.5)
     run(world, make("echo", profile=generous), batch, 4000)

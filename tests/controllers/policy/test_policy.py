@@ -250,7 +250,7 @@ def test_a_failing_policy_leaves_the_decision_to_echo(fault, serve, make_load, m
         object.__setattr__(policy, "act", lambda *a: 1 / 0)
     ppo, echo, load = serve(policy), make("echo", profile=make_profile(), calibration=GATES), make_load(1)
     if fault == "observation":
-        ppo._lane._average = [math.nan] * len(ppo._lane._average)
+        ppo._encoder._average = [math.nan] * len(ppo._encoder._average)
     with caplog.at_level(logging.WARNING):
         plans = [ppo.plan(load) for _ in range(3)]
     assert plans == [echo.plan(load) for _ in range(3)] and plans[0].speculates
@@ -321,7 +321,7 @@ def test_deciding_is_cheap(batch, serve, make_load):
     assert min(rounds) < 200e-6 and not ppo.fallbacks
 
 
-def test_a_policy_that_always_speculates_looks_at_plain_decoding_now_and_then(serve, make_profile):
+def test_a_policy_that_always_speculates_probes_plain_decoding_now_and_then(serve, make_profile):
     """Plain passes take as predicted, passes of 5 rows twice that: seen only by looking."""
     profile, policy = make_profile(), constant_policy((4, 2, 1, 0, 0))
     ppo = serve(policy)
@@ -334,5 +334,5 @@ def test_a_policy_that_always_speculates_looks_at_plain_decoding_now_and_then(se
         ppo.observe(replace(report_of(load, plan), verified=plan.budget, times=PhaseTimes(verify=seconds)))
     assert plain[:4] == [8, 25, 58, 123] and 6 <= len(plain) <= 9
     ppo._catch_up()
-    assert ppo._lane._pace.verify.factor(1) == pytest.approx(1.0, rel=0.05)
-    assert ppo._lane._pace.verify.factor(rows) == pytest.approx(2.0, rel=0.05)
+    assert ppo._encoder._corrector.verify.factor(1) == pytest.approx(1.0, rel=0.05)
+    assert ppo._encoder._corrector.verify.factor(rows) == pytest.approx(2.0, rel=0.05)
