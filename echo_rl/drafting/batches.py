@@ -34,7 +34,7 @@ class Batch:
     bias: Tensor  # [B, A, T] 0 where the row may see the true-feature key, MASKED elsewhere
 
     def labels(self, step: int, to_draft: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What step `step` predicts: ([R] packed index of the label, [R] draft id or -1, [R] bool label exists)."""
+        """The labels of step `step`: ([R] packed index of the label, [R] draft id or -1, [R] bool label exists)."""
         index = self.rows + 2 + step
         exists = index <= self.last
         index = index.clamp_max(len(self.tokens) - 1)

@@ -14,7 +14,7 @@ from echo_rl.runtime.drafters.folder import draft_to_target, load_drafter
 
 RIDGE = 1e-2
 FREE = ("draft_vocab", "max_positions")
-"""What may differ between the two."""
+"""Settings that may differ between the two drafters."""
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ class Conversations:
 
     @classmethod
     def of(cls, items: Sequence[tuple[Sequence[int], int, bool]]) -> Conversations:
-        """From (tokens, start of the answer, greedy) triples."""
+        """Conversations made of (tokens, start of the answer, greedy) triples."""
         offsets = np.cumsum([0] + [len(tokens) for tokens, _, _ in items]).astype(np.int64)
         flat = np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens, _, _ in items] or [np.zeros(0, np.int64)])
         starts = np.array([start for _, start, _ in items], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""How many drafted tokens a greedy target would accept, measured on held-out conversations without serving them."""
+"""Measures how many drafted tokens a greedy target would accept on held-out conversations, without serving them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from echo_rl.drafting.model import DrafterNet, Rotary, Unroll
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Per drafted level. Exact for greedy decoding where the conversations' answers are greedy."""
+    """Acceptance at every drafted level. Exact for greedy decoding where the conversations' answers are greedy."""
 
     top1: tuple[float, ...]
     """Share of chains whose level-s token is the target's, among those accepted up to level s - 1."""
     top8: tuple[float, ...]
-    """The same chains: the target's token is among the drafter's 8 likeliest."""
+    """Share of the same chains in which the target's token is among the drafter's 8 likeliest."""
     forced: tuple[float, ...]
-    """Top-1 over all positions, whatever the earlier levels proposed."""
+    """Share of all positions whose token is the target's, whatever the earlier levels proposed."""
     chain_mat: float
     """Mean tokens a verification commits with a chain of that many drafts: 1 + sum of products of `top1`."""
 
@@ -35,7 +35,7 @@ def _ratio(part: Tensor, whole: Tensor) -> tuple[float, ...]:
     return tuple(round(value, 4) for value in (part / whole.clamp_min(1)).tolist())
 
 
-def _tally(batch: Batch, net: DrafterNet, unroll: Unroll, to_draft: Tensor, levels: int) -> Tensor:
+def _count(batch: Batch, net: DrafterNet, unroll: Unroll, to_draft: Tensor, levels: int) -> Tensor:
     """[5, levels]: reached, accepted, top-8 hits among reached, all labels, top-1 hits among all labels."""
     counts = torch.zeros(5, levels)
     alive = batch.rows + 1 + levels <= batch.last  # only chains that have all their labels
@@ -66,7 +66,7 @@ def measure(
     counts = torch.zeros(5, levels)
     for group in plan_epoch(chosen, tokens, random.Random(0)):
         batch = collate(shards, group)
-        counts += _tally(batch, net, Unroll(net.config, weights, embedding, rotary, batch), to_draft, levels)
+        counts += _count(batch, net, Unroll(net.config, weights, embedding, rotary, batch), to_draft, levels)
     reached, accepted, near, labels, hits = counts
     mat = 1 + float(accepted.sum() / reached[0].clamp_min(1))
     return Acceptance(_ratio(accepted, reached), _ratio(near, reached), _ratio(hits, labels), round(mat, 4))

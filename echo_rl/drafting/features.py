@@ -1,4 +1,4 @@
-"""What the target computes on the conversations, kept on disk so that training never runs the target.
+"""Keeps the target's features of the conversations on disk, so that training never runs the target.
 
 For every shard: ``taps.npy`` [T, taps * hidden] and ``final.npy`` [T, hidden], bfloat16 kept as int16 bits
 (numpy has no bfloat16). `final` is the hidden state after the target's last norm: times the output embedding it

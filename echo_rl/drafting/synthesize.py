@@ -57,7 +57,7 @@ class Generator(Protocol):
 
 @dataclass(frozen=True)
 class SynthesizeConfig:
-    """How conversations are generated."""
+    """The settings by which conversations are generated."""
 
     out: str
     """Folder for the shards; shards already there are kept, so a rerun resumes."""
@@ -92,7 +92,7 @@ class ChatFormat:
     before_user: str
     """Everything up to the user's text, the system prompt included."""
     before_answer: str
-    """From the end of the user's text to the answer, without the end-of-turn token."""
+    """Everything from the end of the user's text to the answer, without the end-of-turn token."""
     end_of_turn: int
     """Token that ends a turn."""
 
@@ -106,7 +106,7 @@ SMOLLM2_CHAT = ChatFormat(
 
 
 def opening(rng: random.Random) -> str:
-    """First words of a user turn: a quarter empty, then chat, word problems and code."""
+    """The first words of a user turn: a quarter empty, then chat, word problems and code."""
     draw = rng.random()
     if draw < 0.25:
         return ""

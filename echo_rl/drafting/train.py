@@ -185,7 +185,7 @@ class Run:
             torch.save(state, part)
 
     def batches(self) -> Iterator[Batch]:
-        """Endless, from where the run stands; epoch e's order depends on the seed and e alone."""
+        """Endless batches, from where the run stands; epoch e's order depends on the seed and e alone."""
         while True:
             rng = random.Random(self.config.seed * 7919 + self.epoch)
             plan = list(plan_epoch(self.corpus.training, self.config.batch_tokens, rng))
@@ -194,7 +194,7 @@ class Run:
             self.epoch, self.batch_in_epoch = self.epoch + 1, 0
 
     def step(self, batch: Batch) -> float:
-        """One update; returns the loss."""
+        """Take one update and return the loss."""
         began = time.perf_counter()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -246,7 +246,7 @@ def check_heads(config: TrainConfig, parts: TargetParts) -> None:
 
 
 def write_manifest(run: Run, best: dict[str, Any]) -> None:
-    """What the checkpoint is, beside it: config, data, curve and metrics."""
+    """Write the checkpoint's manifest beside it: config, data, curve and metrics."""
     training: Sequence[Document] = run.corpus.training
     manifest = {
         "config": {k: v for k, v in asdict(run.config).items() if k not in ("data", "features", "out", "start")},

@@ -11,7 +11,7 @@ from echo_rl.errors import ConfigError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a drafter is trained."""
+    """The settings by which a drafter is trained."""
 
     data: str
     """Folder of conversation shards."""

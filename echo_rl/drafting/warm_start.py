@@ -101,7 +101,7 @@ def warm_start(
 
 
 def _copy_layer(at: dict[str, Tensor], parts: TargetParts, heads: int, kv_heads: int, d: int) -> None:
-    """The target's last layer on the feature half; nothing from the embedding half; a silent MLP."""
+    """Copy the target's last layer to the feature half; the embedding half gets nothing and the MLP is silent."""
     h = parts.norm.shape[0]
 
     def grown(matrix: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What happens between PPO's updates: schedules, scalars for TensorBoard, evaluation, saved states, a progress bar.
+"""Callbacks between PPO's updates: schedules, scalars for TensorBoard, evaluation, saved states, a progress bar.
 
 An *update* is one rollout and the training on it; they are counted over the whole run, resumes included.
 """
@@ -18,13 +18,13 @@ from echo_rl.controllers.policy.network import Policy
 from echo_rl.errors import PolicyError
 
 if TYPE_CHECKING:
-    from echo_rl.learning.learner import Progressed
+    from echo_rl.learning.learner import TrainingProgress
 
 KNOBS = ("nodes", "depth", "width", "gate", "floor")
 
 
-class Updates(BaseCallback):
-    """A callback that knows how many updates lie behind."""
+class UpdateCallback(BaseCallback):
+    """A callback that knows the number of updates so far."""
 
     @property
     def ppo(self) -> PPO:
@@ -39,7 +39,7 @@ class Updates(BaseCallback):
         return True
 
 
-class Schedules(Updates):
+class ScheduleCallback(UpdateCallback):
     """Moves the entropy bonus, and lets the value function alone learn in the first updates."""
 
     def __init__(self, entropy: tuple[float, float], critic_updates: int) -> None:
@@ -60,8 +60,8 @@ class Schedules(Updates):
         self.ppo.policy.requires_grad_(True)
 
 
-class Telemetry(Updates):
-    """Serving speed, reward terms and the knobs of each rollout, from the environment's `infos`."""
+class TelemetryCallback(UpdateCallback):
+    """Logs serving speed, reward terms and the knobs of each rollout, from the environment's `infos`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Telemetry(Updates):
         self._sums, self._steps = {}, 0
 
 
-class Keeper(Updates):
+class EvaluationCallback(UpdateCallback):
     """Evaluates the policy and keeps the best one; saves the training state. Both also at the very end.
 
     At the start of a rollout the weights are those of a finished update, so what is saved is whole.
@@ -99,7 +99,7 @@ class Keeper(Updates):
 
     def __init__(
         self,
-        run: Progressed,
+        run: TrainingProgress,
         export: Callable[[ActorCriticPolicy], Policy],
         score: Callable[[Policy], Mapping[str, float]],
         keep: Callable[[Policy, Mapping[str, float]], None],
@@ -142,7 +142,7 @@ class Keeper(Updates):
         self.logger.dump(step)
 
 
-class Bar(BaseCallback):
+class ProgressCallback(BaseCallback):
     """Shows how far training is and how it goes."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:

@@ -1,4 +1,4 @@
-"""From Stable-Baselines3's networks to the plain arrays that are served, and what a policy's manifest says of them."""
+"""Exports Stable-Baselines3's networks as the plain arrays that are served, with the commit for their manifest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ACTIVATIONS: dict[Activation, type[torch.nn.Module]] = {"tanh": torch.nn.Tanh, "
 
 
 def export_policy(policy: ActorCriticPolicy, table: ActionTable, repeat: int, hidden: Sequence[str] = ()) -> Policy:
-    """The actor alone. Groups of observations that it was never shown (`hidden`) get weight 0."""
+    """The actor alone, as a policy. Groups of observations that it was never shown (`hidden`) get weight 0."""
     names = {kind: name for name, kind in ACTIVATIONS.items()}
     modules = [*policy.mlp_extractor.policy_net, policy.action_net]
     layers = [_layer(module) for module in modules if isinstance(module, torch.nn.Linear)]

@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from echo_rl.controllers.policy.network import Activation, Policy
 from echo_rl.errors import ConfigError
-from echo_rl.learning.callbacks import Bar, Keeper, Schedules, Telemetry
+from echo_rl.learning.callbacks import EvaluationCallback, ProgressCallback, ScheduleCallback, TelemetryCallback
 from echo_rl.learning.export import ACTIVATIONS
 from echo_rl.utils.files import replacing
 from echo_rl.utils.result_store import differing
@@ -66,7 +66,7 @@ class LearnerOptions:
     net: tuple[int, ...] = (64, 64)
     """Hidden layers, of the policy and of the value function alike."""
     activation: Activation = "tanh"
-    """Between layers."""
+    """Activation between layers."""
     evaluate_every: int = 20
     """Updates between evaluations; the best policy is kept."""
     checkpoint_every: int = 10
@@ -74,7 +74,7 @@ class LearnerOptions:
     threads: int = 1
     """Torch threads while training; one is fastest for nets this small."""
     seed: int = 0
-    """Of the weights, the drawn actions and the lanes."""
+    """The seed of the weights, the drawn actions and the lanes."""
 
     def __post_init__(self) -> None:
         counts = (self.steps, self.n_steps, self.n_epochs, self.evaluate_every, self.checkpoint_every, self.threads)
@@ -95,8 +95,8 @@ class LearnerOptions:
 
 
 @dataclass
-class Progressed:
-    """What a run has come to: everything of it that a resume needs besides PPO's own state."""
+class TrainingProgress:
+    """The progress of a run: everything that a resume needs besides PPO's own state."""
 
     curve: list[dict[str, float]] = field(default_factory=list)  # an evaluation each: step and scores
     best: float = float("-inf")
@@ -127,7 +127,7 @@ def fit(
     claim: Mapping[str, Any] | None = None,
     manifest: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda facts: facts,
     console: Console | None = None,
-) -> tuple[PPO, Progressed]:
+) -> tuple[PPO, TrainingProgress]:
     """Train in `out`, or go on from the state in it: to `options.steps`, keeping the policy that scores best.
 
     `start` prepares a new policy (cloning) and returns notes to keep; `claim` names what the run is
@@ -142,7 +142,7 @@ def fit(
         done = int(state["steps"]) if state else 0
         model = build(options, env, done)
         model.set_logger(configure(str(out / "tensorboard"), ["tensorboard"]))
-        run = Progressed()
+        run = TrainingProgress()
         if state:
             run = _restore(model, state)
         else:
@@ -152,16 +152,21 @@ def fit(
             facts = {"metrics": dict(scores), "steps": model.num_timesteps, "notes": run.notes}
             policy.save(out / POLICY_FOLDER, manifest(facts))
 
-        keeper = Keeper(
+        keeper = EvaluationCallback(
             run, export, score, keep, lambda: write_state(path, model, run, claimed),
             options.evaluate_every, options.checkpoint_every,
         )  # fmt: skip
         if done < options.steps:
-            _learn(model, options, [Schedules(options.entropy, options.critic_updates), Telemetry(), keeper], console)
+            _learn(
+                model,
+                options,
+                [ScheduleCallback(options.entropy, options.critic_updates), TelemetryCallback(), keeper],
+                console,
+            )
     return model, run
 
 
-def write_state(path: Path, model: PPO, run: Progressed, claim: Mapping[str, Any]) -> None:
+def write_state(path: Path, model: PPO, run: TrainingProgress, claim: Mapping[str, Any]) -> None:
     """Write the state beside the old one, then in its place: an interrupt leaves one of the two whole."""
     state = {
         "claim": dict(claim), "policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict(),
@@ -188,7 +193,7 @@ def read_state(path: Path, claim: Mapping[str, Any]) -> dict[str, Any] | None:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Torch works with so many threads inside."""
+    """Lets torch work with so many threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -197,16 +202,18 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _restore(model: PPO, state: Mapping[str, Any]) -> Progressed:
+def _restore(model: PPO, state: Mapping[str, Any]) -> TrainingProgress:
     model.policy.load_state_dict(state["policy"])
     model.policy.optimizer.load_state_dict(state["optimizer"])
     model.num_timesteps = int(state["steps"])
-    return Progressed(state["curve"], state["best"], state["notes"])
+    return TrainingProgress(state["curve"], state["best"], state["notes"])
 
 
 def _learn(model: PPO, options: LearnerOptions, callbacks: list[BaseCallback], console: Console | None) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=console is None) as progress:
-        bar = Bar(progress, progress.add_task("training", total=options.steps, completed=model.num_timesteps))
+        bar = ProgressCallback(
+            progress, progress.add_task("training", total=options.steps, completed=model.num_timesteps)
+        )
         left = options.steps - model.num_timesteps  # Stable-Baselines3 adds what has been done
         model.learn(left, callback=[*callbacks, bar], reset_num_timesteps=False, log_interval=1)

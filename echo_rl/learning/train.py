@@ -42,12 +42,12 @@ OTHERS_SHOWN, OTHERS_JUDGED = 3, 2
 FREE = ("out", "learner.steps", "learner.evaluate_every", "learner.checkpoint_every", "learner.threads")
 """Settings that a resumed run may change."""
 FILES = ("trace", "profile", "calibration")
-"""Settings that name files; a run is told apart by what is in them."""
+"""Settings that name files; a run is identified by what is in them."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a policy is trained on, and how."""
+    """The settings of a policy's training."""
 
     out: Path = Path("runs/ppo")
     """Folder of the policy, of the training state and of the TensorBoard events."""
@@ -58,7 +58,7 @@ class TrainConfig:
     calibration: Path | None = None
     """The drafter's gates; None takes this machine's own, else the packaged ones."""
     workloads: tuple[str, ...] = (*CLOSED, "poisson:1", "bursty:0.5,4,5,5")
-    """What lanes serve, drawn anew for each episode; see `workload.parse`."""
+    """Workloads that lanes serve, drawn anew for each episode; see `arrivals.parse`."""
     lanes: int = 32
     """Servers side by side."""
     horizon: int = 64
@@ -84,7 +84,7 @@ class TrainConfig:
     evaluation_steps: int = 300
     """Serving steps a workload and evaluation."""
     seed: int = 0
-    """Of the demonstrations and the evaluation; the learner has its own."""
+    """The seed of the demonstrations and the evaluation; the learner has its own."""
     reward: RewardOptions = field(default_factory=RewardOptions)
     clone: CloneOptions = field(default_factory=CloneOptions)
     learner: LearnerOptions = field(default_factory=LearnerOptions)
@@ -111,7 +111,7 @@ class Trained:
     """Folder of the best policy."""
     steps: int
     machine: str
-    """Whose costs it was trained on; a modelled machine is called so."""
+    """The machine whose costs it was trained on; a modelled machine is called so."""
     curve: tuple[Mapping[str, float], ...]
     """Scores on held-out responses, one evaluation each."""
 
@@ -121,8 +121,8 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a config names, loaded. Raises `ConfigError` and `TraceError`."""
+class TrainingInputs:
+    """Everything that a config names, loaded. Raises `ConfigError` and `TraceError`."""
 
     profile: CostProfile
     calibration: GateCalibration
@@ -131,7 +131,7 @@ class Setting:
     table: ActionTable
 
     @classmethod
-    def load(cls, config: TrainConfig) -> Setting:
+    def load(cls, config: TrainConfig) -> TrainingInputs:
         trace = Trace.packaged() if config.trace is None else Trace.load(config.trace)
         seen = trace.split(config.held_out)[0]
         table = ActionTable()
@@ -167,56 +167,56 @@ def train(
 
     Raises `ConfigError` (a setting, or the folder of another run) and `TraceError`.
     """
-    setting = Setting.load(config)
+    inputs = TrainingInputs.load(config)
     for text in config.evaluate_on:
-        parse(text).check(setting.selection.suites)
-    against = {"echo": setting.echo} if baselines is None else baselines
-    env = make_env(config, setting)
+        parse(text).check(inputs.selection.suites)
+    against = {"echo": inputs.echo} if baselines is None else baselines
+    env = make_env(config, inputs)
     try:
         model, run = fit(
             config.learner,
             env,
             config.out,
-            export=lambda policy: export_policy(policy, setting.table, config.repeat, config.hidden),
-            score=make_score(config, setting, against),
-            start=lambda policy: _clone_echo(policy, config, setting),
-            claim=claim(config, setting),
-            manifest=lambda facts: _manifest(config, setting, facts),
+            export=lambda policy: export_policy(policy, inputs.table, config.repeat, config.hidden),
+            score=make_score(config, inputs, against),
+            start=lambda policy: _clone_echo(policy, config, inputs),
+            claim=claim(config, inputs),
+            manifest=lambda facts: _manifest(config, inputs, facts),
             console=console,
         )
     finally:
         env.close()
-    return Trained(config.out / POLICY_FOLDER, int(model.num_timesteps), setting.profile.title, tuple(run.curve))
+    return Trained(config.out / POLICY_FOLDER, int(model.num_timesteps), inputs.profile.title, tuple(run.curve))
 
 
-def make_env(config: TrainConfig, setting: Setting) -> VecEnv:
+def make_env(config: TrainConfig, inputs: TrainingInputs) -> VecEnv:
     """The lanes to learn on."""
     options = ReplayVecEnvOptions(
-        workloads=config.workloads, table=setting.table, reward=config.reward, horizon=config.horizon,
+        workloads=config.workloads, table=inputs.table, reward=config.reward, horizon=config.horizon,
         repeat=config.repeat, randomise=config.randomise, hidden=config.hidden,
-        gates=setting.gates, score_power=setting.calibration.score_power, noise=config.noise,
+        gates=inputs.gates, score_power=inputs.calibration.score_power, noise=config.noise,
     )  # fmt: skip
     options = options if config.reference else replace(options, reference=())
-    return ReplayVecEnv(setting.training, setting.costs, options, config.lanes, config.learner.seed)
+    return ReplayVecEnv(inputs.training, inputs.costs, options, config.lanes, config.learner.seed)
 
 
-def make_score(config: TrainConfig, setting: Setting, baselines: Mapping[str, MakeController]) -> Score:
+def make_score(config: TrainConfig, inputs: TrainingInputs, baselines: Mapping[str, MakeController]) -> Score:
     """The evaluation on responses that were not trained on, as the policy would be served."""
-    worlds = setting.worlds(setting.selection, OTHERS_JUDGED if config.randomise else 0)
+    worlds = inputs.worlds(inputs.selection, OTHERS_JUDGED if config.randomise else 0)
 
     def serve(policy: Policy) -> Ppo:
-        return Ppo(PpoOptions(policy, setting.profile, setting.calibration))
+        return Ppo(PpoOptions(policy, inputs.profile, inputs.calibration))
 
     return HeldOut(worlds, serve, config.evaluate_on, config.evaluation_steps, config.seed, baselines)
 
 
-def claim(config: TrainConfig, setting: Setting) -> dict[str, Any]:
-    """What makes a run this run and no other, as JSON."""
-    return {**_provenance(setting), **bound(setting.table), **_settings(config)}
+def claim(config: TrainConfig, inputs: TrainingInputs) -> dict[str, Any]:
+    """Everything that tells this run from others, as JSON."""
+    return {**_provenance(inputs), **bound(inputs.table), **_settings(config)}
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """Those that a resumed run must share, files aside."""
+    """The settings that a resumed run must share, files aside."""
     flat: dict[str, Any] = {}
     for name, value in json.loads(json.dumps(asdict(config), default=str)).items():
         nested = {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
@@ -224,9 +224,9 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return flat
 
 
-def _provenance(setting: Setting) -> dict[str, str]:
-    """Where the data come from, under the names of their files in the config."""
-    trace, profile, calibration = setting.training, setting.profile, setting.calibration
+def _provenance(inputs: TrainingInputs) -> dict[str, str]:
+    """The sources of the data, under the names of their files in the config."""
+    trace, profile, calibration = inputs.training, inputs.profile, inputs.calibration
     described = (
         f"{trace.provenance} [{fingerprint(trace)}]",
         f"{profile.provenance} [{digest_of(repr(profile).encode())}]",
@@ -235,24 +235,22 @@ def _provenance(setting: Setting) -> dict[str, str]:
     return dict(zip(FILES, described, strict=True))
 
 
-def _clone_echo(policy: ActorCriticPolicy, config: TrainConfig, setting: Setting) -> dict[str, Any]:
-    """The policy starts out as ECHO; what of it was learned."""
+def _clone_echo(policy: ActorCriticPolicy, config: TrainConfig, inputs: TrainingInputs) -> dict[str, Any]:
+    """Clone ECHO into the policy; returns notes on what of it was learned."""
     if not config.clone.steps:
         return {}
-    worlds = setting.worlds(setting.training, OTHERS_SHOWN if config.randomise else 0)
-    scene = Scene(
-        worlds, setting.profile, setting.table, setting.gates, config.workloads, config.repeat, config.horizon
-    )
-    shown = demonstrate(scene, setting.echo, config.clone, config.seed)
+    worlds = inputs.worlds(inputs.training, OTHERS_SHOWN if config.randomise else 0)
+    scene = Scene(worlds, inputs.profile, inputs.table, inputs.gates, config.workloads, config.repeat, config.horizon)
+    shown = demonstrate(scene, inputs.echo, config.clone, config.seed)
     seen = Demonstrations(shown.observations * visible(config.hidden), shown.actions)
     agreed = clone(policy, seen, config.clone, config.seed)
     return {"demonstrations": len(seen.actions), "agreement": [round(share, 4) for share in agreed]}
 
 
-def _manifest(config: TrainConfig, setting: Setting, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a policy's manifest tells of its training."""
+def _manifest(config: TrainConfig, inputs: TrainingInputs, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a policy's manifest that tell of its training."""
     trained = {
-        **_provenance(setting), "modelled": setting.profile.modelled, "steps": facts["steps"],
+        **_provenance(inputs), "modelled": inputs.profile.modelled, "steps": facts["steps"],
         "cloned": facts["notes"], "config": _settings(config),
     }  # fmt: skip
     return {"trained": trained, "metrics": facts["metrics"], "commit": commit()}

@@ -1,1 +1,1 @@
-"""What is asked of a backend and what came of it: arrivals, datasets, the driver, records and metrics."""
+"""The load on a backend and its results: arrivals, datasets, the driver, records and metrics."""

@@ -1,4 +1,4 @@
-"""What arrives when: workloads as cycled phases, and the seeded arrivals that they make.
+"""Describes workloads as cycled phases, and draws the seeded arrivals that they make.
 
 Knows nothing of prompts or servers: an arrival is the name of the suite to draw a request from.
 Times are seconds since the workload began, rates are requests a second.
@@ -160,7 +160,7 @@ class Arrivals:
         return suites
 
     def since(self, seen: float, now: float, in_flight: int) -> list[tuple[float, str]]:
-        """When each request after `seen` up to `now` arrived, and its suite.
+        """The time and suite of each request that arrived after `seen` up to `now`.
 
         Open arrivals come at their own times, closed ones now. `in_flight` are those before them; they
         count on their being added.
@@ -172,7 +172,7 @@ class Arrivals:
         return found + [(now, suite) for suite in self.due(now, in_flight + len(found))]
 
     def next_time(self, now: float) -> float | None:
-        """When an idle server should look again: the next open arrival or change of phase, after `now`.
+        """The time until which an idle server may wait: the next open arrival or change of phase, after `now`.
 
         None where neither comes: the load is closed for ever, and `due` gives its requests at once.
         """

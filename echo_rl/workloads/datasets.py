@@ -37,7 +37,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a suite's data file lies. `member` is matched as the end of the archived path."""
+    """The place of a suite's data file. `member` is matched as the end of the archived path."""
 
     archive: Archive
     member: str

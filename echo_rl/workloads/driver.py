@@ -96,15 +96,15 @@ def drive(
 
 
 class _Rule(Protocol):
-    """Which requests come when."""
+    """Decides which requests come when."""
 
     def ready(self, loop: _Loop) -> bool:
-        """Adds the requests that are due; whether there is a step to take, else the run is over."""
+        """Adds the requests that are due; returns False where no step is left to take and the run is over."""
         ...
 
 
 class _Loop:
-    """One run: the requests in flight and what became of them. A rule decides who comes and when it ends."""
+    """One run: the requests in flight and their records. A rule decides which requests come and when it ends."""
 
     def __init__(
         self,
@@ -129,7 +129,8 @@ class _Loop:
         self.steps: list[StepRecord] = []
 
     def run(self, rule: _Rule, concurrency: int | None = None) -> RunRecord:
-        """The record; its `concurrency` is the most that were in flight where none is given."""
+        """Serve to the end and return the record; its `concurrency` is the most that were in flight where none is
+        given."""
         try:
             while rule.ready(self):
                 self._step()
@@ -178,7 +179,7 @@ class _Loop:
 
 
 class _Given:
-    """`serve`: these requests, so many at a time, to the last."""
+    """The rule of `serve`: these requests, so many at a time, to the last."""
 
     def __init__(self, requests: Iterator[Request], concurrency: int) -> None:
         self.requests, self.concurrency = requests, concurrency
@@ -193,7 +194,7 @@ class _Given:
 
 
 class _Workload:
-    """`drive`: requests as they arrive, to the end of the time."""
+    """The rule of `drive`: requests as they arrive, to the end of the time."""
 
     def __init__(
         self,

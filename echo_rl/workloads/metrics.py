@@ -136,7 +136,7 @@ def latency(values: Iterable[float | None]) -> Latency | None:
 
 
 def meets(request: RequestRecord, slo: SLO) -> bool:
-    """Whether a request finished without error within the objective (a missing TPOT passes)."""
+    """True where a request finished without error within the objective (a missing TPOT passes)."""
     first, each = ttft(request), tpot(request)
     served = request.finish_reason in ("stop", "length") and first is not None
     return served and first <= slo.ttft and (each is None or each <= slo.tpot)  # type: ignore[operator]

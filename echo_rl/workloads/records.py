@@ -1,4 +1,4 @@
-"""What a run leaves behind: its requests and its steps, as plain data that survives JSON.
+"""The record of a run: its requests and its steps, as plain data that survives JSON.
 
 All times are seconds since the run began.
 """
@@ -31,7 +31,7 @@ class RequestRecord:
 
     @property
     def cut(self) -> bool:
-        """Whether the run ended before it: its tokens count, its latencies do not."""
+        """True where the run ended before it: its tokens count, its latencies do not."""
         return self.finish_reason == CUT
 
 
@@ -138,7 +138,7 @@ def pool(records: Sequence[RunRecord]) -> RunRecord:
 
 
 def _row(step: StepRecord) -> list[Any]:
-    """The fields in order, phase times as a list."""
+    """The fields of a step in order, phase times as a list."""
     return [astuple(step.times) if item.name == "times" else getattr(step, item.name) for item in fields(step)]
 
 

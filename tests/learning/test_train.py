@@ -26,7 +26,7 @@ from echo_rl.errors import ConfigError
 from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, agreement, clone, demonstrate
 from echo_rl.learning.learner import LearnerOptions, build
 from echo_rl.learning.play import HeldOut, World, measure, play
-from echo_rl.learning.train import Setting, TrainConfig, make_score, train
+from echo_rl.learning.train import TrainConfig, TrainingInputs, make_score, train
 from echo_rl.replay.machines import another
 from echo_rl.replay.trace import Trace
 
@@ -197,7 +197,7 @@ def test_a_run_leaves_a_policy_that_serves(config, world):
 
 def test_the_kept_policy_scores_again_what_its_manifest_says(config):
     done = train(config, baselines={})
-    score = make_score(config, Setting.load(config), {})
+    score = make_score(config, TrainingInputs.load(config), {})
     assert score(Policy.load(done.policy)) == json.loads((done.policy / "manifest.json").read_text())["metrics"]
     assert done.best["speedup"] == max(point["speedup"] for point in done.curve)
 
@@ -236,9 +236,9 @@ def test_workloads_are_checked_before_anything_is_learned(config, trace, monkeyp
 
 
 def test_evaluation_never_sees_a_prompt_of_training(config):
-    setting = Setting.load(config)
+    inputs = TrainingInputs.load(config)
     served = Trace.load(config.trace).split(config.held_out)[1]  # as `echo-rl eval` and `ab` take it
-    parts = [{r.prompt for r in t.responses} for t in (setting.training, setting.selection, served)]
+    parts = [{r.prompt for r in t.responses} for t in (inputs.training, inputs.selection, served)]
     assert all(parts) and not any(a & b for a, b in combinations(parts, 2))
 
 
