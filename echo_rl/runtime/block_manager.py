@@ -1,4 +1,4 @@
-"""Paged KV bookkeeping: who owns which block. Holds no tensor.
+"""Paged KV bookkeeping: the request that owns each block. Holds no tensor.
 
 Admission reserves a request's worst case (prompt, all its new tokens, and the headroom that a tree
 under verification needs), so a running request never waits for memory and is never preempted.
@@ -72,7 +72,7 @@ class BlockManager:
         sequence.reserved_blocks = 0
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
-        """The conservation law: every block is free or owned by exactly one live sequence, every
+        """Check the conservation law: every block is free or owned by exactly one live sequence, every
         committed token has a block, and promises fit the pool. Raises `IntegrityError`."""
         sequences = list(sequences)
         owned = [block for sequence in sequences for block in sequence.blocks]

@@ -54,7 +54,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class AttentionView:
-    """Which cache rows each query row may see, in the form that `tree_attention` reads.
+    """The cache rows that each query row may see, in the form that `tree_attention` reads.
 
     R requests, N query rows. A row of request r sees its logical positions below ctx_lens[r], and
     position ctx_lens[r] + w where mask[row, w].

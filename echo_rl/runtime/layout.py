@@ -1,4 +1,4 @@
-"""Where rows live: from sequences and logical positions to cache slots and attention views.
+"""Maps sequences and logical positions to cache slots and attention views.
 
 A request's *logical* position p is the p-th cache row it owns. Committed tokens come first; the nodes
 of a tree follow in row order, so a node's logical position differs from its rotary position.
@@ -95,8 +95,8 @@ def _sent(values: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def spread(counts: Seq[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For ragged counts [R]: the owner [N] and the index within its owner [N] of every element, both int64, and
-    where each owner's elements begin, then N [R + 1] int32."""
+    """The layout of ragged counts [R]: the owner [N] and the index within its owner [N] of every element, both int64,
+    and the place where each owner's elements begin, then N [R + 1] int32."""
     owner = np.array([r for r, count in enumerate(counts) for _ in range(count)], dtype=np.int64)
     local = np.array([place for count in counts for place in range(count)], dtype=np.int64)
     return owner, local, np.array([0, *accumulate(counts)], dtype=np.int32)

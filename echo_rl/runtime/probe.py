@@ -51,7 +51,7 @@ class Probe:
 
     @contextmanager
     def _sequences(self, batch: int, context: int, extra: int) -> Iterator[tuple[Sequence, ...]]:
-        """Made-up ones, released in the end."""
+        """Made-up sequences, released in the end."""
         engine, made = self._engine, list[Sequence]()
         most = engine.config.max_context + engine.config.headroom
         if context + extra > most:

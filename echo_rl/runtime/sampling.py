@@ -1,7 +1,7 @@
 """Position-keyed coupled sampling: the token at a position depends on (logits, seed, position) alone.
 
 token = argmax(filtered logits / T + Gumbel(seed, position)), T = 0 being the plain argmax. Whoever
-proposes tokens has no influence, which makes verification lossless by construction (see `verify`).
+proposes tokens has no influence, which makes verification lossless by construction (see `verification.accept`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from echo_rl.runtime.filtering import outside
 
 @dataclass(frozen=True)
 class Draw:
-    """One token a row."""
+    """The token that was drawn for each row."""
 
     tokens: torch.Tensor  # [R] int64
     best: torch.Tensor  # [R] float32, the row's highest logit: finite only where the row's logits can be used
@@ -50,7 +50,7 @@ def _filtered(logits: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor
 
 
 def likelihood(logits: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:
-    """How likely a token was, and which were likeliest. `logits` is [V], float32."""
+    """A token's log-probability, and the likeliest tokens with theirs. `logits` is [V], float32."""
     log_probs = logits.log_softmax(0)
     best = log_probs.topk(min(alternatives, len(logits)))
     top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Continuous batching in plain Python: who runs in the next step, and what a verdict does to them. Holds no tensor."""
+"""Continuous batching in plain Python: chooses each step's requests and commits verdicts to them. Holds no tensor."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Batch:
     """The requests of one step. Both parts share one forward pass."""
 
     drafting: tuple[Sequence, ...]
-    """One pending token each; these may speculate."""
+    """Requests with one pending token each, which may speculate."""
     plain: tuple[Sequence, ...]
-    """One pending token each, and no more wanted."""
+    """Requests with one pending token each, which want no more."""
     chunks: tuple[Chunk, ...]
 
     @property
@@ -35,12 +35,12 @@ class Batch:
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:
-        """Everyone in the step, decodes first."""
+        """All requests of the step, decodes first."""
         return self.decodes + tuple(chunk.sequence for chunk in self.chunks)
 
     @property
     def sampling(self) -> tuple[Sequence, ...]:
-        """Everyone who gets a token in this step, decodes first."""
+        """All requests that get a token in this step, decodes first."""
         return self.decodes + tuple(chunk.sequence for chunk in self.chunks if chunk.last)
 
     @property
@@ -85,7 +85,7 @@ class Scheduler:
     ) -> RequestOutput:
         """Append a verdict's tokens up to the first stop; a finished sequence gives its blocks back.
 
-        `logprobs` are the tokens', or none. The cut looks at one token at a time, so it doesn't depend
+        `logprobs` are the tokens', or none. The cut takes one token at a time, so it doesn't depend
         on how tokens were grouped into steps.
         """
         params, kept, text, reason = sequence.request.params, [], "", None

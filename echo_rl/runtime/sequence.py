@@ -24,7 +24,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     reserved_blocks: int = 0
     drafts: bool = True
-    """Whether it may speculate."""
+    """True where it may speculate."""
 
     def __post_init__(self) -> None:
         self.tokens, self.drafts = list(self.request.prompt), self.request.speculate
@@ -40,7 +40,7 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """Whether it has its first token; until then its prompt is processed."""
+        """True once it has its first token; until then its prompt is processed."""
         return self.output_len > 0
 
     @property

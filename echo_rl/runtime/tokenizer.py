@@ -19,7 +19,7 @@ class Tokenizer:
     """The tokenizer of a Hugging Face folder (`tokenizer.json`), without importing `transformers`."""
 
     def __init__(self, fast: FastTokenizer, template: object, special: dict[str, str]) -> None:
-        """`template` is the chat template as the folder has it: looked at only when a conversation comes."""
+        """`template` is the chat template as the folder has it: read only when a conversation comes."""
         self._fast = fast
         self._special = special
         self._source = template
@@ -55,7 +55,7 @@ class Tokenizer:
         return str(self._fast.decode(list(ids), skip_special_tokens=True))
 
     def spell(self, token: int) -> bytes:
-        """What one token stands for by itself: a part of a character too, and of a special token its name."""
+        """The bytes of one token by itself: also a part of a character, or a special token's name."""
         once, twice = (str(self._fast.decode([token] * n, skip_special_tokens=False)) for n in (1, 2))
         text = twice[len(once) :]  # some decoders drop the space that begins a text
         if UNFINISHED not in text:
@@ -118,7 +118,7 @@ SETTLE = 16
 """Tokens after which text that ends in a whole character is settled."""
 
 UNFINISHED = "\ufffd"
-"""What an unfinished character shows as."""
+"""The text that an unfinished character shows as."""
 
 
 class TextStream:
@@ -148,7 +148,7 @@ class TextStream:
         return self._send(text[: len(text) - self._held_back(text)]), False
 
     def flush(self) -> str:
-        """What was held back, once the output has ended; nothing after a stop string."""
+        """The text that was held back, once the output has ended; nothing after a stop string."""
         return "" if self._stopped else self._send(self._text())
 
     def _text(self) -> str:

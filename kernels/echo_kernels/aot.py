@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel ahead of time, without a GPU, and says what each costs on each target.
+"""Compiles every Triton kernel ahead of time, without a GPU, and reports its cost on each target.
 
 Registers, shared memory and spills decide how many programs a processor runs at once, and they are
 known before any GPU is at hand: NVIDIA's from the resource usage in the cubin, AMD's from the code
@@ -41,14 +41,14 @@ class AotError(RuntimeError):
 
 @dataclass(frozen=True)
 class Usage:
-    """What one specialisation needs on one target."""
+    """The resources that one specialisation needs on one target."""
 
     registers: int
     """Vector registers a thread."""
     shared: int
     """Bytes of shared memory (LDS) a program."""
     spilled: int
-    """Bytes of stack a thread: registers that did not fit, and what is indexed dynamically."""
+    """Bytes of stack a thread: registers that did not fit, and arrays that are indexed dynamically."""
     code: int
     """Bytes of machine code."""
 
@@ -140,7 +140,7 @@ def _code_size(elf: bytes) -> int:
 
 
 def tool_versions() -> dict[str, str]:
-    """What compiled: triton and ptxas."""
+    """The versions of the compilers, triton and ptxas."""
     said = subprocess.run([knobs.nvidia.ptxas.path, "--version"], check=True, capture_output=True, text=True).stdout
     release = re.search(r"release (\S+),", said)
     return {"triton": triton.__version__, "ptxas": release.group(1) if release else "unknown"}

@@ -71,7 +71,7 @@ def _files(pattern: str) -> Iterable[Path]:
 
 
 def _processor() -> str:
-    """What -march=native depends on: the instruction sets, where the system lists them."""
+    """The text that -march=native depends on: the instruction sets, where the system lists them."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

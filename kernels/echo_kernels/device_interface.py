@@ -1,4 +1,4 @@
-"""The records of the device-side decisions and what every backend must provide for them.
+"""The records of the device-side decisions and the protocol that every backend of them follows.
 
 These operations keep a step's decisions on the device: sizes are fixed in advance, what varies
 (counts, budgets, thresholds) stays in tensors, so no call waits for the device and a step can be
@@ -46,7 +46,7 @@ class TreeRows:
 
 @dataclass(frozen=True)
 class DrawKeys:
-    """How each request draws: the token at a position is argmax(logits / T + Gumbel(seed, position))."""
+    """The keys of each request's draws: the token at a position is argmax(logits / T + Gumbel(seed, position))."""
 
     temperatures: Tensor  # [B] float32; 0 is the plain argmax
     seeds: Tensor  # [B] int64
@@ -55,7 +55,7 @@ class DrawKeys:
 
 @dataclass(frozen=True)
 class Walk:
-    """What verification decided; -1 beyond the end of a row."""
+    """The decisions of verification; -1 beyond the end of a row."""
 
     tokens: Tensor  # [B, D + 1] int64: the accepted nodes' tokens, then the bonus token (none if failed)
     accepted: Tensor  # [B, D] int32: accepted nodes as indices among the request's nodes, root first
@@ -65,7 +65,7 @@ class Walk:
 
 @dataclass(frozen=True)
 class Level:
-    """One drafted level of every request and what to expand next."""
+    """One drafted level of every request and the candidates to expand next."""
 
     tokens: Tensor  # [B, F * fan] int64; 0 where the score is -inf
     scores: Tensor  # [B, F * fan] float32 cumulative log-probability; -inf where nothing was drafted

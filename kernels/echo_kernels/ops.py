@@ -1,7 +1,7 @@
 """The checked operations: each validates shapes and dtypes, then calls its backend.
 
 The checks raise ValueError (shapes, values that cost nothing to read) and TypeError (dtypes), and
-look at no tensor's content: an index that points outside a cache raises IndexError from a CPU backend,
+read no tensor's content: an index that points outside a cache raises IndexError from a CPU backend,
 and is undefined behaviour on a GPU, where looking would stop the device.
 Knows nothing of how a backend computes, nor of which one was chosen (`echo_kernels.dispatch`).
 """

@@ -104,7 +104,7 @@ def gumbel_uniform(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
 
 
 def pack_weight(weight: Tensor) -> None:
-    """torch's own product is the better one here."""
+    """Returns None: torch's own product is the better one here."""
 
 
 def linear(x: Tensor, panels: Tensor, bias: Tensor | None) -> Tensor:
@@ -113,7 +113,7 @@ def linear(x: Tensor, panels: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def pack_int8(weight: Tensor) -> None:
-    """No narrower product here."""
+    """Returns None: there is no narrower product here."""
 
 
 def linear_int8(x: Tensor, panels: Tensor, scales: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _unpacked(panels: Tensor) -> Tensor:
-    """[N, K]: the elements of a packed matrix where they were."""
+    """[N, K]: the elements of a packed matrix at their original places."""
     return panels.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
 
 
@@ -162,7 +162,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """One request. q [n, H, D], k and v [kv, KV, D], visible [n, kv] -> [n, H, D]."""
+    """The attention of one request: q [n, H, D], k and v [kv, KV, D], visible [n, kv] -> [n, H, D]."""
     group = q.shape[1] // k.shape[1]
     k, v = (t.float().repeat_interleave(group, dim=1) for t in (k, v))  # [kv, H, D]
     logits = torch.einsum("nhd,khd->hnk", q.float(), k) * scale

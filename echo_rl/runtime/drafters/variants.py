@@ -1,4 +1,4 @@
-"""How other makers write an EAGLE-3 folder: names that mean the same, and features that don't.
+"""Reads EAGLE-3 folders of other makers: translates names that mean the same, refuses features that don't.
 
 A name that means the same is read under this project's; a feature that would change the arithmetic is
 refused, never ignored. Knows no sizes of its own.

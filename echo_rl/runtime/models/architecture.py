@@ -1,4 +1,4 @@
-"""What a Hugging Face `config.json` says about a decoder, read into one frozen record.
+"""Reads what a Hugging Face `config.json` says about a decoder into one frozen record.
 
 Knows Llama, Qwen2 and Qwen3; everything else is refused by name rather than run wrongly.
 """
@@ -38,23 +38,23 @@ class Architecture:
     """`LLAMA3_ROPE`, or None for plain rotary positions."""
     max_positions: int
     tied: bool | None
-    """Whether the output head is the embeddings; None: where the weights have no other."""
+    """True where the output head is the embeddings; None: where the weights have no other."""
     attention_bias: bool
-    """Whether all four attention projections have a bias (Llama's and Qwen3's option)."""
+    """True where all four attention projections have a bias (Llama's and Qwen3's option)."""
     eos: tuple[int, ...]
 
     def ties(self, has_head: bool) -> bool:
-        """Whether the output head is the embeddings, of weights with or without one of its own."""
+        """True where the output head is the embeddings; `has_head` says whether the weights hold one of its own."""
         return not has_head if self.tied is None else self.tied
 
     @property
     def biased(self) -> bool:
-        """Whether queries, keys and values always have a bias."""
+        """True where queries, keys and values always have a bias."""
         return self.name == "Qwen2ForCausalLM" or self.attention_bias
 
     @property
     def normed(self) -> bool:
-        """Whether queries and keys are normed, head by head."""
+        """True where queries and keys are normed, head by head."""
         return self.name == "Qwen3ForCausalLM"
 
 

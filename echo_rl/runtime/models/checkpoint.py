@@ -28,7 +28,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _shards(index: Path) -> dict[str, str]:
-    """The file of each tensor."""
+    """The file that holds each tensor."""
     files = dict(read_document(index).section("weight_map").values)
     if not files or not all(isinstance(name, str) for name in files.values()):
         raise WeightsError(f"{index} is damaged (weight_map names no files); download the model again")

@@ -1,4 +1,4 @@
-"""Reads the JSON and text files of a model folder. What can't be used is refused by file and name."""
+"""Reads the JSON and text files of a model folder, and refuses by file and name what can't be used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Document:
     """
 
     source: str
-    """What messages call it: the file, and the names that lead to the object."""
+    """The name that messages give it: the file, and the keys that lead to the object."""
     values: Mapping[str, Any]
 
     def count(self, name: str, default: int | None = None) -> int:
@@ -82,7 +82,7 @@ def read_document(path: Path) -> Document:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file. Raises `WeightsError` where it can't be read."""
+    """The text of a UTF-8 file. Raises `WeightsError` where it can't be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:

@@ -18,9 +18,9 @@ PACK_ROWS = 16
 """Rows of activations that oneDNN is asked to lay the weights out for."""
 
 Operands = tuple[torch.Tensor, torch.Tensor | None]
-"""The weight as its product wants it, and what goes with it: scales of eight bits, else the bias."""
+"""The weight in its product's layout, and its second operand: scales of eight bits, else the bias."""
 Product = Callable[..., torch.Tensor]
-"""Of x [N, in] and the operands it was laid out with."""
+"""The function of x [N, in] and the operands that gives the product."""
 
 
 class Linear:
@@ -37,7 +37,7 @@ class Linear:
 
     @property
     def bits(self) -> int:
-        """Bits of a weight."""
+        """Bits that one element of the weight takes."""
         return 8 * self._operands[0].element_size()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

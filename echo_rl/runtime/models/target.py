@@ -1,6 +1,6 @@
 """The target model over flattened rows: every linear layer sees one [N, hidden] activation.
 
-Knows nothing about requests, trees or sampling: an `AttentionView` tells attention who may see whom.
+Knows nothing about requests, trees or sampling: an `AttentionView` tells attention which rows see which.
 """
 
 from __future__ import annotations

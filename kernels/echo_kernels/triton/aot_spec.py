@@ -1,4 +1,4 @@
-"""How a kernel wants to be compiled ahead of time: plain data.
+"""The specification by which a kernel is compiled ahead of time, as plain data.
 
 Each kernel module exports ``AOT``, a tuple of these, one for every specialisation worth checking;
 `echo_kernels.aot` compiles them for the targets it knows.

@@ -16,7 +16,7 @@ from echo_kernels.triton.aot_spec import KernelSpec
 from echo_kernels.triton.attention_plan import MAX_SPLITS, plan_attention
 
 SEARCH = tl.constexpr(128)
-"""Requests looked at at once when a program seeks its own."""
+"""Requests that a program compares at once to find its own."""
 NOTHING = tl.constexpr(-1.0)
 """The weight sum of a part whose row saw no key: no true sum is negative."""
 
@@ -109,7 +109,7 @@ def attend(
 
 @triton.jit
 def _request_of(tile: tl.tensor, q_start: tl.tensor, batch: tl.int32, ROWS: tl.constexpr) -> tl.tensor:
-    """Whose tile this is: the tiles of request r begin at q_start[r] // ROWS + r, at most one too many for each."""
+    """The request of a tile: those of request r begin at q_start[r] // ROWS + r, at most one too many for each."""
     found = 0
     for start in range(0, batch, SEARCH):
         r = start + tl.arange(0, SEARCH)
@@ -129,7 +129,7 @@ def _lines(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
-    """[BLOCK_N] int64: where the rows of logical positions from `start` begin in a cache."""
+    """[BLOCK_N] int64: the places in a cache where the rows of logical positions from `start` begin."""
     offset = tl.arange(0, BLOCK_N)
     if BLOCK_SIZE % BLOCK_N == 0:  # one page holds the tile
         slot = tl.load(table + start // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE + start % BLOCK_SIZE + offset
@@ -227,7 +227,7 @@ def _aot() -> Iterator[KernelSpec]:
 
 
 def _attend_spec(dtype: str, dim: int, block_size: int, group: int, rows: int, split: bool) -> KernelSpec:
-    """As `attention.tree_attention` launches it for one request of `rows` rows under 8 KV heads."""
+    """The specialisation that `attention.tree_attention` launches for one request of `rows` rows under 8 KV heads."""
     plan = plan_attention(rows, 1, group, 8, dim, 8192, 4 if dtype == "fp32" else 2, 132 if split else 1)
     assert (plan.splits > 1) is split
     floats = ("q", "k_cache", "v_cache", "out")

@@ -1,4 +1,4 @@
-"""How attention is cut into programs, from what the host knows without asking the device."""
+"""Cuts attention into programs by what the host knows without asking the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 MIN_TILE, MAX_TILE = 16, 64
 """Query heads in a tile: the least that a matrix unit takes, the most whose sums fit the registers."""
 TILE_BYTES = 16384
-"""Of keys, and of values, a step; twice both in flight fit the 64 KiB that the smallest device lends a program."""
+"""Bytes of keys, and of values, a step; twice both in flight fit the 64 KiB that the smallest device lends a
+program."""
 MASKED_KEYS = 32
 """Keys a step under the tree mask, whose loads take registers."""
 MAX_SPLITS = 16
@@ -39,7 +40,7 @@ def plan_attention(
     """The plan for `rows` query rows of `batch` requests with `group` query heads a KV head.
 
     `width` is the head size rounded up to a power of two, `max_keys` an upper bound on the keys of a
-    request, `processors` how many programs the device runs at once. Tiles are as tall as the mean
+    request, `processors` the number of programs that the device runs at once. Tiles are as tall as the mean
     request; keys are split while that leaves processors idle.
     """
     mean = -(-rows // batch) * group

@@ -1,4 +1,4 @@
-"""From a drafted forest to the flattened super-tree: choose the nodes, number the rows, write them.
+"""Turns a drafted forest into the flattened super-tree: choose the nodes, number the rows, write them.
 
 Four launches (two where the caller chose the nodes) and one memset for the mask:
 `_sortable` turns scores into integers in the same order, 0 for what may not be picked; `_threshold`

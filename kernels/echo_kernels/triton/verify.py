@@ -19,9 +19,9 @@ from echo_kernels.triton.aot_spec import KernelSpec
 from echo_kernels.triton.gumbel import noise, row_key
 
 SPAN = 8192
-"""Vocabulary entries a program."""
+"""Vocabulary entries that one program reads."""
 BLOCK = 1024
-"""Of which so many at a time."""
+"""Vocabulary entries that it reads at a time."""
 
 
 def verify_tree(logits: Tensor, rows: TreeRows, keys: DrawKeys, max_depth: int) -> Walk:
