@@ -18,9 +18,8 @@ from echo_rl.config import EngineConfig
 from echo_rl.controllers import registry
 from echo_rl.experiments.bench import run_bench
 from echo_rl.experiments.plan import BenchConfig, Load, Unit
-from echo_rl.experiments.report.blocks import BlockStore
 from echo_rl.utils import statistics
-from echo_rl.utils.result_store import write_json
+from echo_rl.utils.result_store import ResultStore, write_json
 from echo_rl.workloads.datasets import SOURCES, load_prompts
 from echo_rl.workloads.driver import RunRecord
 from echo_rl.workloads.requests import BenchEngine
@@ -56,7 +55,7 @@ def measure(
     """One entry per arm: MAT with its interval over blocks, and acceptance by depth."""
     config, out = args.config(suite), work / suite
     result = run_bench(engine, config, load_prompts(suite, seed=args.seed), registry.make, out, environment, CONSOLE)
-    records = BlockStore(out, config, environment).read()
+    records: ResultStore[Unit, RunRecord] = ResultStore.in_folder(out, config, environment, RunRecord)
     return [
         {
             "suite": suite,

@@ -14,7 +14,7 @@ from rich.console import Console
 from echo_rl.cli.session import environment_of, load_engine
 from echo_rl.config import EngineConfig
 from echo_rl.errors import EchoError
-from echo_rl.utils.ledger import Ledger as Cells
+from echo_rl.utils.result_store import ResultStore
 
 RESULTS = Path(__file__).resolve().parent / "results"
 EngineOptions = Annotated[EngineConfig, tyro.conf.arg(name="")]
@@ -37,18 +37,18 @@ class Place:
         return RESULTS / "work" / f"{self.name}{'-quick' if self.quick else ''}"
 
 
-class Ledger(Cells):
+class Ledger:
     """The cells of a script in its work folder; says which one it computes."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        super().__init__(folder / "cells.jsonl", settings)
+        self._store = ResultStore.in_file(folder / "cells.jsonl", settings)
 
     def cell(self, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
         def said() -> Any:
             CONSOLE.print(" ".join(f"{k}={v}" for k, v in key.items()), highlight=False)
             return compute()
 
-        return super().cell(key, said)
+        return self._store.get(key, said)
 
 
 def main(script: Callable[[], None]) -> None:

@@ -27,7 +27,7 @@ from echo_rl.experiments.load.run import Keys, Session
 from echo_rl.experiments.plan import Trial, trials
 from echo_rl.experiments.report import plots
 from echo_rl.utils import plotting, statistics
-from echo_rl.utils.result_store import Store, write_json
+from echo_rl.utils.result_store import ResultStore, write_json
 from echo_rl.workloads.datasets import load_prompts
 from server_identity import Identity, identity
 from server_load import load_of
@@ -79,7 +79,7 @@ def sweep(setting: Sweep, engine: EngineConfig, place: Place) -> dict[str, Any]:
     with Server(engine, place.work / "server.log") as server:
         url = server.ready()
         environment = {key: value for key, value in server.lines("ready")[0].items() if key not in LOGGED}
-        store = Store(place.work, setting, environment, Trial, LoadRecord)
+        store: ResultStore[Trial, LoadRecord] = ResultStore.in_folder(place.work, setting, environment, LoadRecord)
         configs = {f"closed:{load}": config(setting, url, load) for load in setting.concurrency}
         sessions = {workload: Session(each, prompts, Keys()) for workload, each in configs.items()}
         every = replace(next(iter(configs.values())), workloads=tuple(configs))

@@ -35,7 +35,7 @@ ROOMS = (
 RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
 SEPARATE = {"runtime", "env", "controllers"}
 TORCH_FREE = (
-    *("contracts", "errors", "config", "utils.archives", "utils.files", "utils.ledger", "utils.statistics"),
+    *("contracts", "errors", "config", "utils.archives", "utils.files", "utils.statistics"),
     *(
         "utils.result_store",
         "costs.batched_profile",

@@ -18,9 +18,9 @@ from echo_rl.contracts import Controller, MakeController, Request, SamplingParam
 from echo_rl.controllers.arm import Arm
 from echo_rl.errors import ConfigError
 from echo_rl.experiments.plan import BenchConfig, Load, Unit, schedule
-from echo_rl.experiments.report.blocks import BlockStore, arms_made_of, report
+from echo_rl.experiments.report.blocks import arms_made_of, report
 from echo_rl.utils.machine import machine
-from echo_rl.utils.result_store import R, Store, write_json
+from echo_rl.utils.result_store import R, ResultStore, write_json
 from echo_rl.workloads.datasets import Prompt
 from echo_rl.workloads.driver import serve
 from echo_rl.workloads.records import RunRecord
@@ -71,7 +71,7 @@ def run_bench(
     runner = _Runner(engine, config, prompts, make_controller, clock)
     environment = dict(environment or machine())
     made = arms_made_of({arm: controller for (arm, _), controller in runner.cold.items()})
-    store = BlockStore(out, config, {**environment, **made})
+    store: ResultStore[Unit, RunRecord] = ResultStore.in_folder(out, config, {**environment, **made}, RunRecord)
     done = run_missing(list(schedule(config)), store, runner.run, console)
     result = report(config, done, environment)
     write_json(out / "result.json", result)
@@ -79,20 +79,17 @@ def run_bench(
 
 
 def run_missing(
-    units: Sequence[U], store: Store[U, R], run: Callable[[U], R], console: Console | None = None
+    units: Sequence[U], store: ResultStore[U, R], run: Callable[[U], R], console: Console | None = None
 ) -> dict[U, R]:
     """All units of the store, those that it lacked run in the order given and added to it. Shows a bar."""
-    done = store.read()
     with _progress(console) as progress:
-        task = progress.add_task("", total=len(units), completed=sum(unit in done for unit in units))
+        task = progress.add_task("", total=len(units), completed=sum(unit in store for unit in units))
         for unit in units:
-            if unit in done:
-                continue
-            progress.update(task, description=str(unit))
-            done[unit] = run(unit)
-            store.append(unit, done[unit])
-            progress.advance(task)
-    return done
+            if unit not in store:
+                progress.update(task, description=str(unit))
+                store.add(unit, run(unit))
+                progress.advance(task)
+    return {unit: store[unit] for unit in units}
 
 
 class _Runner:

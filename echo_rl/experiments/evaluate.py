@@ -33,8 +33,7 @@ from echo_rl.experiments.report.blocks import made_of
 from echo_rl.replay.backend import ReplayBackend, ReplayOptions
 from echo_rl.replay.scheduler import ReplaySchedulerOptions
 from echo_rl.replay.trace import Trace, fingerprint
-from echo_rl.utils.ledger import Ledger
-from echo_rl.utils.result_store import digest_of, write_json
+from echo_rl.utils.result_store import ResultStore, digest_of, write_json
 from echo_rl.workloads.driver import serve
 
 SHAPES: tuple[tuple[float, int, int], ...] = (
@@ -86,7 +85,7 @@ class Replayer:
         trace: Trace,
         costs: BatchedCostProfile,
         make: MakeController,
-        ledger: Path | None = None,
+        store: Path | None = None,
     ) -> None:
         self.config, self.trace, self.make = config, trace, make
         limits = ReplaySchedulerOptions(max_batch=max(ReplaySchedulerOptions.max_batch, *config.concurrency))
@@ -96,7 +95,7 @@ class Replayer:
         self.settings = settings | {
             "version": __version__, "trace": fingerprint(trace), "costs": digest_of(repr(costs.profile).encode())
         }  # fmt: skip
-        self._ledger = Ledger(ledger, self.settings)
+        self._store = ResultStore.in_file(store, self.settings)
         self._made_of = lru_cache(maxsize=None)(lambda arm: made_of(self.controller(arm)))
 
     def controller(self, arm: str) -> Controller:
@@ -111,7 +110,7 @@ class Replayer:
         """
         key = {"arm": arm, "concurrency": concurrency, "blocks": [blocks.start, blocks.stop], "warm": warm}
         key |= self._made_of(arm)
-        rows = self._ledger.cell(key, lambda: [asdict(block) for block in self._serve(arm, concurrency, blocks, warm)])
+        rows = self._store.get(key, lambda: [asdict(block) for block in self._serve(arm, concurrency, blocks, warm)])
         return [Block(**row) for row in rows]
 
     def _serve(self, arm: str, concurrency: int, blocks: range, warm: bool) -> list[Block]:

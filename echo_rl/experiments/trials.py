@@ -26,7 +26,7 @@ from echo_rl.experiments.bench import run_missing
 from echo_rl.experiments.plan import Trial, TrialConfig, trials
 from echo_rl.experiments.report.blocks import arms_made_of
 from echo_rl.utils import statistics
-from echo_rl.utils.result_store import Store
+from echo_rl.utils.result_store import ResultStore
 from echo_rl.workloads.arrivals import SUITES, Arrivals, Workload, parse
 from echo_rl.workloads.driver import drive
 from echo_rl.workloads.records import RunRecord, StepRecord
@@ -210,7 +210,8 @@ def run_trials(
     """
     stage = Stage(venue, config, make)
     made = arms_made_of({arm: stage.made(arm) for arm in config.arms})
-    store = Store(out, config, {**venue.environment, **made}, Trial, RunRecord)
+    environment = {**venue.environment, **made}
+    store: ResultStore[Trial, RunRecord] = ResultStore.in_folder(out, config, environment, RunRecord)
     return run_missing(list(trials(config)), store, stage.run, console)
 
 

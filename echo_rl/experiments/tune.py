@@ -125,7 +125,7 @@ class _Search:
         return mean_speedup(blocks, self._plain(len(next(iter(blocks.values())))))
 
     def _plain(self, blocks: int) -> dict[int, list[Block]]:
-        """The baseline's; once measured, the ledger holds them."""
+        """The baseline's; once measured, the store holds them."""
         config = self.replayer.config
         return {c: self.replayer.measure(BASELINE, c, range(config.blocks))[:blocks] for c in config.concurrency}
 

@@ -1,24 +1,24 @@
-"""A folder of results that survives an interruption: what is measured, and each finished unit as a line of JSON.
+"""Results that survive an interruption: what is measured, and each finished result as a line of JSON.
 
-Every finished unit is one line of ``blocks.jsonl``, so an interrupted run goes on where it stopped.
+An interrupted experiment goes on where it stopped, and its results are never mixed with another's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from echo_rl.errors import ConfigError
 from echo_rl.utils.files import replacing
-from echo_rl.utils.ledger import read_lines
 
 
 class Storable(Protocol):
-    """A record that a finished unit leaves behind."""
+    """A record that knows its JSON."""
 
     def to_json(self) -> dict[str, Any]: ...
 
@@ -26,40 +26,127 @@ class Storable(Protocol):
     def from_json(cls, data: dict[str, Any]) -> Self: ...
 
 
-U = TypeVar("U")
-R = TypeVar("R", bound=Storable)
+K = TypeVar("K")
+R = TypeVar("R")
+S = TypeVar("S", bound=Storable)
 
 
-class Store(Generic[U, R]):
-    """An output folder: what is measured (``config.json``) and each finished unit (``blocks.jsonl``).
+class ResultStore(Generic[K, R]):
+    """Finished results by key; each is appended to a file as one line as soon as it is there.
 
-    `config` and the units are frozen dataclasses of plain values; `unit` and `record` are the classes
-    of what is stored. Raises `ConfigError` where the folder holds something else.
+    A store belongs to one experiment: what is measured is written beside the lines (`in_folder`) or before them
+    (`in_file`). A line that an interruption cut short is dropped, from the file too.
     """
 
-    def __init__(self, out: Path, config: Any, environment: Mapping[str, str], unit: type[U], record: type[R]) -> None:
-        self.environment = dict(environment)
-        self._unit, self._record = unit, record
-        self.blocks = out / "blocks.jsonl"
-        what = {"config": asdict(config), "environment": self.environment}
-        claim(out / "config.json", what, "a benchmark", [self.blocks])
-
-    def read(self) -> dict[U, R]:
-        """The finished units. A line cut short by an interruption is dropped, from the file too.
-
-        Raises `ConfigError` where another line can't be read.
-        """
-        rows = read_lines(self.blocks)
+    def __init__(
+        self,
+        path: Path | None,
+        rows: Iterable[Any],
+        names: tuple[str, str],
+        key: Callable[[K], Any],
+        record: type[Storable] | None,
+    ) -> None:
+        """`names` are those of a line's key and value. Raises `ConfigError` where one of `rows` isn't such a line."""
+        self._path, self._names, self._key, self._record = path, names, key, record
+        read: Callable[[Any], Any] = record.from_json if record else lambda row: row
         try:
-            return {self._unit(**row["unit"]): self._record.from_json(row["record"]) for row in rows}
+            self._found: dict[str, Any] = {_text(row[names[0]]): read(row[names[1]]) for row in rows}
         except (KeyError, TypeError, AttributeError) as error:
+            kind = "unit" if record else "cell"
             raise ConfigError(
-                f"{self.blocks} holds a line that is no finished unit ({error!r}); delete it to measure anew"
+                f"{path} holds a line that is no finished {kind} ({error!r}); delete it to measure anew"
             ) from error
 
-    def append(self, unit: U, record: R) -> None:
-        with open(self.blocks, "a") as stream:
-            stream.write(json.dumps({"unit": vars(unit), "record": record.to_json()}) + "\n")
+    @classmethod
+    def in_folder(
+        cls,
+        out: Path,
+        config: Any,
+        environment: Mapping[str, str],
+        record: type[S],
+        key: Callable[[K], Mapping[str, Any]] = vars,
+    ) -> ResultStore[K, S]:
+        """Records in ``out/blocks.jsonl``, and what they are of in ``out/config.json``.
+
+        `config` is a dataclass of plain values, `record` the records' class; `key` turns a key into plain values.
+        Raises `ConfigError` where the folder holds something else or is damaged.
+        """
+        blocks = out / "blocks.jsonl"
+        what = {"config": asdict(config), "environment": dict(environment)}
+        claim(out / "config.json", what, "a benchmark", [blocks])
+        return ResultStore(blocks, read_lines(blocks), ("unit", "record"), key, record)
+
+    @classmethod
+    def in_file(cls, path: Path | None, settings: Mapping[str, Any]) -> ResultStore[Mapping[str, Any], Any]:
+        """Values of plain JSON types in one file, which begins with what they are of; without a path, in memory alone.
+
+        Raises `ConfigError` where the file was begun with other settings or is damaged.
+        """
+        rows = read_lines(path) if path is not None else []
+        wanted = _plain({"settings": settings})
+        if rows and rows[0] != wanted:
+            raise ConfigError(f"{path} was begun with other settings; delete it to start anew")
+        if path is not None and not rows:
+            _append(path, wanted)
+        return ResultStore(path, rows[1:], ("key", "value"), _text, None)
+
+    def __contains__(self, key: K) -> bool:
+        return _text(self._key(key)) in self._found
+
+    def __getitem__(self, key: K) -> R:
+        found: R = self._found[_text(self._key(key))]
+        return found
+
+    def add(self, key: K, value: R) -> None:
+        """Keeps a result; of plain JSON types, as it will be read back."""
+        row = self._record.to_json(value) if self._record else _plain(value)  # type: ignore[arg-type]
+        self._found[_text(self._key(key))] = value if self._record else row
+        if self._path is not None:
+            _append(self._path, dict(zip(self._names, (self._key(key), row), strict=True)))
+
+    def get(self, key: K, compute: Callable[[], R]) -> R:
+        """The result under `key`; computed and kept first where it is absent."""
+        if key not in self:
+            self.add(key, compute())
+        return self[key]
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The JSON lines written so far; one cut short by an interruption is dropped, from the file too.
+
+    Raises `ConfigError` naming the first whole line that isn't JSON.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")
+    if lines.pop():
+        os.truncate(path, sum(len(line.encode()) + 1 for line in lines))
+    return [_parsed(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _parsed(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ConfigError(
+            f"line {number} of {path} is damaged ({error}); delete the line, and what it held is measured again"
+        ) from error
+
+
+def _append(path: Path, row: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types, as it would be read back."""
+    return json.loads(json.dumps(value))
+
+
+def _text(key: Any) -> str:
+    """A key as keys are compared."""
+    return key if isinstance(key, str) else json.dumps(key, sort_keys=True)
 
 
 def claim(path: Path, what: Mapping[str, Any], kind: str, made: Iterable[Path] = ()) -> None:
@@ -68,7 +155,7 @@ def claim(path: Path, what: Mapping[str, Any], kind: str, made: Iterable[Path] =
     Raises `ConfigError` where the file says something else, or is missing beside results (`made`) that are there:
     nobody knows what those are of. `kind` is what the folder holds, in words.
     """
-    wanted = json.loads(json.dumps(what))
+    wanted = _plain(what)
     if path.is_file():
         changed = differing(read_json(path), wanted)
         problem = f"with another {', '.join(changed)}" if changed else None

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import ndtri, stdtrit
 
 from echo_rl.errors import ConfigError
 
@@ -123,11 +123,13 @@ def kendall(a: Mapping[str, float], b: Mapping[str, float]) -> float | None:
 
     1 where they agree on every pair, -1 where on none; None where either cannot tell any two apart.
     """
+    from scipy.stats import kendalltau
+
     names = sorted(a.keys() & b.keys())
-    x, y = (np.array([scores[name] for name in names], dtype=float) for scores in (a, b))
-    first, second = np.sign(np.subtract.outer(x, x)), np.sign(np.subtract.outer(y, y))
-    told = float(np.sqrt((first**2).sum() * (second**2).sum()))
-    return float((first * second).sum()) / told if told else None
+    if len(names) < 2:
+        return None
+    tau = float(kendalltau(*([scores[name] for name in names] for scores in (a, b)))[0])
+    return None if math.isnan(tau) else tau
 
 
 def _columns(blocks: Sequence[Rate]) -> tuple[np.ndarray, np.ndarray]:
@@ -153,14 +155,8 @@ def _bootstrap(
 def _widening(blocks: int, level: float) -> float:
     """What a bootstrap over few blocks lacks: it divides by n for n - 1, and takes a normal for Student's t.
 
-    The t quantile by its expansion around the normal one (Abramowitz and Stegun 26.7.5); exact to 4 % from 3 blocks on,
-    to 1 % from 4. Of two blocks the bootstrap's ends are the blocks themselves, a standard error from the mean, and t
-    is Cauchy's.
+    Of two blocks the bootstrap's ends are the blocks themselves, a standard error from the mean.
     """
-    if blocks == 2:
-        return math.tan(math.pi * level / 2)
-    z, v = NormalDist().inv_cdf((1 + level) / 2), blocks - 1
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return math.sqrt(blocks / v) * (1.0 + (first / v + second / v**2 + third / v**3) / z)
+    upper = (1 + level) / 2
+    student = float(stdtrit(blocks - 1, upper))
+    return student if blocks == 2 else student / float(ndtri(upper)) * math.sqrt(blocks / (blocks - 1))

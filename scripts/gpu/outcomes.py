@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 from echo_rl.costs.profile import CostProfile
 from echo_rl.experiments.load.record import LoadRecord
 from echo_rl.experiments.load.report import cell
-from echo_rl.utils.ledger import read_lines
+from echo_rl.utils.result_store import read_lines
 from echo_rl.utils.statistics import Interval
 
 Rows = list[dict[str, Any]]

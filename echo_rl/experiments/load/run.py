@@ -23,7 +23,7 @@ from echo_rl.experiments.load.report import report
 from echo_rl.experiments.plan import Trial, trials
 from echo_rl.experiments.trials import Rotation, seed_of
 from echo_rl.utils.machine import machine
-from echo_rl.utils.result_store import Store, write_json
+from echo_rl.utils.result_store import ResultStore, write_json
 from echo_rl.workloads.arrivals import Arrivals, closed
 from echo_rl.workloads.datasets import Prompt
 
@@ -53,12 +53,13 @@ def run_load(
     server can't be reached or serves no token, or where `out` holds another load test.
     """
     session = Session(config, prompts, keys)
-    store = Store(out, config, machine(models=", ".join(session.models.values())), Trial, LoadRecord)
+    environment = machine(models=", ".join(session.models.values()))
+    store: ResultStore[Trial, LoadRecord] = ResultStore.in_folder(out, config, environment, LoadRecord)
     try:
         done = run_missing(list(trials(config.trials)), store, session.run, console)
     finally:
         session.restore()
-    result = report(config, session.workloads, done, store.environment)
+    result = report(config, session.workloads, done, environment)
     write_json(out / "result.json", result)
     return result, done
 

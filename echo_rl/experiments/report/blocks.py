@@ -5,22 +5,14 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from echo_rl.contracts import Controller
 from echo_rl.experiments.plan import BenchConfig, Load, Unit
 from echo_rl.utils import statistics
-from echo_rl.utils.result_store import Store, digest_of
+from echo_rl.utils.result_store import digest_of
 from echo_rl.workloads import metrics
 from echo_rl.workloads.records import RequestRecord, RunRecord, pool
-
-
-class BlockStore(Store[Unit, RunRecord]):
-    """The folder of a benchmark over concurrencies."""
-
-    def __init__(self, out: Path, config: BenchConfig, environment: Mapping[str, str]) -> None:
-        super().__init__(out, config, environment, Unit, RunRecord)
 
 
 def report(
