@@ -380,7 +380,15 @@ MakeController = Callable[..., Controller]
 
 
 class Backend(Protocol):
-    """Something that serves steps: the live engine, or a replay of recorded forests."""
+    """Something that serves steps: the live engine, or a replay of recorded forests.
+
+    A step has two phases. `prepare` forms its batch and tells the load; the step then waits for a plan, for as long
+    as it takes to find one, and `execute` serves it. `step` is both in a row for a controller that plans at once.
+
+    Between the phases requests may come and go. One that is added waits for the next step: the prepared batch and
+    its load stay as they are. One that is cancelled frees its memory at once and takes the prepared batch apart;
+    the next `prepare`, or `execute` without one, forms it anew from the requests that are left.
+    """
 
     @property
     def has_work(self) -> bool: ...
@@ -389,9 +397,35 @@ class Backend(Protocol):
         """Queue a request. Raises `RequestError` where it could never be served."""
         ...
 
-    def cancel(self, request_id: str) -> None: ...
+    def cancel(self, request_id: str) -> None:
+        """Drop a request. Unknown and finished ids are ignored."""
+        ...
 
-    def step(self, controller: Controller) -> StepReport: ...
+    def prepare(self) -> LoadView:
+        """Form the coming step's batch, and tell what a controller may know of it.
+
+        Waiting requests are admitted, but none advances: until `execute` it gives the same load again. A load whose
+        `batch_size` is 0 is that of a step in which nobody may speculate (prompts alone, or requests that asked for
+        no speculation): its plan is `AUTOREGRESSIVE`, and no controller is asked for one.
+        Raises `ConfigError` where there is no work.
+        """
+        ...
+
+    def execute(self, plan: SpecPlan, controller: Controller) -> StepReport:
+        """Serve the prepared step by this plan, or prepare one first where none is.
+
+        The controller extends, selects and observes the report. It isn't asked for a plan: where its selection
+        depends on the load, show it the load by its `plan` first. Where nobody may speculate any plan is taken for
+        `AUTOREGRESSIVE`. The time since `prepare` is in none of the report's phases.
+        Raises what the controller raises, and `PlanViolation` where it asks for more than the plan or the backend
+        allows: then no token is committed, and the next step is prepared anew. Raises `ConfigError` where there is
+        no work.
+        """
+        ...
+
+    def step(self, controller: Controller) -> StepReport:
+        """`prepare`, the controller's plan where somebody may speculate, and `execute`."""
+        ...
 
 
 @runtime_checkable

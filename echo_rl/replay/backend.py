@@ -28,7 +28,6 @@ from echo_rl.contracts import (
     StepReport,
 )
 from echo_rl.costs.batched_profile import BatchedCostProfile
-from echo_rl.costs.batched_records import BatchedLoadView
 from echo_rl.errors import ConfigError, PlanViolation, RequestError, TraceError
 from echo_rl.replay.scheduler import Gain, ReplayScheduler, ReplaySchedulerOptions, Turn
 from echo_rl.replay.timing import Work, noise, step_phases
@@ -54,6 +53,7 @@ class ReplayBackend:
         self._generator = np.random.default_rng(seed)
         self._tickets: dict[str, int] = {}  # request id -> ticket
         self._names: dict[int, str] = {}  # and back
+        self._turn: Turn | None = None  # of the prepared step
         self._now = 0.0
 
     @property
@@ -73,6 +73,7 @@ class ReplayBackend:
         self._servers.clear()
         self._tickets.clear()
         self._names.clear()
+        self._turn = None
         self._generator, self._now = np.random.default_rng(seed), 0.0
 
     def add(self, request: Request) -> None:
@@ -91,14 +92,17 @@ class ReplayBackend:
         if ticket is not None:
             del self._names[ticket]
             self._servers.drop(ticket)
+            self._turn = None
 
-    def step(self, controller: Controller) -> StepReport:
-        """Serve one step. Raises `ConfigError` where there is no work, `PlanViolation` as the live engine does."""
-        if not self.has_work:
-            raise ConfigError("step() was called with no request queued or running; add one first")
-        turn = self._servers.turn()
-        load = _view(turn.loads, self._options.limits.max_nodes)
-        plan = controller.plan(load) if load.batch_size else AUTOREGRESSIVE
+    def prepare(self) -> LoadView:
+        """Form the coming step, see `Backend`. Raises `ConfigError` where there is no work."""
+        return self._view(self._formed())
+
+    def execute(self, plan: SpecPlan, controller: Controller) -> StepReport:
+        """Serve the prepared step, see `Backend`. Raises `TraceError` where the trace lacks so deep or wide a plan."""
+        turn, self._turn = self._formed(), None
+        load = self._view(turn)
+        plan = plan if load.batch_size else AUTOREGRESSIVE
         forest = self._grow(turn, plan, controller) if plan.speculates else None
         selection = _select(controller, forest, plan, load.batch_size, load.max_nodes)
         accepted = _accepted(selection)
@@ -121,6 +125,32 @@ class ReplayBackend:
         self._now += report.times.total
         controller.observe(report)
         return report
+
+    def step(self, controller: Controller) -> StepReport:
+        """Both phases, with the controller's own plan between them."""
+        load = self.prepare()
+        return self.execute(controller.plan(load) if load.batch_size else AUTOREGRESSIVE, controller)
+
+    def _formed(self) -> Turn:
+        """The step that waits for its plan; formed now where none does."""
+        if self._turn is None:
+            if not self.has_work:
+                raise ConfigError("a step was asked for with no request queued or running; add one first")
+            self._turn = self._servers.turn()
+        return self._turn
+
+    def _view(self, turn: Turn) -> LoadView:
+        """What a controller sees of the step."""
+        loads = turn.loads
+        return LoadView(
+            batch_size=int(loads.batch[0]),
+            prefill_tokens=int(loads.prefill[0]),
+            waiting=int(loads.waiting[0]),
+            mean_context=float(loads.context[0]),
+            kv_used=float(loads.kv_used[0]),
+            max_nodes=self._options.limits.max_nodes,
+            arrived=int(loads.arrived[0]),
+        )
 
     def _grow(self, turn: Turn, plan: SpecPlan, controller: Controller) -> Forest:
         """The recorded forest of this plan, cut where the controller's gates stop a request."""
@@ -192,19 +222,6 @@ class ReplayBackend:
             if reason:
                 del self._tickets[name], self._names[ticket]
         return tuple(outputs)
-
-
-def _view(loads: BatchedLoadView, max_nodes: int) -> LoadView:
-    """What a controller sees of one server's load."""
-    return LoadView(
-        batch_size=int(loads.batch[0]),
-        prefill_tokens=int(loads.prefill[0]),
-        waiting=int(loads.waiting[0]),
-        mean_context=float(loads.context[0]),
-        kv_used=float(loads.kv_used[0]),
-        max_nodes=max_nodes,
-        arrived=int(loads.arrived[0]),
-    )
 
 
 def _select(controller: Controller, forest: Forest | None, plan: SpecPlan, batch: int, max_nodes: int) -> Selection:

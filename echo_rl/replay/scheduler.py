@@ -75,13 +75,13 @@ class ReplayScheduler:
         self._waiting: list[deque[tuple[int, int]]] = [deque() for _ in range(count)]  # (ticket, response)
         self._state = np.zeros((10, 0), dtype=np.int64)  # [10, N] see the row names above
         self._running = [0] * count
-        self._arrived = np.zeros(count)
+        self._arrived: list[list[int]] = [[] for _ in range(count)]  # tickets since the last step
         self._tickets = 0
 
     def clear(self, server: int = 0) -> None:
         """Drop every request of a server."""
         self._waiting[server].clear()
-        self._arrived[server] = 0.0
+        self._arrived[server].clear()
         self._keep(self._state[SERVER] != server)
 
     def in_flight(self, server: int = 0) -> int:
@@ -92,16 +92,17 @@ class ReplayScheduler:
         """Queue a request for this response; its ticket."""
         self._tickets += 1
         self._waiting[server].append((self._tickets, response))
-        self._arrived[server] += 1
+        self._arrived[server].append(self._tickets)
         return self._tickets
 
     def drop(self, ticket: int) -> None:
         """Take a request out, waiting or running."""
         self._waiting = [deque(item for item in queue if item[0] != ticket) for queue in self._waiting]
+        self._arrived = [[other for other in new if other != ticket] for new in self._arrived]
         self._keep(self._state[TICKET] != ticket)
 
     def turn(self) -> Turn:
-        """Admit what fits and form the step. Without an `add`, a `drop` or a step since it is the same again."""
+        """Admit what fits and form the step, which an `add` leaves as it is and a `drop` takes apart."""
         self._admit()
         state = self._state
         prefilling = state[LEFT] > 0
@@ -131,7 +132,8 @@ class ReplayScheduler:
         self._state[EMITTED, turn.places] += kept
         unseen = self._state[UNSEEN, turn.places]
         self._state[UNSEEN, turn.places] = np.where(drafted[turn.servers], new, unseen + new)
-        self._arrived[:] = 0.0
+        for arrived, counted in zip(self._arrived, turn.loads.arrived.tolist(), strict=True):
+            del arrived[: int(counted)]
         return Gain(kept, self.read(np.ones(self.count, dtype=bool)))
 
     def read(self, servers: NDArray[np.bool_]) -> frozenset[int]:
@@ -164,7 +166,7 @@ class ReplayScheduler:
             waiting=np.array([float(len(queue)) for queue in self._waiting]),
             context=context / np.maximum(counts, 1),
             kv_used=np.minimum(1.0, blocks * options.block_size / options.kv_tokens),
-            arrived=self._arrived.copy(),
+            arrived=np.array([float(len(new)) for new in self._arrived]),
         )
 
     def _admit(self) -> None:

@@ -1,8 +1,8 @@
-"""The live backend: one `step` is schedule -> plan -> draft -> select -> verify -> accept -> commit."""
+"""The live backend. `prepare` schedules a step; `execute` drafts, selects, verifies, accepts and commits it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,10 +13,8 @@ from echo_rl.contracts import (
     AUTOREGRESSIVE,
     Controller,
     LoadView,
-    PhaseTimes,
     Request,
     RequestOutput,
-    RequestTree,
     SpecPlan,
     StepReport,
     Verdict,
@@ -33,7 +31,17 @@ from echo_rl.runtime.sequence import Sequence
 from echo_rl.runtime.step.base import Clock, Step, StepResult
 from echo_rl.runtime.step.device.step import DeviceStep
 from echo_rl.runtime.step.eager import EagerStep
+from echo_rl.runtime.step.report import report_of, verified_trees
 from echo_rl.runtime.tokenizer import TextStream, Tokenizer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A scheduled step that waits for its plan."""
+
+    batch: Batch
+    load: LoadView
+    clock: Clock
 
 
 class Engine:
@@ -54,7 +62,8 @@ class Engine:
         if config.step == "device" or (config.step == "auto" and device.type == "cuda" and backend(device) == "triton"):
             self.serving = DeviceStep(self.runner, config, self.serving)
         self._sequences: dict[str, Sequence] = {}
-        self._arrived = 0  # since the last step
+        self._arrived: list[str] = []  # request ids since the last step
+        self._prepared: Prepared | None = None
         self.trace_trees = False
         """Whether reports carry the verified trees."""
         self._max_context = min(config.max_context, target.arch.max_positions)
@@ -107,41 +116,64 @@ class Engine:
             )
         self._sequences[request.id] = sequence
         self.scheduler.add(sequence)
-        self._arrived += 1
+        self._arrived.append(request.id)
 
     def cancel(self, request_id: str) -> None:
         """Drop a request and free its KV at once. Unknown and finished ids are ignored."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
+            self._prepared = None
             self.scheduler.remove(sequence)
+            if request_id in self._arrived:
+                self._arrived.remove(request_id)
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` if KV blocks are not conserved."""
         self.block_manager.check_integrity(self._sequences.values())
 
-    def step(self, controller: Controller) -> StepReport:
-        """Serve one step. `has_work` must be true; raises `ConfigError` if it isn't."""
-        if not self.has_work:
-            raise ConfigError("step() was called with no request queued or running; add one first")
+    def prepare(self) -> LoadView:
+        """Schedule the coming step, see `Backend`. Raises `ConfigError` where there is no work."""
+        return self._scheduled().load
+
+    def execute(self, plan: SpecPlan, controller: Controller) -> StepReport:
+        """Draft, select, verify, accept and commit the prepared step, see `Backend`."""
+        prepared, self._prepared = self._scheduled(), None
+        batch, load, clock = prepared.batch, prepared.load, prepared.clock
         if self.runner.device.type == "cuda":
             torch.cuda.set_device(self.runner.device)
-        clock = Clock()
-        batch = self.scheduler.schedule()
-        load = self._load(batch)
-        clock.lap("schedule")
-        plan = controller.plan(load) if batch.drafting else AUTOREGRESSIVE
+        clock.resume()
+        plan = plan if batch.drafting else AUTOREGRESSIVE
         self._reserve(batch, plan)
-        served = _taken_back(batch, self.serving.run(batch, plan, controller, clock))
-        outputs = self._commit(batch, served.verdict)
+        result = _redrawn(batch, self.serving.run(batch, plan, controller, clock))
+        del self._arrived[: load.arrived]  # those behind came after `prepare`
+        outputs = self._commit(batch, result.verdict)
         clock.lap("commit")
-        trees = _trees(batch, served) if self.trace_trees else ()
-        report = _report(load, plan, served, outputs, clock.times(), trees)
+        trees = verified_trees(batch, result) if self.trace_trees else ()
+        report = report_of(load, plan, result, outputs, clock.times(), trees)
         controller.observe(report)
         return report
 
+    def step(self, controller: Controller) -> StepReport:
+        """Both phases, with the controller's own plan between them. What planning takes is in the report's `plan`."""
+        prepared = self._scheduled()
+        prepared.clock.resume()
+        plan = controller.plan(prepared.load) if prepared.batch.drafting else AUTOREGRESSIVE
+        prepared.clock.lap("plan")
+        return self.execute(plan, controller)
+
+    def _scheduled(self) -> Prepared:
+        """The step that waits for its plan; scheduled now where none does."""
+        if self._prepared is None:
+            if not self.has_work:
+                raise ConfigError("a step was asked for with no request queued or running; add one first")
+            clock = Clock()
+            batch = self.scheduler.schedule()
+            self._prepared = Prepared(batch, self._load(batch), clock)
+            clock.lap("schedule")
+        return self._prepared
+
     def _load(self, batch: Batch) -> LoadView:
         lengths = [s.kv_len for s in batch.drafting]
-        arrived, self._arrived = self._arrived, 0
         return LoadView(
             batch_size=len(lengths),
             prefill_tokens=batch.prefill_tokens,
@@ -149,7 +181,7 @@ class Engine:
             mean_context=sum(lengths) / len(lengths) if lengths else 0.0,
             kv_used=self.block_manager.used_share,
             max_nodes=self.config.max_nodes,
-            arrived=arrived,
+            arrived=len(self._arrived),
             plain=len(batch.plain),
         )
 
@@ -188,61 +220,19 @@ class Engine:
         return tuple(outputs)
 
 
-def _taken_back(batch: Batch, served: StepResult) -> StepResult:
-    """Without what was decided for requests whose logits are not finite beside drafted nodes.
+def _redrawn(batch: Batch, result: StepResult) -> StepResult:
+    """The result without what was decided for requests whose logits are not finite beside drafted nodes.
 
-    A node that plain decoding would never have processed may be why, so they are served plainly from now on, this
-    step again.
+    A node that plain decoding would never have processed may be why, so these requests draw this step's token again
+    in the next one, and are served plainly from now on.
     """
-    verdict, counts = served.verdict, served.selection.counts.tolist()
+    verdict, counts = result.verdict, result.selection.counts.tolist()
     again = {i for i in verdict.failed if i < len(counts) and counts[i]}
     if not again:
-        return served
+        return result
     for i in again:
         batch.decodes[i].drafts = False
     accepted = tuple(() if i in again else path for i, path in enumerate(verdict.accepted))
     tokens = tuple(() if i in again else drawn for i, drawn in enumerate(verdict.tokens))
     logprobs = tuple(() if i in again else likely for i, likely in enumerate(verdict.logprobs))
-    return replace(served, verdict=Verdict(accepted, tokens, verdict.failed - again, logprobs))
-
-
-def _report(
-    load: LoadView,
-    plan: SpecPlan,
-    served: StepResult,
-    outputs: tuple[RequestOutput, ...],
-    times: PhaseTimes,
-    trees: tuple[RequestTree, ...],
-) -> StepReport:
-    verdict, selection, growth = served.verdict, served.selection, served.growth
-    paths = verdict.accepted[: load.batch_size]
-    depths = selection.depths.tolist()
-    deepest = max(depths, default=-1) + 1
-    owner = [r for r, count in enumerate(selection.counts.tolist()) for _ in range(count)]
-    has = set(zip(owner, depths, strict=True))
-    return StepReport(
-        load=load,
-        plan=plan,
-        outputs=outputs,
-        drafted=growth.drafted if growth else 0,
-        verified=selection.size,
-        accepted=sum(map(len, paths)),
-        committed=sum(len(t) for t in verdict.tokens[: load.batch_size]),
-        reached_by_depth=tuple(sum(len(p) >= d and (r, d) in has for r, p in enumerate(paths)) for d in range(deepest)),
-        accepted_by_depth=tuple(sum(len(p) > d for p in paths) for d in range(deepest)),
-        times=times,
-        drafting=growth.drafting if growth else (),
-        confidence=growth.confidence if growth else (),
-        trees=trees,
-    )
-
-
-def _trees(batch: Batch, served: StepResult) -> tuple[RequestTree, ...]:
-    if served.growth is None:
-        return tuple(RequestTree(s.id, (), (), (), 0) for s in batch.drafting)
-    selection = served.selection
-    counts = selection.counts.tolist()[: len(batch.drafting)]
-    parents = [tuple(part.tolist()) for part in selection.parents.split(counts)]
-    depths = [tuple(part.tolist()) for part in selection.depths.split(counts)]
-    rows = zip(batch.drafting, parents, depths, served.verdict.accepted, served.growth.levels, strict=False)
-    return tuple(RequestTree(s.id, above, depth, accepted, levels) for s, above, depth, accepted, levels in rows)
+    return replace(result, verdict=Verdict(accepted, tokens, verdict.failed - again, logprobs))

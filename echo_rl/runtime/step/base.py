@@ -1,6 +1,6 @@
 """What happens to a batch between its plan and its commit, and the implementation that the host drives.
 
-`EagerStep` asks the controller level by level and reads back what it needs; `ondevice.DeviceStep` does
+`EagerStep` asks the controller level by level and reads back what it needs; `device.step.DeviceStep` does
 the same work without reading anything before the end. Both leave the same cache and the same report.
 """
 
@@ -18,16 +18,21 @@ from echo_rl.runtime.scheduler import Batch
 
 
 class Clock:
-    """Seconds between laps, by phase."""
+    """The seconds of a step by phase. A lap counts what has passed since the lap before, or since `resume`."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
         self._last = now()
         self._laps: dict[str, float] = {}
 
+    def resume(self) -> None:
+        """Count what has passed since the last lap to no phase."""
+        self._last = self._now()
+
     def lap(self, phase: str) -> None:
+        """Add the time since the last lap to this phase."""
         now = self._now()
-        self._laps[phase] = now - self._last
+        self._laps[phase] = self._laps.get(phase, 0.0) + now - self._last
         self._last = now
 
     def move(self, seconds: float, source: str, target: str) -> None:
@@ -67,8 +72,8 @@ class StepResult:
     verdict: Verdict
     selection: Selection
     """Of the R decoding requests; those that didn't draft have no node."""
-    growth: DraftStats | None
-    """None in a plain step."""
+    draft: DraftStats | None
+    """What the drafter did; None in a plain step."""
 
 
 class Step(Protocol):

@@ -26,7 +26,7 @@ class EagerStep:
         clock.lap("plan")
         forest = runner.draft(batch.drafting, layout, plan, controller.extend) if plan.speculates else None
         clock.lap("draft")
-        growth = DraftStats.of(forest) if forest is not None else None
+        draft = DraftStats.of(forest) if forest is not None else None
         selection = self._select(controller, forest, plan, len(batch.decodes))
         clock.lap("select")
         verified = runner.verify(batch, selection, layout)
@@ -36,7 +36,7 @@ class EagerStep:
         verdict = accept(verified.tree, verified.logits, params, [s.next_position for s in sampling], logprobs)
         clock.lap("accept")
         runner.keep(layout, verdict.accepted)
-        return StepResult(verdict, selection, growth)
+        return StepResult(verdict, selection, draft)
 
     def _select(self, controller: Controller, forest: Forest | None, plan: SpecPlan, decodes: int) -> Selection:
         if forest is None:

@@ -25,7 +25,7 @@ from echo_rl.runtime import kv_cache
 from echo_rl.runtime.step.device import inputs
 from echo_rl.runtime.step.device import step as step_module
 from echo_rl.runtime.step.device.buckets import Bucket
-from echo_rl.runtime.step.device.growth import DeviceDrafter
+from echo_rl.runtime.step.device.drafter import DeviceDrafter
 from echo_rl.runtime.step.device.inputs import Drawing, DrawKeys, Pairs, Prompts
 from echo_rl.runtime.step.device.verification import Verification
 from tests import tiny

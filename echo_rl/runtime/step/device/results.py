@@ -12,7 +12,7 @@ from echo_kernels.device_interface import TreeRows, Walk
 from echo_rl.contracts import Selection, Verdict
 from echo_rl.runtime.step.base import DraftStats, StepResult
 from echo_rl.runtime.step.device.buckets import Bucket
-from echo_rl.runtime.step.device.growth import DeviceDraftStats
+from echo_rl.runtime.step.device.drafter import DeviceDraftStats
 
 
 def joined(*parts: Tensor) -> Tensor:
@@ -20,28 +20,28 @@ def joined(*parts: Tensor) -> Tensor:
     return torch.cat([p.reshape(-1).view(torch.int32) if p.is_floating_point() else p.reshape(-1).int() for p in parts])
 
 
-def of_growth(grown: DeviceDraftStats) -> Tensor:
+def pack_draft(stats: DeviceDraftStats) -> Tensor:
     """[1 + D + 2 B]"""
-    return joined(grown.drafted, grown.drafting, grown.levels, grown.confidence)
+    return joined(stats.drafted, stats.drafting, stats.levels, stats.confidence)
 
 
-def growth_size(bucket: Bucket) -> int:
+def draft_size(bucket: Bucket) -> int:
     return 1 + bucket.depth + 2 * bucket.requests if bucket.nodes else 0
 
 
-def of_step(rows: TreeRows, walk: Walk, first: Walk | None, growth: Tensor) -> Tensor:
-    """Everything that the host must know, trees first; `growth` is `of_growth`'s."""
+def pack_step(rows: TreeRows, walk: Walk, first: Walk | None, draft: Tensor) -> Tensor:
+    """Everything that the host must know, trees first; `draft` is `pack_draft`'s."""
     prompts = (first.tokens, first.failed) if first is not None else ()
     return joined(
         walk.tokens, walk.accepted, walk.lengths, walk.failed, rows.starts, rows.parents, rows.depths, rows.tokens,
-        growth, *prompts,
+        draft, *prompts,
     )  # fmt: skip
 
 
 def step_size(bucket: Bucket, prompts: int) -> int:
-    """The length of `of_step`'s vector with so many prompts that end."""
+    """The length of `pack_step`'s vector with so many prompts that end."""
     b, d = bucket.requests, bucket.depth
-    return b * (2 * d + 3) + b + 1 + 3 * bucket.rows + growth_size(bucket) + 2 * prompts
+    return b * (2 * d + 3) + b + 1 + 3 * bucket.rows + draft_size(bucket) + 2 * prompts
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class _Cursor:
         return self._vector[begin : self._at].reshape(shape)
 
 
-def read(vector: np.ndarray, bucket: Bucket, sizes: Sizes) -> StepResult:
+def unpack_step(vector: np.ndarray, bucket: Bucket, sizes: Sizes) -> StepResult:
     """The landed vector as records that own their data."""
     b, d, cursor = bucket.requests, bucket.depth, _Cursor(vector)
     tokens, accepted, lengths, failed = cursor.take(b, d + 1), cursor.take(b, d), cursor.take(b), cursor.take(b)
     starts, parents, depths, nodes = cursor.take(b + 1), *(cursor.take(bucket.rows) for _ in range(3))
-    growth = _growth(cursor, bucket, sizes) if bucket.nodes else None
+    draft = _draft(cursor, bucket, sizes) if bucket.nodes else None
     first, first_failed = cursor.take(sizes.prompts), cursor.take(sizes.prompts)
     real = range(sizes.decodes)
     wrong = [i for i in real if failed[i]] + [sizes.decodes + i for i in range(sizes.prompts) if first_failed[i]]
@@ -80,7 +80,7 @@ def read(vector: np.ndarray, bucket: Bucket, sizes: Sizes) -> StepResult:
         tokens=tuple(_drawn(tokens[i]) for i in real) + tuple(_drawn(token) for token in first.reshape(-1, 1)),
         failed=frozenset(wrong),
     )
-    return StepResult(verdict, _selection(starts[: sizes.decodes + 1], parents, depths, nodes), growth)
+    return StepResult(verdict, _selection(starts[: sizes.decodes + 1], parents, depths, nodes), draft)
 
 
 def _drawn(row: np.ndarray) -> tuple[int, ...]:
@@ -96,7 +96,7 @@ def _selection(starts: np.ndarray, parents: np.ndarray, depths: np.ndarray, toke
     return Selection(*(torch.from_numpy(c.astype(np.int64)) for c in columns))
 
 
-def _growth(cursor: _Cursor, bucket: Bucket, sizes: Sizes) -> DraftStats:
+def _draft(cursor: _Cursor, bucket: Bucket, sizes: Sizes) -> DraftStats:
     drafted, drafting = int(cursor.take(1)[0]), cursor.take(bucket.depth).tolist()
     levels, confidence = cursor.take(bucket.requests), cursor.take(bucket.requests).view(np.float32)
     return DraftStats(

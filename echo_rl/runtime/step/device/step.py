@@ -23,10 +23,10 @@ from echo_rl.runtime.scheduler import Batch
 from echo_rl.runtime.step.base import Clock, Step, StepResult
 from echo_rl.runtime.step.device.buckets import Bucket, Buckets
 from echo_rl.runtime.step.device.buffers import Landing, Stopwatch
+from echo_rl.runtime.step.device.drafter import DeviceDrafter
 from echo_rl.runtime.step.device.graphs import Capture, Graphs, capture_for
-from echo_rl.runtime.step.device.growth import DeviceDrafter
 from echo_rl.runtime.step.device.inputs import Inputs, Pairs, Prompts, filters
-from echo_rl.runtime.step.device.results import Sizes, growth_size, of_growth, of_step, read, step_size
+from echo_rl.runtime.step.device.results import Sizes, draft_size, pack_draft, pack_step, step_size, unpack_step
 from echo_rl.runtime.step.device.rule import DevicePlan, device_plan
 from echo_rl.runtime.step.device.verification import Verification, single_rows
 
@@ -61,19 +61,19 @@ class DeviceStep:
         self._inputs = Inputs(config, runner.spare, device)
         taps = drafter.taps if drafter is not None else ()
         self._verification = Verification(runner.target, taps, runner.cache, runner.spare, decisions)
-        self._growth = None
+        self._drafter = None
         if drafter is not None:
-            self._growth = DeviceDrafter(drafter, runner.cache, runner.spare, decisions, config.max_nodes)
+            self._drafter = DeviceDrafter(drafter, runner.cache, runner.spare, decisions, config.max_nodes)
         largest = Bucket(config.max_batch_size, self._buckets.nodes[-1], config.max_expanded + 1, 1, True)
         self._rows = _tree_buffers(largest, config.max_nodes, device)
-        self._grown = torch.zeros(growth_size(largest), dtype=torch.int32, device=device)
+        self._drafted = torch.zeros(draft_size(largest), dtype=torch.int32, device=device)
         self.landing = Landing(step_size(largest, min(config.prefill_chunk, config.max_batch_size)), device)
         self._watch = Stopwatch(device)
 
     @torch.inference_mode()
     def run(self, batch: Batch, plan: SpecPlan, controller: Controller, clock: Clock) -> StepResult:
         numbers = device_plan(plan, controller, batch)
-        if not isinstance(numbers, str) and numbers.budget and self._growth is None:
+        if not isinstance(numbers, str) and numbers.budget and self._drafter is None:
             numbers = "drafter"
         if isinstance(numbers, str):
             self.counts.eager[numbers] += 1
@@ -88,7 +88,7 @@ class DeviceStep:
         if pairs is not None:
             clock.move(self._watch.seconds(), "verify", "draft")
         ending = len(prompts.ends) if prompts is not None else 0
-        served = read(landed, bucket, Sizes(len(batch.decodes), len(batch.drafting), ending))
+        served = unpack_step(landed, bucket, Sizes(len(batch.decodes), len(batch.drafting), ending))
         clock.lap("accept")
         return served
 
@@ -103,11 +103,11 @@ class DeviceStep:
         return prompts, pairs
 
     def launch(self, bucket: Bucket, pairs: Pairs | None, prompts: Prompts | None) -> Tensor:
-        """All device work of a step; `pairs` None in a plain one. Returns `of_step`'s vector without waiting for it."""
+        """All device work of a step; `pairs` is None in a plain one. Returns `pack_step`'s vector without a wait."""
         if pairs is not None:
-            assert self._growth is not None
+            assert self._drafter is not None
             self._watch.mark(0)
-            self._growth.absorb(pairs)
+            self._drafter.absorb(pairs)
             self.graphs.run(bucket.draft_key, lambda: self._draft(bucket))
             self._watch.mark(1)
         if prompts is None:
@@ -115,18 +115,18 @@ class DeviceStep:
         return self.graphs.plain(lambda: self._verify(bucket, prompts))
 
     def _draft(self, bucket: Bucket) -> Tensor:
-        """Fills the tree and growth buffers."""
-        assert self._growth is not None
-        rows, grown = self._growth.run(self._inputs.given(bucket), bucket)
+        """Fill the buffers of the trees and of the draft's numbers."""
+        assert self._drafter is not None
+        rows, stats = self._drafter.run(self._inputs.given(bucket), bucket)
         for name, buffer in vars(self._buffered(bucket)).items():
             buffer.copy_(getattr(rows, name))
-        return self._grown[: growth_size(bucket)].copy_(of_growth(grown))
+        return self._drafted[: draft_size(bucket)].copy_(pack_draft(stats))
 
     def _verify(self, bucket: Bucket, prompts: Prompts | None) -> Tensor:
         given = self._inputs.given(bucket)
         rows = self._buffered(bucket) if bucket.nodes else single_rows(given.roots)
         walk, first = self._verification.run(given, rows, prompts, bucket)
-        return of_step(rows, walk, first, self._grown[: growth_size(bucket)])
+        return pack_step(rows, walk, first, self._drafted[: draft_size(bucket)])
 
     def _buffered(self, bucket: Bucket) -> TreeRows:
         """The bucket's part of the tree buffers."""

@@ -76,7 +76,7 @@ class DeviceDrafter:
             gate = given.thresholds[depth]
             level = self._level(state, front.scores, front.nodes, level.alive, gate, bucket.width)
             levels.append(level)
-        return self._select(levels, given, bucket), _grown(levels, alive)
+        return self._select(levels, given, bucket), _stats(levels, alive)
 
     def _roots(self, given: Given) -> Tensor:
         """[B, hidden] the drafter's states at each drafting request's last committed pair."""
@@ -144,7 +144,7 @@ def _front(level: Level, states: Tensor, mask: Tensor, first: int) -> Front:
     )  # fmt: skip
 
 
-def _grown(levels: list[Level], alive: list[Tensor]) -> DeviceDraftStats:
+def _stats(levels: list[Level], alive: list[Tensor]) -> DeviceDraftStats:
     """`alive` [B] a level: who drafted it."""
     drafted = torch.stack([(level.scores > NOTHING).sum() for level in levels]).sum(0, keepdim=True)
     by_depth = torch.stack(alive)  # [D, B]
