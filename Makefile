@@ -39,23 +39,25 @@ sglang-contract: ## the SGLang plugin against the real wheel, in an environment 
 	scripts/sglang_contract.sh
 
 bench: setup ## every number of the documentation (hours; resumable)
-	$(BIN)/python benchmarks/losslessness.py
-	$(BIN)/python benchmarks/plain_decoding.py
-	$(BIN)/python benchmarks/acceptance.py
-	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python -m benchmarks.engine.losslessness
+	$(BIN)/python -m benchmarks.engine.plain_decoding
+	$(BIN)/python -m benchmarks.engine.acceptance
+	$(BIN)/python -m benchmarks.engine.throughput
 	$(BIN)/echo-rl record --width 10 --batch 32 --out benchmarks/results/work/trace
-	$(BIN)/python benchmarks/fidelity.py
-	$(BIN)/python benchmarks/rivals.py
-	$(BIN)/python benchmarks/policies.py
-	$(BIN)/python benchmarks/ceiling.py
+	$(BIN)/python -m benchmarks.research.fidelity
+	$(BIN)/python -m benchmarks.research.rivals
+	$(BIN)/python -m benchmarks.learning.policies
+	$(BIN)/python -m benchmarks.learning.ceiling
 	$(BIN)/echo-rl ab --a echo --b ppo --on live --workloads closed:1 closed:4 closed:16 bursty:0.5,6,5,5 shift:6,6 \
 		--blocks 8 --seconds 12 --trace benchmarks/results/work/trace/trace.safetensors --out benchmarks/results/work/ab
 	cp benchmarks/results/work/ab/ab.json benchmarks/results/ab_live.json
-	$(BIN)/python benchmarks/roofline.py
-	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/server.py
-	$(BIN)/python benchmarks/soak.py
-	$(BIN)/python benchmarks/render.py
+	$(BIN)/python -m benchmarks.research.roofline
+	$(BIN)/python -m benchmarks.kernels.cost
+	$(BIN)/python -m benchmarks.server.identity
+	$(BIN)/python -m benchmarks.server.overhead
+	$(BIN)/python -m benchmarks.server.sweep
+	$(BIN)/python -m benchmarks.soak.run
+	$(BIN)/python -m benchmarks.render
 
 clean: ## remove build products and caches (not the virtual environment)
 	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from echo_rl.config import EngineConfig
 from echo_rl.errors import EchoError
 from echo_rl.utils.result_store import ResultStore
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(os.environ.get("ECHO_RL_RESULTS", Path(__file__).resolve().parent / "results"))
+"""The folder of the committed results; the environment may name another, so that they stay as they are."""
 EngineOptions = Annotated[EngineConfig, tyro.conf.arg(name="")]
 CONSOLE = Console(stderr=True)
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import tyro
 
-from common import RESULTS, main
+from benchmarks.common import RESULTS, main
+from benchmarks.tables import TABLES, WITHOUT_DRAFTER
 from echo_rl.errors import ConfigError
 from echo_rl.utils.result_store import digest
-from tables import TABLES, WITHOUT_DRAFTER
 
 HERE = Path(__file__).resolve().parent
 PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "benchmarks.md")
@@ -65,7 +65,7 @@ def script() -> None:
         before = page.read_text()
         after = render(before, args.results)
         if args.check and before != after:
-            sys.exit(f"{page} is out of date; run benchmarks/render.py")
+            sys.exit(f"{page} is out of date; run python -m benchmarks.render")
         if not args.check:
             page.write_text(after)
 

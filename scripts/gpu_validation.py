@@ -6,7 +6,7 @@
     python scripts/gpu_validation.py --again bench
 
 Every stage is made of processes of its own with a time limit, a log and a folder; none stops the others.
-The committed results stay as they are: benchmark scripts run from copies, which write beside themselves.
+The committed results stay as they are: benchmarks write into the stages' folders.
 The tests of the runtime alone can be run on a GPU with ``ECHO_RL_TEST_DEVICE=cuda pytest tests/runtime``.
 """
 

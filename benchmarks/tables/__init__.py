@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from tables import engine, learning, modelled, serving
-from tables.markdown import Result
+from benchmarks.tables import engine, learning, modelled, serving
+from benchmarks.tables.markdown import Result
 
 TABLES: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "speedup": ("throughput", engine.speedup),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from benchmarks.tables.markdown import Result, machine, number, table
 from echo_rl.utils.statistics import Interval
-from tables.markdown import Result, machine, number, table
 
 
 def speedup(result: Result) -> str:

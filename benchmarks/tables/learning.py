@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from benchmarks.tables.markdown import Result, number, table
 from echo_rl.utils.statistics import Interval, geometric_mean
-from tables.markdown import Result, number, table
 
 
 def fidelity(result: Result) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tables.markdown import Result, number, table
+from benchmarks.tables.markdown import Result, number, table
 
 
 def modelled(result: Result) -> str:

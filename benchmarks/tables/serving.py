@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from benchmarks.tables.markdown import Result, machine, table
 from echo_rl.utils.statistics import Interval
-from tables.markdown import Result, machine, table
 
 
 def server(result: Result) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from echo_rl.costs.files import calibrated
 from echo_rl.errors import ConfigError
 from scripts.gpu.sglang_stages import sglang_stages
-from scripts.gpu.steps import ECHO, ROOMY, Args, Stage, Step, load, module, script, tests
+from scripts.gpu.steps import ECHO, ROOMY, Args, Stage, Step, benchmark, load, module, tests
 
 WAYS = tuple((step, ("--step", step, *ROOMY)) for step in ("device", "eager"))
 """How the engine serves: everything is measured both ways."""
@@ -25,10 +25,11 @@ def plan(args: Args) -> tuple[Stage, ...]:
 
 
 def kernel_stages(out: Path) -> Iterator[Stage]:
-    yield Stage("environment", "The machine", 5, (module("machine", str(out / "environment" / "machine.json")),))
+    describe = module("scripts.gpu.machine", str(out / "environment" / "machine.json"))
+    yield Stage("environment", "The machine", 5, (describe,))
     yield Stage("kernels", "Kernels on the device against their reference", 90, tests("kernels", out))
-    yield Stage("compile", "Kernels compiled ahead of time", 60, script("kernels", out / "compile"))
-    timings = module("timings", "--out", str(out / "timings" / "timings.json"))
+    yield Stage("compile", "Kernels compiled ahead of time", 60, (benchmark("kernels.cost", out / "compile"),))
+    timings = module("benchmarks.kernels.timings", "--out", str(out / "timings" / "timings.json"))
     note = "Median of one launch with cold caches; the reference is torch on the same device. Shapes of a Llama-3.1-8B."
     yield Stage("timings", "Kernels timed against their reference", 30, (timings,), note=note)
 
@@ -38,7 +39,7 @@ def engine_stages(args: Args, out: Path, url: str) -> Iterator[Stage]:
     on_gpu = tests("runtime", out, ECHO_RL_TEST_DEVICE="cuda")
     yield Stage("runtime", "Tests of the engine and its device step", 45, on_gpu, note=note)
     parity = (
-        module("parity", "--out", str(out / "parity" / f"{dtype}.json"), "--dtype", dtype, *ROOMY)
+        module("benchmarks.engine.parity", "--out", str(out / "parity" / f"{dtype}.json"), "--dtype", dtype, *ROOMY)
         for dtype in ("float32", "bfloat16")
     )
     note = "In bfloat16 tokens may differ where two of them nearly tie; in float32 the stage fails if any does."
@@ -51,7 +52,7 @@ def engine_stages(args: Args, out: Path, url: str) -> Iterator[Stage]:
         "Passes are replayed from graphs, as they are served. Controllers on this machine use these costs from then on."
     )
     yield Stage("calibrate", "Costs of drafting and verifying", 60, (Step(cost), Step(keep)), note=note)
-    same = [s for step, engine in WAYS for s in script("losslessness", out / "losslessness" / step, *engine)]
+    same = [benchmark("engine.losslessness", out / "losslessness" / step, *engine) for step, engine in WAYS]
     note = "In bfloat16 tokens may differ where two of them nearly tie: how nearly is in losslessness.json."
     yield Stage("losslessness", "Tokens against plain decoding", 180, tuple(same), note=note, thorough=True)
     sweep = (*ECHO, "bench", "--arms", "none", "eagle3", "echo", "ppo", "--concurrency", "1", "8", "32", "64")

@@ -83,10 +83,8 @@ Runner = Callable[[Step, Path, float], int | None]
 """(step, log, seconds) -> exit code, None at the limit."""
 
 
-def module(name: str, *options: str) -> Step:
-    """A module of this package, with the benchmarks within its reach."""
-    env = {"PYTHONPATH": str(ROOT / "benchmarks")}
-    return Step((sys.executable, "-m", f"scripts.gpu.{name}", *options), env=env)
+def module(name: str, *options: str, **env: str) -> Step:
+    return Step((sys.executable, "-m", name, *options), env=env)
 
 
 def tests(name: str, out: Path, **env: str) -> tuple[Step, ...]:
@@ -95,12 +93,9 @@ def tests(name: str, out: Path, **env: str) -> tuple[Step, ...]:
     return (Step((*pytest, str(ROOT / "tests" / name)), env=env),)
 
 
-def script(name: str, folder: Path, *options: str) -> tuple[Step, ...]:
-    """A benchmark script from a copy in `folder`, so that it writes into ``folder/results``."""
-    copy = shlex.join(("mkdir", "-p", str(folder))) + f" && cp {shlex.quote(str(ROOT))}/benchmarks/*.py "
-    return Step(("sh", "-c", copy + shlex.quote(str(folder)))), Step(
-        (sys.executable, str(folder / f"{name}.py"), *options)
-    )
+def benchmark(name: str, folder: Path, *options: str) -> Step:
+    """A benchmark that writes into ``folder/results``, so that the committed results stay as they are."""
+    return module(f"benchmarks.{name}", *options, ECHO_RL_RESULTS=str(folder / "results"))
 
 
 def load(url: str, out: Path, *options: str) -> tuple[str, ...]:

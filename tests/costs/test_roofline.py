@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import roofline as benchmark
+from benchmarks.research import roofline as benchmark
 from echo_rl.cli import main
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile

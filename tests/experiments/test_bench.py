@@ -223,15 +223,10 @@ def test_units_are_hashable_keys():
 @pytest.fixture
 def scripts(monkeypatch, tmp_path):
     """The scripts write under a temporary folder, run a tiny model, and say nothing."""
-    import acceptance
-    import ceiling
-    import common
-    import fidelity
-    import losslessness
-    import plain_decoding
-    import policies
-    import rivals
-    import throughput
+    from benchmarks import common
+    from benchmarks.engine import acceptance, losslessness, plain_decoding, throughput
+    from benchmarks.learning import ceiling, policies
+    from benchmarks.research import fidelity, rivals
     from tests import tiny
 
     monkeypatch.setattr(common, "RESULTS", tmp_path)
@@ -251,13 +246,14 @@ def scripts(monkeypatch, tmp_path):
         own = [] if script in (ceiling, policies, rivals) else flags
         monkeypatch.setattr("sys.argv", ["script", "--quick", *more, *own])
         script.script()
-        return json.loads((tmp_path / "quick" / f"{script.__name__}.json").read_text())
+        name = script.__name__.rpartition(".")[2]
+        return json.loads((tmp_path / "quick" / f"{name}.json").read_text())
 
     return run
 
 
 def test_losslessness_finds_no_difference_in_float32(scripts):
-    import losslessness
+    from benchmarks.engine import losslessness
 
     found = scripts(losslessness, "--dtypes", "float32")["dtypes"]["float32"]
     assert found["diverged_requests"] == 0 and found["tokens"] > 1000
@@ -266,7 +262,7 @@ def test_losslessness_finds_no_difference_in_float32(scripts):
 
 
 def test_losslessness_goes_on_in_the_same_environment_alone(scripts, monkeypatch):
-    import losslessness
+    from benchmarks.engine import losslessness
 
     monkeypatch.setattr(losslessness, "controllers", lambda: ["none"])
     monkeypatch.setattr(losslessness.Comparison, "cells", lambda comparison: iter([]))
@@ -280,7 +276,7 @@ def test_losslessness_goes_on_in_the_same_environment_alone(scripts, monkeypatch
 
 
 def test_losslessness_reports_a_divergence_with_its_gap():
-    import losslessness
+    from benchmarks.engine import losslessness
 
     reference = {"tokens": {"a": [1, 2, 3], "b": [4, 5]}, "gaps": {"a": [9.0, 0.25, 7.0], "b": [1.0, 1.0]}}
     cell = losslessness.compare({"a": [1, 9, 3], "b": [4, 5]}, reference, greedy=True)
@@ -309,16 +305,11 @@ def tiny_trace(root: Path):
 
 
 def test_the_scripts_fill_every_table_of_the_pages(scripts, tmp_path):
-    import acceptance
-    import ceiling
-    import fidelity
-    import losslessness
-    import plain_decoding
-    import policies
-    import render
-    import rivals
-    import throughput
-    from tables import TABLES
+    from benchmarks import render
+    from benchmarks.engine import acceptance, losslessness, plain_decoding, throughput
+    from benchmarks.learning import ceiling, policies
+    from benchmarks.research import fidelity, rivals
+    from benchmarks.tables import TABLES
 
     scripts(throughput)
     scripts(acceptance)
@@ -342,14 +333,14 @@ def test_the_scripts_fill_every_table_of_the_pages(scripts, tmp_path):
 
 
 def test_the_committed_pages_show_the_committed_results():
-    import render
+    from benchmarks import render
 
     for page in render.PAGES:
         assert render.render(page.read_text(), render.HERE / "results") == page.read_text()
 
 
 def test_a_ledger_goes_on_and_refuses_other_settings(monkeypatch, tmp_path):
-    import common
+    from benchmarks import common
 
     monkeypatch.setattr(common, "CONSOLE", QUIET)
     calls = []

@@ -64,7 +64,7 @@ def test_each_kernel_compiles_within_bounds(compiled):
 
 
 def test_the_record_holds_every_specialisation_within_bounds(recorded):
-    assert set(recorded["kernels"]) == {spec.name for spec in aot.specs()}, "run benchmarks/kernels.py again"
+    assert set(recorded["kernels"]) == {spec.name for spec in aot.specs()}, "run benchmarks.kernels.cost again"
     for name, targets in recorded["kernels"].items():
         assert set(targets) == set(aot.TARGETS)
         for target, usage in targets.items():

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from launches import Shape, step_entries, totals
+from benchmarks.kernels.launches import Shape, step_entries, totals
 
 
 def test_every_case_is_traced_and_fused_ones_do_not_wait():

@@ -11,11 +11,11 @@ from itertools import count
 import httpx
 import pytest
 
+from benchmarks.server.process import Server
 from echo_rl.config import EngineConfig
 from echo_rl.errors import WeightsError
 from echo_rl.server import serve as serving_module
 from echo_rl.server.config import ServerConfig
-from serving import Server
 from tests import tiny
 
 LIMITS = {"max_context": 500, "kv_tokens": 8192, "max_nodes": 24, "max_expanded": 40}

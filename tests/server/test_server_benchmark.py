@@ -8,15 +8,15 @@ import time
 
 import pytest
 
-import common
-import server_identity
-import server_overhead
+from benchmarks import common
+from benchmarks.server import identity as server_identity
+from benchmarks.server import overhead as server_overhead
+from benchmarks.server.identity import compare
+from benchmarks.server.overhead import overhead_of
+from benchmarks.server.process import Server, children, cpu_seconds, flags, resident_mb, total
+from benchmarks.server.sweep import as_in_a_bench
 from echo_rl.config import EngineConfig
 from echo_rl.errors import ConfigError, EchoError
-from server import as_in_a_bench
-from server_identity import compare
-from server_overhead import overhead_of
-from serving import Server, children, cpu_seconds, flags, resident_mb, total
 
 EXPECTED = {"a": ["one two", 2, "stop"], "b": ["three", 1, "length"]}
 

@@ -8,13 +8,23 @@ from dataclasses import replace
 
 import pytest
 
-import soak_guard
+from benchmarks.soak import faulty_controllers as soak_guard
+from benchmarks.soak.checks import (
+    ENGINE_MB,
+    FRONT_MB,
+    Sample,
+    Totals,
+    compare_counters,
+    compare_texts,
+    ends,
+    growth,
+    too_much,
+)
+from benchmarks.soak.clients import WEIGHTS, Visit, judge
+from benchmarks.soak.plot import draw
+from benchmarks.soak.run import Plan, soak
 from echo_rl.config import EngineConfig
 from echo_rl.experiments.load.connection import Answer
-from soak import Plan, soak
-from soak_checks import ENGINE_MB, FRONT_MB, Sample, Totals, compare_counters, compare_texts, ends, growth, too_much
-from soak_plot import draw
-from soak_visits import WEIGHTS, Visit, judge
 from tests import tiny
 
 PLAN = Plan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import chromium
+from benchmarks.server import chromium
 from echo_rl.contracts import RequestTree
 from echo_rl.errors import ConfigError
 from echo_rl.server.api.auth import Keys

@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from common import CONSOLE, EngineOptions, Place, load_engine, main
+from benchmarks.common import CONSOLE, EngineOptions, Place, load_engine, main
 from echo_rl.config import EngineConfig
 from echo_rl.controllers import registry
 from echo_rl.experiments.bench import run_bench

@@ -24,7 +24,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common import CONSOLE, Ledger, Place, main
+from benchmarks.common import CONSOLE, Ledger, Place, main
 from echo_rl.contracts import Controller, LoadView, Request, SpecPlan
 from echo_rl.controllers import registry
 from echo_rl.controllers.policy.ppo import Steered

@@ -1,15 +1,22 @@
-"""Part of `server.py`: an engine's throughput in this process against the same requests through HTTP, in turn."""
+"""What HTTP adds: an engine's throughput in this process against the same requests through a server, in turn.
+
+Goes on where it stopped.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Annotated, Any
 
-from common import Ledger, Place, environment_of, load_engine
+import tyro
+
+from benchmarks.common import CONSOLE, EngineOptions, Ledger, Place, environment_of, load_engine, main
+from benchmarks.server.client import NOWHERE, Visitor, load_of, tokenised
+from benchmarks.server.process import Server, cpu_seconds, total
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller
 from echo_rl.controllers import registry
@@ -20,10 +27,9 @@ from echo_rl.experiments.plan import arm_order
 from echo_rl.experiments.trials import Rotation
 from echo_rl.runtime.engine import Engine
 from echo_rl.utils import statistics
+from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.datasets import Prompt, load_prompts
 from echo_rl.workloads.driver import serve
-from server_load import NOWHERE, Visitor, load_of, tokenised
-from serving import Server, cpu_seconds, total
 
 ENGINE, HTTP = "engine", "http"
 
@@ -38,6 +44,21 @@ class Overhead:
     """Of every request; end-of-sequence is ignored, so that both sides make the same number."""
     blocks: int = 8
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Args:
+    """Measure what HTTP adds to the engine."""
+
+    quick: bool = False
+    """Plain decoding alone, in three short blocks."""
+    overhead: Annotated[Overhead, tyro.conf.arg(name="")] = field(default_factory=Overhead)
+    engine: EngineOptions = field(default_factory=EngineConfig)
+
+    def sized(self) -> Overhead:
+        if not self.quick:
+            return self.overhead
+        return replace(self.overhead, controllers=("none",), requests=16, max_tokens=16, blocks=3)
 
 
 class Sides:
@@ -157,3 +178,17 @@ def overhead_of(controller: str, engine: Sequence[dict[str, Any]], http: Sequenc
         "client_cpu_share": sum(cell["client_cpu"] for cell in http) / seconds,
         "failed": sum(cell["failed"] for cell in http),
     }
+
+
+def script() -> None:
+    args = tyro.cli(Args)
+    place = Place("server_overhead", args.quick)
+    result = overhead(args.sized(), args.engine, place)
+    write_json(place.result, result)
+    for entry in result["entries"]:
+        ratio = statistics.Interval(**entry["http_over_engine"]).text(3, "x")
+        CONSOLE.print(f"{entry['controller']}: HTTP over engine {ratio}", highlight=False)
+
+
+if __name__ == "__main__":
+    main(script)

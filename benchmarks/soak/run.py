@@ -25,15 +25,15 @@ from typing import Any
 
 import tyro
 
-from common import CONSOLE, EngineOptions, Place, main
+from benchmarks.common import CONSOLE, EngineOptions, Place, main
+from benchmarks.server.process import Server, get, resident_mb
+from benchmarks.soak.checks import Sample, Totals, compare_counters, compare_texts, ends, growth, too_much
+from benchmarks.soak.clients import DIED, WEIGHTS, Guest, Size, Visit
+from benchmarks.soak.faulty_controllers import under_faulty_controllers
+from benchmarks.soak.plot import draw
 from echo_rl.config import EngineConfig
 from echo_rl.experiments.load.connection import Endpoint
 from echo_rl.utils.result_store import write_json
-from serving import Server, get, resident_mb
-from soak_checks import Sample, Totals, compare_counters, compare_texts, ends, growth, too_much
-from soak_guard import under_faulty_controllers
-from soak_plot import draw
-from soak_visits import DIED, WEIGHTS, Guest, Size, Visit
 
 QUEUE = 14
 """Most completions at once: fewer than the guests may ask for, so that some are sent away."""

@@ -23,8 +23,8 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from ceiling_ranker import accepted_nodes, ranked
-from common import CONSOLE, RESULTS, Ledger, Place, main
+from benchmarks.common import CONSOLE, RESULTS, Ledger, Place, main
+from benchmarks.learning.ranker import accepted_nodes, ranked
 from echo_rl.codec.actions import ActionTable
 from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.costs.batched_profile import BatchedCostProfile

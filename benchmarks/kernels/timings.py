@@ -1,6 +1,6 @@
 """Times every kernel of a decode step against its torch reference, on the same device and the same tensors.
 
-The operations and shapes are those that ``benchmarks/kernels.py`` counts launches of. One that fails is
+The operations and shapes are those that `cost` counts launches of. One that fails is
 reported and the others are timed.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import tyro
 
+from benchmarks.kernels.launches import Case, Shape, decision_cases, model_cases
 from echo_rl.utils.result_store import write_json
-from launches import Case, Shape, decision_cases, model_cases
 
 Timer = Callable[[Callable[[], Any]], tuple[float, float, float]]
 """call -> (median, lower, upper quartile) seconds."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from common import CONSOLE, RESULTS, EngineOptions, Ledger, Place, load_engine, main
+from benchmarks.common import CONSOLE, RESULTS, EngineOptions, Ledger, Place, load_engine, main
 from echo_rl.calibrate.cost import Grid
 from echo_rl.cli.session import measured_profile
 from echo_rl.config import EngineConfig

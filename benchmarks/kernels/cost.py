@@ -17,10 +17,10 @@ from typing import Any
 
 import tyro
 
-from common import CONSOLE, Place, main
+from benchmarks.common import CONSOLE, Place, main
+from benchmarks.kernels.launches import Shape, step_entries, totals
 from echo_kernels import aot
 from echo_rl.utils.result_store import write_json
-from launches import Shape, step_entries, totals
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from common import CONSOLE, EngineOptions, Ledger, Place, environment_of, load_engine, main
+from benchmarks.common import CONSOLE, EngineOptions, Ledger, Place, environment_of, load_engine, main
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller, Request, SamplingParams
 from echo_rl.controllers import registry

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from common import CONSOLE, RESULTS, Ledger, Place, main
+from benchmarks.common import CONSOLE, RESULTS, Ledger, Place, main
 from echo_rl.contracts import Controller
 from echo_rl.controllers import registry
 from echo_rl.controllers.arm import Arm

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import tyro
 
-from common import CONSOLE, EngineOptions, Place, load_engine, main
+from benchmarks.common import CONSOLE, EngineOptions, Place, load_engine, main
 from echo_rl.cli.render import equality, table
 from echo_rl.config import EngineConfig
 from echo_rl.controllers import registry

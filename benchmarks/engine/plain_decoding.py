@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import tyro
 
-from common import CONSOLE, EngineOptions, Ledger, Place, load_engine, main
+from benchmarks.common import CONSOLE, EngineOptions, Ledger, Place, load_engine, main
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.controllers import registry

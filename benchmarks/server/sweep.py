@@ -1,23 +1,17 @@
-"""What a server adds to its engine: nothing to the outputs, little to the time.
-
-identity: answers through HTTP, with 32 requests in flight and a change of controller under way every
-moment, against what the engine gives by itself, one plain request at a time, in float32.
-overhead: the engine's throughput in this process against the same requests through HTTP, in turn.
-sweep: controllers through HTTP at several concurrencies, in interleaved blocks.
-
-Each part writes a result of its own and goes on where it stopped.
-"""
+"""Controllers through HTTP at several concurrencies, in interleaved blocks; goes on where it stopped."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from matplotlib import rc_context
 
-from common import CONSOLE, EngineOptions, Place, main
+from benchmarks.common import CONSOLE, EngineOptions, Place, main
+from benchmarks.server.client import load_of
+from benchmarks.server.process import Server
 from echo_rl.config import EngineConfig
 from echo_rl.experiments.bench import run_missing
 from echo_rl.experiments.load.config import LoadConfig
@@ -26,15 +20,10 @@ from echo_rl.experiments.load.report import report
 from echo_rl.experiments.load.run import Keys, Session
 from echo_rl.experiments.plan import Trial, trials
 from echo_rl.experiments.report import plots
-from echo_rl.utils import plotting, statistics
+from echo_rl.utils import plotting
 from echo_rl.utils.result_store import ResultStore, write_json
 from echo_rl.workloads.datasets import load_prompts
-from server_identity import Identity, identity
-from server_load import load_of
-from server_overhead import Overhead, overhead
-from serving import Server
 
-Part = Literal["identity", "overhead", "sweep"]
 LOGGED = ("time", "level", "logger", "message", "controller")
 """What a line of the log holds beside the engine's environment."""
 
@@ -52,25 +41,17 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Args:
-    """Measure the server."""
+    """Measure controllers through HTTP."""
 
     quick: bool = False
-    """A look at each part, half a minute each."""
-    parts: tuple[Part, ...] = ("identity", "overhead", "sweep")
-    identity: Identity = field(default_factory=Identity)
-    overhead: Overhead = field(default_factory=Overhead)
-    sweep: Sweep = field(default_factory=Sweep)
+    """Two controllers, two concurrencies, two short blocks."""
+    sweep: Annotated[Sweep, tyro.conf.arg(name="")] = field(default_factory=Sweep)
     engine: EngineOptions = field(default_factory=EngineConfig)
 
-    def sized(self) -> Args:
+    def sized(self) -> Sweep:
         if not self.quick:
-            return self
-        return replace(
-            self,
-            identity=replace(self.identity, requests=6, times=4, max_tokens=12, concurrency=6, swaps=5),
-            overhead=replace(self.overhead, controllers=("none",), requests=16, max_tokens=16, blocks=3),
-            sweep=replace(self.sweep, arms=("none", "echo"), concurrency=(1, 4), blocks=2, requests=2, max_tokens=16),
-        )
+            return self.sweep
+        return replace(self.sweep, arms=("none", "echo"), concurrency=(1, 4), blocks=2, requests=2, max_tokens=16)
 
 
 def sweep(setting: Sweep, engine: EngineConfig, place: Place) -> dict[str, Any]:
@@ -113,28 +94,13 @@ def as_in_a_bench(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def script() -> None:
-    args = tyro.cli(Args).sized()
-    if "identity" in args.parts:
-        place = Place("server_identity", args.quick)
-        result = identity(args.identity, args.engine, place)
-        write_json(place.result, result)
-        for cell in result["cells"]:
-            counts = {key: cell[key] for key in ("temperature", "requests", "lost", "differing", "tokens")}
-            CONSOLE.print(counts, f"{len(cell['in_flight_at_swaps'])} swaps", highlight=False)
-    if "overhead" in args.parts:
-        place = Place("server_overhead", args.quick)
-        result = overhead(args.overhead, args.engine, place)
-        write_json(place.result, result)
-        for entry in result["entries"]:
-            ratio = statistics.Interval(**entry["http_over_engine"]).text(3, "x")
-            CONSOLE.print(f"{entry['controller']}: HTTP over engine {ratio}", highlight=False)
-    if "sweep" in args.parts:
-        place = Place("server", args.quick)
-        result = sweep(args.sweep, args.engine, place)
-        write_json(place.result, result)
-        with rc_context(plotting.STYLE):
-            plots.throughput(result).savefig(place.result.with_suffix(".png"), bbox_inches="tight")
-        CONSOLE.print(f"{place.result} is written", highlight=False)
+    args = tyro.cli(Args)
+    place = Place("server", args.quick)
+    result = sweep(args.sized(), args.engine, place)
+    write_json(place.result, result)
+    with rc_context(plotting.STYLE):
+        plots.throughput(result).savefig(place.result.with_suffix(".png"), bbox_inches="tight")
+    CONSOLE.print(f"{place.result} is written", highlight=False)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from benchmarks.server.process import get
 from echo_rl.contracts import Request
 from echo_rl.experiments.load.client import Client, chat_body
 from echo_rl.experiments.load.config import LoadConfig
@@ -17,7 +18,6 @@ from echo_rl.experiments.trials import Rotation
 from echo_rl.runtime.engine import Engine
 from echo_rl.workloads.arrivals import Arrivals, closed
 from echo_rl.workloads.datasets import Prompt
-from serving import get
 
 NOWHERE = "http://localhost"
 """Where the server would be, for a load that an engine of this process serves."""

@@ -1,4 +1,8 @@
-"""Part of `server.py`: are answers through HTTP the engine's own, whatever happens to the controller meanwhile?"""
+"""Are answers through HTTP the engine's own, whatever happens to the controller meanwhile?
+
+With 32 requests in flight and a change of controller under way every moment, against what the engine gives by itself,
+one plain request at a time, in float32. Goes on where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,22 @@ import asyncio
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
-from common import Ledger, Place, environment_of, load_engine
+import tyro
+
+from benchmarks.common import CONSOLE, EngineOptions, Ledger, Place, environment_of, load_engine, main
+from benchmarks.server.client import NOWHERE, Visitor, load_of, name, tokenised
+from benchmarks.server.process import Server
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import RequestOutput
 from echo_rl.controllers import registry
 from echo_rl.experiments.load.config import LoadConfig
+from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.datasets import Prompt, load_prompts
 from echo_rl.workloads.driver import serve
-from server_load import NOWHERE, Visitor, load_of, name, tokenised
-from serving import Server
 
 SWAPPED = ("none", "eagle3", "echo", "chain", "ppo")
 
@@ -34,6 +41,21 @@ class Identity:
     swaps: int = 20
     """Changes of the controller at each temperature, all with requests in flight."""
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compare the server's answers with the engine's own."""
+
+    quick: bool = False
+    """A few short requests and five changes of the controller."""
+    identity: Annotated[Identity, tyro.conf.arg(name="")] = field(default_factory=Identity)
+    engine: EngineOptions = field(default_factory=EngineConfig)
+
+    def sized(self) -> Identity:
+        if not self.quick:
+            return self.identity
+        return replace(self.identity, requests=6, times=4, max_tokens=12, concurrency=6, swaps=5)
 
 
 def identity(setting: Identity, engine: EngineConfig, place: Place) -> dict[str, Any]:
@@ -126,3 +148,17 @@ def compare(answers: Sequence[Any], expected: dict[str, Any]) -> dict[str, Any]:
         "finish_reasons": Counter(reason for _, (_, _, reason) in whole),
         "errors": sorted({error for _, _, error in answers if error is not None}),
     }
+
+
+def script() -> None:
+    args = tyro.cli(Args)
+    place = Place("server_identity", args.quick)
+    result = identity(args.sized(), args.engine, place)
+    write_json(place.result, result)
+    for cell in result["cells"]:
+        counts = {key: cell[key] for key in ("temperature", "requests", "lost", "differing", "tokens")}
+        CONSOLE.print(counts, f"{len(cell['in_flight_at_swaps'])} swaps", highlight=False)
+
+
+if __name__ == "__main__":
+    main(script)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.server.process import total
+from benchmarks.soak.clients import COMPLETIONS, Visit
 from echo_rl.server.api.request_stats import CUT_OFF
-from serving import total
-from soak_visits import COMPLETIONS, Visit
 
 TO_V1 = COMPLETIONS | {"malformed", "senseless", "oversized prompt"}
 """Kinds whose requests reach a route of /v1, where the server reads them at all."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from common import CONSOLE, RESULTS, Place, main
+from benchmarks.common import CONSOLE, RESULTS, Place, main
 from echo_rl.cli.evaluate import loads, ranking
 from echo_rl.controllers import registry
 from echo_rl.costs.batched_profile import BatchedCostProfile

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 from PIL import Image
 
-import chromium
-from common import CONSOLE, RESULTS, EngineOptions, main
+from benchmarks.common import CONSOLE, RESULTS, EngineOptions, main
+from benchmarks.server import chromium
+from benchmarks.server.client import name
+from benchmarks.server.process import Server, post
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Request
 from echo_rl.experiments.load.client import Client, chat_body
@@ -29,8 +31,6 @@ from echo_rl.experiments.load.drive import Ends, drive
 from echo_rl.experiments.trials import Rotation
 from echo_rl.workloads.arrivals import Arrivals
 from echo_rl.workloads.datasets import Prompt, load_prompts
-from server_load import name
-from serving import Server, post
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome

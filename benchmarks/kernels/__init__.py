@@ -1,0 +1,1 @@
+"""What the Triton kernels cost: launches and bytes counted without a GPU, times measured on one."""

@@ -1,0 +1,1 @@
+"""Replays: how well they stand for the live loop, every controller on them, and GPUs that were modelled."""
