@@ -4,6 +4,7 @@
     python scripts/gpu_validation.py --dry-run    # the plan, with the exact commands; needs no GPU
     python scripts/gpu_validation.py              # hours; run it again to go on where it stopped
     python scripts/gpu_validation.py --again bench
+    python scripts/gpu_validation.py --minutes 9  # where a machine is lent for minutes at a time: again and again
 
 Every stage is made of processes of its own with a time limit, a log and a folder; none stops the others.
 The committed results stay as they are: benchmarks write into the stages' folders.
@@ -20,9 +21,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, Python looks beside it alone
 
 from echo_rl.errors import EchoError
-from scripts.gpu.plan import plan
-from scripts.gpu.steps import Args
-from scripts.gpu.validation import Validation
+from scripts.gpu.plan import Args, plan
+from scripts.gpu.runner import Validation
 
 
 def show(args: Args) -> None:

@@ -191,12 +191,12 @@ def requests_of(engine: Engine, count: int, max_new_tokens: int) -> list[Request
 def script() -> int:
     args = tyro.cli(Args, description=__doc__)
     engine = Engine.load(args.engine)
+    dtype, captures = engine.runner.target.embed.dtype, engine.runner.device.type == "cuda"
     requests, rows = requests_of(engine, args.requests, args.max_new_tokens), []
     for concurrency in CONCURRENCY:
         rows += compare(engine, requests, concurrency)
-    exact, captures = engine.runner.target.embed.dtype == torch.float32, engine.runner.device.type == "cuda"
-    wrong = faults(rows, exact, captures)
-    write_json(args.out, {"dtype": str(engine.runner.target.embed.dtype), "rows": rows, "faults": wrong})
+        wrong = faults(rows, dtype == torch.float32, captures)
+        write_json(args.out, {"dtype": str(dtype), "rows": rows, "faults": wrong})
     print("\n".join(wrong) or "equal")
     return int(bool(wrong))
 

@@ -47,27 +47,33 @@ def cases(shape: Shape) -> Iterator[Case]:
     yield from decision_cases(shape)
 
 
-def measured(found: Iterable[Case], timer: Timer) -> list[dict[str, Any]]:
+def measured(found: Iterable[Case], timer: Timer) -> Iterator[dict[str, Any]]:
     """A row an operation; where it fails, the row says so. An iterator that fails ends with such a row."""
-    rows: list[dict[str, Any]] = []
-    source = iter(found)
+    source, failure = iter(found), "the next operation's tensors"
     while True:
-        name = "the next operation's tensors"
         try:
-            case = next(source, None)
-            if case is None:
-                return rows
-            name = case.name
-            kernel, reference = timed(case.after, timer), timed(case.before, timer)
+            case = next(source)
+        except StopIteration:
+            return
+        except Exception as error:
+            yield failed(failure, error)
+            return
+        try:
+            yield row_of(case, timer)
         except Exception as error:  # of a kernel that doesn't run on this device: that is what is looked for
-            traceback.print_exc()
-            rows.append({"name": name, "error": f"{type(error).__name__}: {error}"})
-        else:
-            speedup = reference["median"] / kernel["median"]
-            rows.append(
-                {"name": name, "calls": case.calls, "kernel": kernel, "reference": reference, "speedup": speedup}
-                | ({"bytes_a_second": case.least / kernel["median"]} if case.least else {})
-            )
+            yield failed(case.name, error)
+
+
+def row_of(case: Case, timer: Timer) -> dict[str, Any]:
+    kernel, reference = timed(case.after, timer), timed(case.before, timer)
+    speedup = reference["median"] / kernel["median"]
+    row = {"name": case.name, "calls": case.calls, "kernel": kernel, "reference": reference, "speedup": speedup}
+    return row | ({"bytes_a_second": case.least / kernel["median"]} if case.least else {})
+
+
+def failed(name: str, error: Exception) -> dict[str, Any]:
+    traceback.print_exception(error)
+    return {"name": name, "error": f"{type(error).__name__}: {error}"}
 
 
 def timed(call: Callable[[], Any], timer: Timer) -> dict[str, float]:
@@ -77,9 +83,11 @@ def timed(call: Callable[[], Any], timer: Timer) -> dict[str, float]:
 def script() -> int:
     args = tyro.cli(Args, description=__doc__)
     torch.manual_seed(0)
+    rows: list[dict[str, Any]] = []
     with torch.device(args.device):
-        rows = measured(cases(args.shape), on_gpu)
-    write_json(args.out, {"shape": asdict(args.shape), "device": torch.cuda.get_device_name(0), "kernels": rows})
+        for row in measured(cases(args.shape), on_gpu):
+            rows.append(row)
+            write_json(args.out, {"shape": asdict(args.shape), "device": torch.cuda.get_device_name(), "kernels": rows})
     return int(any("error" in row for row in rows))
 
 

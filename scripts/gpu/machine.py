@@ -16,7 +16,7 @@ import torch
 from echo_rl import __version__
 from echo_rl.utils.machine import machine
 from echo_rl.utils.result_store import write_json
-from scripts.gpu.steps import ROOT
+from scripts.gpu.plan import ROOT
 
 
 def describe() -> dict[str, Any]:

@@ -25,8 +25,7 @@ from echo_rl.integrations.sglang import contract, trees
 from echo_rl.integrations.sglang.settings import PluginConfig, Shape
 from echo_rl.runtime.drafters.folder import default_taps, draft_to_target, load_drafter
 from echo_rl.utils.archives import shipped_checkpoints
-from scripts.gpu.sglang_stages import MODES, servers, settings
-from scripts.gpu.steps import Args
+from scripts.gpu.plan import MODES, Args, servers, settings
 from tests import tiny
 from tests.integrations.sglang_fakes import host as make_host
 from tests.integrations.sglang_fakes import parallel, require_sglang

@@ -24,12 +24,9 @@ from echo_rl.integrations.sglang.state import PluginState
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.records import RequestRecord, RunRecord
 from scripts import gpu_validation
-from scripts.gpu.outcomes import numbers
-from scripts.gpu.plan import plan
-from scripts.gpu.processes import healthy, run_step
-from scripts.gpu.sglang_stages import MODES, settings
-from scripts.gpu.steps import ROOT, Args, Step
-from scripts.gpu.validation import Validation
+from scripts.gpu.plan import MODES, ROOT, Args, Step, plan, settings
+from scripts.gpu.report import numbers
+from scripts.gpu.runner import Validation, healthy, run_step
 from tests import tiny
 from tests.runtime import driving
 
@@ -131,6 +128,21 @@ def test_steps_share_their_stages_limit(tmp_path):
     limits = {stage.name: 30 * stage.minutes for stage in plan(args(tmp_path))}
     for name, seconds in zip(fake.ran, fake.seconds, strict=True):
         assert limits[name] - 5 < seconds <= limits[name]
+
+
+def test_a_run_ends_at_its_limit_and_the_next_one_goes_on(tmp_path):
+    class Slow(Fake):
+        def __call__(self, step, log, seconds):
+            code = super().__call__(step, log, seconds)
+            time.sleep(0.3 if len(self.stages) == 3 else 0.0)
+            return code
+
+    first, second = Slow(), Fake()
+    assert not Validation(args(tmp_path, minutes=0.2 / 60), first).run()
+    assert first.stages == NAMES[:3] and all(seconds <= 0.2 for seconds in first.seconds)
+    assert (tmp_path / "report.md").read_text().count("**not run**") == len(NAMES) - 3
+    assert Validation(args(tmp_path), second).run()
+    assert second.stages == ["environment", *NAMES[3:]]
 
 
 def test_the_report_says_what_was_measured_and_what_was_not(tmp_path):
@@ -321,7 +333,7 @@ def test_a_kernel_that_fails_is_a_row_and_the_others_are_timed():
         yield timings.Case("last", 1, lambda: "slow", lambda: "fast")
         raise MemoryError("too large")
 
-    rows = timings.measured(found(), lambda call: (4e-6, 3e-6, 5e-6) if call() == "slow" else (1e-6, 1e-6, 1e-6))
+    rows = list(timings.measured(found(), lambda call: (4e-6, 3e-6, 5e-6) if call() == "slow" else (1e-6, 1e-6, 1e-6)))
     assert [row["name"] for row in rows] == ["good", "bad", "last", "the next operation's tensors"]
     assert rows[0]["speedup"] == pytest.approx(4.0) and rows[0]["bytes_a_second"] == pytest.approx(1e9)
     assert [row.get("error") for row in rows] == [
