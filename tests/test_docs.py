@@ -11,6 +11,7 @@ from functools import cache
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,6 +111,18 @@ def test_every_code_block_parses(page):
             if "echo-rl" in words:
                 arguments = words[words.index("echo-rl") + 1 :]
                 parse(list(takewhile(lambda word: word not in (">", "&", "|"), arguments)))
+
+
+def test_the_controller_of_the_guide_serves_and_keeps_to_its_budget():
+    page = ROOT / "docs" / "guides" / "write-a-controller.md"
+    names: dict[str, Any] = {"__name__": "guide"}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec", dont_inherit=True), names)
+    runs, speed = names["runs"], names["tokens_per_second"]
+    assert list(runs) == ["none", "share", "echo"] and speed(runs["share"]) > speed(runs["none"])
+    assert 0 < max(step.verified for step in runs["share"].steps) <= names["ShareOptions"]().nodes
+    assert {run.requests[0].tokens for run in runs.values()} == {runs["none"].requests[0].tokens}
+    assert blocks(page, "python")[0].count("\n") <= 30, "the guide promises thirty lines"
 
 
 def test_the_docs_extra_is_part_of_dev():
