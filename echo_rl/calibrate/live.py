@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,6 @@ from echo_rl.calibrate.in_situ import correct, observe_steps
 from echo_rl.contracts import Forest, LoadView, Request, SamplingParams, Selection, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.echo.gates import GateCalibration
-from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.step.device.step import DeviceStep
@@ -58,7 +58,9 @@ class GateObserver(BaseController):
 
 def calibration_prompts(limit: int | None = None) -> list[str]:
     """The package's own user turns (chat, code and arithmetic in turn)."""
-    groups: dict[str, list[str]] = json.loads(packaged("prompts.json").read_text())
+    groups: dict[str, list[str]] = json.loads(
+        files("echo_rl").joinpath("calibrate", "data", "prompts.json").read_text()
+    )
     turns = [turn for row in zip(*groups.values(), strict=True) for turn in row]
     return turns[:limit]
 
