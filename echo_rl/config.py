@@ -87,7 +87,3 @@ class EngineConfig:
     def headroom(self) -> int:
         """KV positions a request may use beyond its committed tokens while a step is under way."""
         return max(self.max_nodes, self.max_expanded) + 1
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> EngineConfig:
-        return from_mapping(cls, values)

@@ -67,7 +67,7 @@ class FakeTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(i) for i in ids)
 
-    def spell(self, token: int) -> bytes:
+    def token_bytes(self, token: int) -> bytes:
         return chr(token).encode()
 
 
@@ -169,7 +169,7 @@ def make_controller() -> Callable[..., FakeController]:
 @pytest.fixture(scope="session")
 def model_folder() -> Path:
     """The real SmolLM2 folder. Where it can't be had the test is skipped, except in CI, where that is a failure."""
-    from echo_rl.runtime.models.weights import fetch_smollm2
+    from echo_rl.runtime.models.default_model import fetch_smollm2
 
     try:
         return fetch_smollm2()

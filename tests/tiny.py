@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from echo_rl.config import EngineConfig
+from echo_rl.config import EngineConfig, from_mapping
 from echo_rl.runtime.drafters.folder import DrafterConfig, save_drafter
 from echo_rl.runtime.engine import Engine
 
@@ -120,4 +120,4 @@ def engine(root: Path, **settings: object) -> Engine:
         "device": device(), "dtype": "float32", "kv_tokens": 4096, "max_context": 256, "max_nodes": 24,
         "max_expanded": 40,
     }  # fmt: skip
-    return Engine.load(EngineConfig.from_dict({**values, **settings}))
+    return Engine.load(from_mapping(EngineConfig, {**values, **settings}))

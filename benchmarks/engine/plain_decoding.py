@@ -24,7 +24,7 @@ from echo_rl.contracts import Request, SamplingParams
 from echo_rl.controllers import registry
 from echo_rl.experiments.plan import arm_order
 from echo_rl.runtime.engine import Engine
-from echo_rl.runtime.models.weights import MEMBER, WHEEL, resolve_model
+from echo_rl.runtime.models.default_model import MEMBER, WHEEL, resolve_model
 from echo_rl.utils import statistics
 from echo_rl.utils.archives import cache_root
 from echo_rl.utils.result_store import write_json

@@ -25,7 +25,7 @@ class Demo:
         from echo_rl.cli import render
         from echo_rl.cli.session import run_and_show
         from echo_rl.experiments.plan import BenchConfig, Load
-        from echo_rl.runtime.models.weights import fetch_smollm2
+        from echo_rl.runtime.models.default_model import fetch_smollm2
 
         console = Console()
         if self.engine.model == "smollm2":

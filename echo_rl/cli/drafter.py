@@ -67,7 +67,7 @@ class Train:
         from echo_rl.drafting.features import cache_features
         from echo_rl.drafting.train import check, train
         from echo_rl.runtime.models.architecture import read_architecture
-        from echo_rl.runtime.models.weights import resolve_model
+        from echo_rl.runtime.models.default_model import resolve_model
         from echo_rl.utils.result_store import digest
 
         folder: Path = resolve_model(self.model)

@@ -52,7 +52,7 @@ def environment_of(config: EngineConfig) -> dict[str, str]:
     from echo_rl import __version__
     from echo_rl.costs.files import own_or_packaged
     from echo_rl.runtime.device import resolve
-    from echo_rl.runtime.models.weights import resolve_drafter
+    from echo_rl.runtime.models.default_model import resolve_drafter
     from echo_rl.utils.machine import machine
     from echo_rl.utils.result_store import digest
 

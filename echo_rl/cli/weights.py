@@ -17,7 +17,7 @@ class Weights:
     """``fetch`` downloads, checks and converts the weights, then prints their folder."""
 
     def run(self) -> int:
-        from echo_rl.runtime.models.weights import fetch_smollm2
+        from echo_rl.runtime.models.default_model import fetch_smollm2
 
         print(fetch_smollm2(progress=lambda message: print(message, file=sys.stderr)))
         return 0

@@ -23,8 +23,8 @@ from echo_rl.errors import ConfigError, PlanViolation, RequestError
 from echo_rl.runtime.block_manager import BlockManager
 from echo_rl.runtime.device import resolve
 from echo_rl.runtime.drafters.eagle3 import Drafter
+from echo_rl.runtime.models.default_model import resolve_drafter, resolve_model
 from echo_rl.runtime.models.target import Target
-from echo_rl.runtime.models.weights import resolve_drafter, resolve_model
 from echo_rl.runtime.runner import Runner
 from echo_rl.runtime.scheduler import Batch, Scheduler
 from echo_rl.runtime.sequence import Sequence

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def outside(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def dropped_tokens(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """[N, V] bool: the tokens that a row's top-k or top-p drops; never its likeliest.
 
     scaled [N, V] float32 logits over the temperature, top_k [N] int64, top_p [N] float32 (any number

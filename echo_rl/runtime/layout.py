@@ -94,7 +94,7 @@ def _sent(values: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor if device.type == "cpu" else tensor.to(device)
 
 
-def spread(counts: Seq[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def ragged_rows(counts: Seq[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The layout of ragged counts [R]: the owner [N] and the index within its owner [N] of every element, both int64,
     and the place where each owner's elements begin, then N [R + 1] int32."""
     owner = np.array([r for r, count in enumerate(counts) for _ in range(count)], dtype=np.int64)

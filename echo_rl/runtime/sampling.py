@@ -13,7 +13,7 @@ import torch
 
 from echo_kernels import ops_for
 from echo_rl.contracts import SamplingParams, TokenLogprob
-from echo_rl.runtime.filtering import outside
+from echo_rl.runtime.filtering import dropped_tokens
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ def _filtered(logits: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor
         return logits
     top_k = torch.tensor([p.top_k or logits.shape[1] for p in params], device=logits.device)
     top_p = logits.new_tensor([p.top_p if p.top_p < 1.0 else float("inf") for p in params])
-    return logits.masked_fill(outside(logits, top_k, top_p), float("-inf"))
+    return logits.masked_fill(dropped_tokens(logits, top_k, top_p), float("-inf"))
 
 
-def likelihood(logits: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:
+def token_logprob(logits: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:
     """A token's log-probability, and the likeliest tokens with theirs. `logits` is [V], float32."""
     log_probs = logits.log_softmax(0)
     best = log_probs.topk(min(alternatives, len(logits)))

@@ -54,7 +54,7 @@ class Tokenizer:
         """Text without special tokens; an unfinished character shows as U+FFFD."""
         return str(self._fast.decode(list(ids), skip_special_tokens=True))
 
-    def spell(self, token: int) -> bytes:
+    def token_bytes(self, token: int) -> bytes:
         """The bytes of one token by itself: also a part of a character, or a special token's name."""
         once, twice = (str(self._fast.decode([token] * n, skip_special_tokens=False)) for n in (1, 2))
         text = twice[len(once) :]  # some decoders drop the space that begins a text

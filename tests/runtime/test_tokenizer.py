@@ -83,21 +83,21 @@ def test_text_ends_before_the_stop_string_that_is_complete_first(kind, text, sto
 def test_tokens_spell_the_text_byte_by_byte(kind, text):
     tokenizer = KINDS[kind]
     tokens = tokenizer.encode(text)
-    spelled = b"".join(map(tokenizer.spell, tokens))
+    spelled = b"".join(map(tokenizer.token_bytes, tokens))
     assert spelled.decode().removeprefix(" " if kind == "sentencepiece" else "") == tokenizer.decode(tokens)
 
 
 def test_no_two_tokens_of_a_vocabulary_spell_the_same():
-    spelled = [KINDS["byte_level"].spell(token) for token in BYTES]
+    spelled = [KINDS["byte_level"].token_bytes(token) for token in BYTES]
     assert len(set(spelled)) == len(BYTES) and all(len(byte) == 1 for byte in spelled)
     tokenizer = KINDS["sentencepiece"]
-    assert [tokenizer.spell(i) for i in (0, 1 + 0xE2, 258, 261)] == [b"<unk>", b"\xe2", b"a", b" a"]
+    assert [tokenizer.token_bytes(i) for i in (0, 1 + 0xE2, 258, 261)] == [b"<unk>", b"\xe2", b"a", b" a"]
 
 
 def test_a_special_token_spells_its_name():
     tokenizer = byte_level()
     tokenizer._fast.add_special_tokens(["<|end|>"])
-    assert tokenizer.spell(256) == b"<|end|>" and tokenizer.decode((256,)) == ""
+    assert tokenizer.token_bytes(256) == b"<|end|>" and tokenizer.decode((256,)) == ""
 
 
 @pytest.mark.parametrize(("text", "stop", "before"), [("hello\n答 b", "\n答", "hello"), ("a END€ b", " END€", "a")])

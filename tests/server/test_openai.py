@@ -336,7 +336,7 @@ class Pieces:
 
     SPELLED = (b" Hello", b" w\xc3", b"\xb6rld", b" ", b"\xf0\x9f", b"\x99\x82")
 
-    def spell(self, token):
+    def token_bytes(self, token):
         return b"<end>" if token == 9 else self.SPELLED[token]
 
     def decode(self, ids):

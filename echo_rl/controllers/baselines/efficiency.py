@@ -1,6 +1,6 @@
 """Expected tokens a second: what the rules that weigh a step's yield against its time have in common.
 
-The time of a step is the machine's profile scaled by what steps really took (`StepClock`), its yield
+The time of a step is the machine's profile scaled by what steps really took (`StepTimePredictor`), its yield
 the drafter's own confidence corrected by what was accepted (`YieldCurve`). `DraftingSwitch` decides whether to
 draft at all, and pays for rare probes while that does not pay.
 
@@ -55,7 +55,7 @@ class CostedOptions:
             )
 
 
-class StepClock:
+class StepTimePredictor:
     """Predicted seconds of whole steps."""
 
     def __init__(self, profile: CostProfile | str | Path | None) -> None:
@@ -111,8 +111,8 @@ class StepClock:
 class DraftingSwitch:
     """Decides whether a step drafts: while it pays, and as a rare probe while it does not."""
 
-    def __init__(self, clock: StepClock, options: CostedOptions) -> None:
-        self._clock = clock
+    def __init__(self, step_times: StepTimePredictor, options: CostedOptions) -> None:
+        self._step_times = step_times
         self._probe_budget = ProbeBudget(options.probe_share, options.probe_period)
         self.probing = False
         """True while the step in progress is a probe."""
@@ -130,10 +130,10 @@ class DraftingSwitch:
             probes.plain(report.times.total)
             return
         if probes.steps:
-            usual = self._clock.draft(load, plan.width, max(1, len(report.drafting) or plan.max_depth))
+            usual = self._step_times.draft(load, plan.width, max(1, len(report.drafting) or plan.max_depth))
             probes.backlog = max(0.0, report.times.draft - usual) / probes.steps
         if self.probing:
-            probes.spent(report.times.total - self._clock.plain(load))
+            probes.spent(report.times.total - self._step_times.plain(load))
         else:
             probes.restart()
 
@@ -245,10 +245,10 @@ class Efficient(BaseController):
     def __init__(self, options: CostedOptions, depth: int, width: int) -> None:
         super().__init__()
         self._depth, self._width = depth, width
-        self.clock = StepClock(options.profile)
-        self.materials = (self.clock.profile,)
+        self.step_times = StepTimePredictor(options.profile)
+        self.materials = (self.step_times.profile,)
         self.curve = YieldCurve(options.horizon)
-        self._switch = DraftingSwitch(self.clock, options)
+        self._switch = DraftingSwitch(self.step_times, options)
         self._depths: Sequence[int] = (depth,)  # levels that a step may end up drafting
         self._gates: Gates = ()
         self._load = LoadView(0, 0, 0, 0.0, 0.0, 0)
@@ -260,9 +260,11 @@ class Efficient(BaseController):
         open_to = (sizes * batch >= 1.0) & (sizes <= most)
         depths = [depth for depth in self._depths if depth <= load.max_nodes] or [load.max_nodes]
         gains = self.curve.gains(depths)[:, open_to]  # [D, O]
-        seconds = self.clock.speculative(load, sizes[open_to] * batch, self._width, np.array(depths, float)[:, None])
+        seconds = self.step_times.speculative(
+            load, sizes[open_to] * batch, self._width, np.array(depths, float)[:, None]
+        )
         rates, seconds = self.rates(batch * (1.0 + gains), seconds).ravel(), seconds.ravel()
-        best, plain = int(rates.argmax()), self.clock.plain(load)
+        best, plain = int(rates.argmax()), self.step_times.plain(load)
         excess = float(seconds[best]) - plain if rates[best] else math.inf
         if not self._switch.open(load, bool(rates[best] > batch / plain), excess):
             return AUTOREGRESSIVE
@@ -281,7 +283,7 @@ class Efficient(BaseController):
         probs = probabilities(forest.scores)
         running = running_sum(probs.flatten(), plan.budget)
         nodes = np.arange(float(len(running)))
-        seconds = self.clock.speculative(self._load, nodes, plan.width, int(forest.depths[-1]) + 1)
+        seconds = self.step_times.speculative(self._load, nodes, plan.width, int(forest.depths[-1]) + 1)
         tokens = forest.batch_size + self.trust * running
         k = int(self.rates(tokens, seconds).argmax())
         levels = np.bincount(forest.depths.cpu().numpy(), weights=probs.sum(0).cpu().numpy()).astype(np.float64)
@@ -289,7 +291,7 @@ class Efficient(BaseController):
         return likeliest(forest, k, self._node_cap)
 
     def observe(self, report: StepReport) -> None:
-        self.clock.observe(report)
+        self.step_times.observe(report)
         self.curve.observe(report)
         self._switch.observe(report)
 

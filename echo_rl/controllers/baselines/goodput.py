@@ -1,7 +1,7 @@
 """Speculation by estimated goodput: SmartSpec's length for the whole batch, AdaSpec's stopping rule level by level.
 
 Source: SmartSpec / TurboSpec (arXiv 2406.14066), AdaSpec / SpecServe (arXiv 2503.05096). Both compare
-expected tokens a second; the yield and the clock are in `efficiency`.
+expected tokens a second; their yields and step times are in `efficiency`.
 
 Shapes: B requests, F candidates of a level, A requests that still draft.
 """
@@ -24,7 +24,7 @@ from echo_rl.controllers.baselines.efficiency import (
     CostedOptions,
     DraftingSwitch,
     Efficient,
-    StepClock,
+    StepTimePredictor,
     running_sum,
 )
 from echo_rl.costs.batched_profile import Floats
@@ -55,16 +55,16 @@ class TurboSpec(BaseController):
     def __init__(self, options: TurboSpecOptions) -> None:
         super().__init__()
         self.options = options
-        self.clock = StepClock(options.profile)
-        self.materials = (self.clock.profile,)
+        self.step_times = StepTimePredictor(options.profile)
+        self.materials = (self.step_times.profile,)
         self.acceptance = AcceptanceRate(options.horizon)
-        self._switch = DraftingSwitch(self.clock, options)
+        self._switch = DraftingSwitch(self.step_times, options)
 
     def propose(self, load: LoadView) -> SpecPlan:
-        batch, plain = load.batch_size, self.clock.plain(load)
+        batch, plain = load.batch_size, self.step_times.plain(load)
         lengths = np.arange(1.0, min(self.options.most, load.max_nodes) + 1.0)
         tokens = batch * (1.0 + np.cumsum(self.acceptance.chance**lengths))
-        seconds = self.clock.speculative(load, batch * lengths, 1, lengths)
+        seconds = self.step_times.speculative(load, batch * lengths, 1, lengths)
         best = int((tokens / seconds).argmax())
         pays = bool(tokens[best] / seconds[best] > batch / plain)
         if not self._switch.open(load, pays, float(seconds[best]) - plain):
@@ -72,7 +72,7 @@ class TurboSpec(BaseController):
         return SpecPlan((best + 1) * batch, best + 1, 1)
 
     def observe(self, report: StepReport) -> None:
-        self.clock.observe(report)
+        self.step_times.observe(report)
         self.acceptance.observe(report)
         self._switch.observe(report)
 
@@ -118,7 +118,7 @@ class AdaSpec(Efficient):
 
     def propose(self, load: LoadView) -> SpecPlan:
         slo = self.options.slo
-        self._bound = slo if slo is not None and self.clock.plain(load) <= slo else None
+        self._bound = slo if slo is not None and self.step_times.plain(load) <= slo else None
         return super().propose(load)
 
     def rates(self, tokens: Floats, seconds: Floats) -> Floats:
@@ -139,13 +139,13 @@ class AdaSpec(Efficient):
         """The number of requests that should draft another level."""
         held = running_sum(torch.cat(self._drafted), plan.budget)
         ahead = running_sum(best, len(best))  # [A + 1]
-        seconds = self.clock.speculative(
+        seconds = self.step_times.speculative(
             self._load, np.arange(float(len(held) + len(ahead) - 1)), plan.width, depth + 1
         )
         now = len(best) + self.trust * held
         k = int(self.rates(now, seconds[: len(now)]).argmax())
         others = np.arange(float(len(ahead)))
-        level = np.where(others > 0, self.clock.level(others, plan.width, depth + 1), 0.0)
+        level = np.where(others > 0, self.step_times.level(others, plan.width, depth + 1), 0.0)
         tokens = now[k] + self.acceptance.chance * self.trust * ahead
         return int(self.rates(tokens, seconds[k : k + len(ahead)] + level).argmax())
 

@@ -31,14 +31,9 @@ class Linear:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, int8: bool = False) -> None:
-        self.out_features, self.in_features = weight.shape
+        self.in_features = weight.shape[1]
         self._dtype = weight.dtype
         self._product, self._operands = _lay_out(weight, bias, int8)
-
-    @property
-    def bits(self) -> int:
-        """Bits that one element of the weight takes."""
-        return 8 * self._operands[0].element_size()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[N, in] -> [N, out] in the weight's dtype. Raises ValueError on another width, dtype or layout."""

@@ -54,7 +54,7 @@ class Choice:
         alone = tokenizer.decode((token,))
         if not alone and not tokenizer.decode((token, token)):
             return
-        text = self._characters.decode(tokenizer.spell(token))
+        text = self._characters.decode(tokenizer.token_bytes(token))
         if not self.offset and text.endswith(alone):
             text = alone  # some decoders drop the space that begins a text
         self.offset += len(text)
@@ -217,7 +217,7 @@ class CompletionResponse(Response):
         for token in tokens:
             offsets.append(choice.offset)
             choice.advance(tokenizer, token.token)
-        return self._dialect.logprobs(tokens, tokenizer.spell, offsets)
+        return self._dialect.logprobs(tokens, tokenizer.token_bytes, offsets)
 
     def _failure(self, error: Exception) -> ApiError:
         if isinstance(error, TimeoutError):

@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_rl.contracts import AUTOREGRESSIVE, PhaseTimes, SpecPlan, StepReport
-from echo_rl.controllers.baselines.efficiency import CostedOptions, DraftingSwitch, StepClock, YieldCurve, running_sum
+from echo_rl.controllers.baselines.efficiency import (
+    CostedOptions,
+    DraftingSwitch,
+    StepTimePredictor,
+    YieldCurve,
+    running_sum,
+)
 from echo_rl.controllers.baselines.goodput import AdaSpec, AdaSpecOptions, TurboSpec, TurboSpecOptions
 from echo_rl.controllers.tree_shapes import REFERENCE_HIT
 from echo_rl.errors import ConfigError
@@ -143,8 +149,8 @@ def test_yield_curve_counts_the_whole_batch_likeliest_first():
 
 
 def test_probes_stay_within_their_share(make_profile):
-    clock = StepClock(make_profile())
-    switch = DraftingSwitch(clock, CostedOptions(probe_share=0.01, probe_period=1))
+    step_times = StepTimePredictor(make_profile())
+    switch = DraftingSwitch(step_times, CostedOptions(probe_share=0.01, probe_period=1))
     plain = StepReport(load_of(1), AUTOREGRESSIVE, (), 0, 0, 0, 1, (), (), PhaseTimes(verify=10e-3))
     probe = StepReport(load_of(1), SpecPlan(1), (), 1, 1, 0, 1, (1,), (0,), PhaseTimes(verify=35e-3))
     opened = 0
@@ -157,12 +163,12 @@ def test_probes_stay_within_their_share(make_profile):
 
 def test_step_clock_agrees_with_the_profile(make_profile):
     profile = make_profile()
-    clock = StepClock(profile)
-    assert clock.plain(load_of(4)) == pytest.approx(profile.step_seconds(4, 0, 1, 0, 128.0))
+    step_times = StepTimePredictor(profile)
+    assert step_times.plain(load_of(4)) == pytest.approx(profile.step_seconds(4, 0, 1, 0, 128.0))
     whole = profile.step_seconds(4, 12, 2, 3, 128.0)
-    assert clock.speculative(load_of(4), np.array([12.0]), 2, 3)[0] == pytest.approx(whole)
+    assert step_times.speculative(load_of(4), np.array([12.0]), 2, 3)[0] == pytest.approx(whole)
     third = profile.draft_seconds(2, 1, 3) - profile.draft_seconds(2, 1, 2)
-    assert clock.level(np.array([2.0]), 1, 2)[0] == pytest.approx(third)
+    assert step_times.level(np.array([2.0]), 1, 2)[0] == pytest.approx(third)
 
 
 @cache

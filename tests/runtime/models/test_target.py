@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from echo_rl.errors import WeightsError
 from echo_rl.runtime.block_manager import BlockManager
 from echo_rl.runtime.kv_cache import KVCache
-from echo_rl.runtime.layout import Layout, spread
+from echo_rl.runtime.layout import Layout, ragged_rows
 from echo_rl.runtime.models.architecture import SUPPORTED, rope_table
 from echo_rl.runtime.models.target import Target
 from echo_rl.runtime.sequence import Sequence
@@ -35,7 +35,7 @@ def own_logits(target: Target, prompts: list[list[int]], split: int) -> list[tor
         layout = Layout(sequences, 4, device)
         chunks = [p[begin:end] for p in prompts]
         counts = [len(c) for c in chunks]
-        owner, local, starts = spread(counts)
+        owner, local, starts = ragged_rows(counts)
         positions = layout.host_kv_lens[owner] + local
         mask = torch.from_numpy(local[:, None] >= np.arange(max(counts)))
         slots = layout.host_slots(owner, positions)

