@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from echo_rl.env.registration import register_with_gymnasium
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -13,7 +15,7 @@ _HOMES = {
     "Request": ("echo_rl.contracts", "Request"),
     "SamplingParams": ("echo_rl.contracts", "SamplingParams"),
     "make_controller": ("echo_rl.controllers.registry", "make"),
-    "register_envs": ("echo_rl.experiments.environments", "register_envs"),
+    "register_envs": ("echo_rl.env.registration", "register_envs"),
     "serve": ("echo_rl.workloads.driver", "serve"),
 }
 __all__ = ["Engine", "EngineConfig", "Request", "SamplingParams", "make_controller", "register_envs", "serve"]
@@ -25,3 +27,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'echo_rl' has no attribute '{name}'")
     module, attribute = _HOMES[name]
     return getattr(import_module(module), attribute)
+
+
+register_with_gymnasium()

@@ -29,13 +29,14 @@ from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.costs.batched_profile import SCALARS, BatchedCostProfile
 from echo_rl.costs.interpolation import monotone
 from echo_rl.costs.profile import CostProfile
-from echo_rl.env.vec_env import ReplayVecEnv, ReplayVecEnvOptions
+from echo_rl.env.vector_env import REFERENCE, ReplayEnvOptions, ReplayVectorEnv
 from echo_rl.replay.backend import ReplayBackend
 from echo_rl.replay.recorder import RecordOptions, record
 from echo_rl.replay.trace import Trace
 from echo_rl.runtime.engine import Engine
 from echo_rl.utils.result_store import write_json
 from echo_rl.utils.statistics import kendall
+from echo_rl.workloads.arrivals import closed
 from echo_rl.workloads.driver import serve
 from echo_rl.workloads.records import RunRecord
 
@@ -163,18 +164,21 @@ def agreement(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def speed(trace: Trace, costs: BatchedCostProfile) -> dict[str, float]:
-    """Serving steps a second of the vectorised replay, by batch size, 32 lanes under random actions."""
+    """Serving steps a second of the vectorised replay, by batch size, 32 environments under random actions."""
     gates, few = GateCalibration.default(), trace.subset(range(0, len(trace.responses), 4))
     rates = {}
     for batch in (1, 4, 16, 32):
-        options = ReplayVecEnvOptions((f"closed:{batch}",), gates=gates.sparse(9), score_power=gates.score_power)
-        env = ReplayVecEnv(few, costs, options, lanes=32)
-        env.reset()
+        options = ReplayEnvOptions(
+            (closed(batch),), gates=gates.sparse(9), score_power=gates.score_power, horizon=64, action_repeat=4,
+            reference=REFERENCE, shared=True, stagger=True,
+        )  # fmt: skip
+        env = ReplayVectorEnv(few, costs, options, 32)
+        env.reset(seed=0)
         actions = np.random.default_rng(0).integers(0, options.table.sizes, (100, 32, len(options.table.sizes)))
         begin = time.perf_counter()
         for action in actions:
             env.step(action)
-        rates[str(batch)] = len(actions) * 32 * options.repeat / (time.perf_counter() - begin)
+        rates[str(batch)] = len(actions) * 32 * options.action_repeat / (time.perf_counter() - begin)
     return rates
 
 

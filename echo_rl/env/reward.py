@@ -1,4 +1,4 @@
-"""What a serving step was worth. Works on lanes (parallel servers, [E] arrays); knows nothing of requests or actions.
+"""What a serving step was worth, over E environments at once ([E] arrays). Knows nothing of requests or actions.
 
 Serving has no end, so the goal is the average reward: tokens a second. `tokens - rho * seconds` with
 rho the running throughput has its optimum exactly there (a step is good iff it beats the running rate).
@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 OCTAVES = 8
 """Batch sizes from 128 on share one usual speed."""
 USUAL_RATE = 0.5
-"""The usual speeds move this much slower than a lane's own."""
+"""The usual speeds move this much slower than an environment's own."""
 Form = Literal["relative", "throughput", "tokens", "time", "goodput"]
 
 
@@ -48,7 +48,7 @@ class RewardOptions:
 
 
 class RewardMeter:
-    """Scores steps of E lanes against each lane's own running speed.
+    """Scores the steps of E environments, each against its own running speed.
 
     ``reward = gain + cost + penalty``, term by term:
 
@@ -63,42 +63,47 @@ class RewardMeter:
     ========== ================= ================================ ==========================
 
     `plain` is the predicted time of a plain step at the same load, which brings `batch` tokens; so
-    `speedup` (running ``sum(tokens * plain / batch) / sum(seconds)``) is the lane's speed over plain
+    `speedup` (running ``sum(tokens * plain / batch) / sum(seconds)``) is the environment's speed over plain
     decoding. At one load ``relative`` is ``throughput`` up to a constant factor; across loads it
     measures each step against what its own load allows, which takes the load out of the return.
-    A lane's running ratios begin as if a whole window at the usual speed of its load had come before its first
-    step: the running speed-up at that batch size (by powers of two) over all lanes and episodes, at first plain
+    An episode's running ratios begin as if a whole window at the usual speed of its load had come before its first
+    step: the running speed-up at that batch size (by powers of two) over all episodes, at first plain
     decoding's. Begun at plain decoding's each time, rho would be too low for a window and pay for too large trees.
+    Environments learn these usual speeds each for itself, or, if they are `shared`, all together.
     """
 
-    def __init__(self, options: RewardOptions, lanes: int) -> None:
-        self.options = options
-        self._fresh = np.ones(lanes, dtype=np.bool_)
-        self._tokens, self._worth, self._seconds = np.ones((3, lanes))  # running; worth: tokens in plain seconds
-        self._usual = np.ones(
-            (2, OCTAVES)
-        )  # running worth and seconds over plain seconds, by power of two of the batch
+    def __init__(self, options: RewardOptions, count: int = 1, shared: bool = False) -> None:
+        self.options, self._shared = options, shared
+        self._fresh = np.ones(count, dtype=np.bool_)
+        self._tokens, self._worth, self._seconds = np.ones((3, count))  # running; worth: tokens in plain seconds
+        self._usual = np.ones((2, 1 if shared else count, OCTAVES))
+        """[2, E or 1, OCTAVES] running worth and seconds, both over plain seconds, by power of two of the batch."""
 
     @property
     def speedup(self) -> Floats:
-        """[E] running speed over predicted plain decoding."""
+        """[E] the running speeds over predicted plain decoding."""
         return self._worth / self._seconds
 
     @property
     def throughput(self) -> Floats:
-        """[E] running tokens a second (of a lane that has scored a step)."""
+        """[E] the running tokens a second of environments that have scored a step."""
         return self._tokens / self._seconds
 
     def usual(self, batch: Floats) -> Floats:
-        """[E] the running speed-up over plain decoding at these batch sizes, over all lanes and episodes."""
-        worth, seconds = self._usual[:, _octave(batch)]
+        """[E] the running speed-ups over plain decoding at these batch sizes, over all episodes."""
+        worth, seconds = self._usual[:, self._rows, _octave(batch)]
         return worth / seconds
 
-    def reset(self, lanes: NDArray[np.bool_]) -> None:
-        """Forget the running speeds of these lanes ([E] bool)."""
-        self._fresh |= lanes
+    def reset(self, chosen: NDArray[np.bool_]) -> None:
+        """Forget the running speeds of these environments ([E] bool)."""
+        self._fresh |= chosen
         for running in (self._tokens, self._worth, self._seconds):
-            running[lanes] = 1.0
+            running[chosen] = 1.0
+
+    def forget(self, chosen: NDArray[np.bool_]) -> None:
+        """Forget the usual speeds of these environments ([E] bool) too; shared ones are forgotten for all."""
+        self.reset(chosen)
+        self._usual[:, slice(None) if self._shared else chosen] = 1.0
 
     def score(
         self, tokens: Floats, seconds: Floats, plain_seconds: Floats, batch: Floats, good: Floats | None = None
@@ -107,7 +112,7 @@ class RewardMeter:
 
         Units: tokens, seconds (taken and predicted plain, both > 0) and decoding requests; `good` is the share
         of decoding requests within `slo_tpot` in this step, needed by ``goodput`` alone (`ConfigError`).
-        Lanes whose batch is 0 score 0 and learn nothing.
+        Environments whose batch is 0 score 0 and learn nothing.
         """
         live = batch > 0
         self.begin(live, plain_seconds, batch)
@@ -141,7 +146,7 @@ class RewardMeter:
         return penalty
 
     def begin(self, live: NDArray[np.bool_], plain: Floats, batch: Floats) -> None:
-        """A lane's first step sets its running speeds to the usual ones at that load."""
+        """The first step of an episode sets the running speeds to the usual ones at its load."""
         first = self._fresh & live
         usual = plain / self.usual(batch)
         for running, value in ((self._tokens, batch), (self._worth, plain), (self._seconds, usual)):
@@ -153,10 +158,20 @@ class RewardMeter:
             running += np.where(live, self.options.rate * (value - running), 0.0)
 
     def _remember(self, live: NDArray[np.bool_], batch: Floats, over_plain: Floats) -> None:
-        octaves = _octave(batch)
+        """The usual speeds move towards this step's; shared ones by the mean of the environments in each octave."""
+        octaves, rate = _octave(batch), USUAL_RATE * self.options.rate
+        if not self._shared:
+            at = (slice(None), np.flatnonzero(live), octaves[live])
+            self._usual[at] += rate * (over_plain[:, live] - self._usual[at])
+            return
         for octave in np.unique(octaves[live]):
             mean = over_plain[:, live & (octaves == octave)].mean(1)
-            self._usual[:, octave] += USUAL_RATE * self.options.rate * (mean - self._usual[:, octave])
+            self._usual[:, 0, octave] += rate * (mean - self._usual[:, 0, octave])
+
+    @property
+    def _rows(self) -> NDArray[np.int64] | int:
+        """Whose usual speeds each environment goes by."""
+        return 0 if self._shared else np.arange(len(self._fresh))
 
 
 def _octave(batch: Floats) -> NDArray[np.int64]:

@@ -5,46 +5,23 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from echo_rl.codec import FEATURES, ActionTable, Gates, ObservationEncoder
+from echo_rl.codec import ObservationEncoder
 from echo_rl.contracts import Backend, LoadView, Request, StepReport
 from echo_rl.costs.batched_profile import BatchedCostProfile
-from echo_rl.env.reward import RewardMeter, RewardOptions
+from echo_rl.env.options import MEANS, SpecEnvOptions, action_space, checked, observation_space
+from echo_rl.env.reward import RewardMeter
 from echo_rl.env.session import ServedStep, WorkloadSession
 from echo_rl.env.stepper import Clock, Steerable
 from echo_rl.errors import ConfigError
 from echo_rl.replay.timing import plain_step
-from echo_rl.workloads.arrivals import Workload, closed
 
 Observation = NDArray[np.float32]
-MEANS = ("batch", "budget", "depth", "width")
-"""Entries of `info` that are averaged over repeated serving steps; all others are summed."""
-
-
-@dataclass(frozen=True)
-class SpecEnvOptions:
-    """What is served, how it is judged and how an episode is cut. Raises `ConfigError`."""
-
-    workloads: tuple[Workload, ...] = tuple(closed(c) for c in (1, 2, 4, 8, 16, 32))
-    """One is drawn for each episode."""
-    table: ActionTable = field(default_factory=ActionTable)
-    gates: Gates = ()
-    """The calibrated sparse thresholds, (depth, tau)."""
-    reward: RewardOptions = field(default_factory=RewardOptions)
-    horizon: int = 512
-    """Env steps an episode."""
-    repeat: int = 1
-    """Serving steps under one action."""
-
-    def __post_init__(self) -> None:
-        if self.horizon < 1 or self.repeat < 1 or not self.workloads:
-            raise ConfigError("the environment needs horizon >= 1, repeat >= 1 and at least one workload")
 
 
 class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
@@ -100,7 +77,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
     would have brought at the running speed-up over plain decoding. Tokens are those of decoding requests, and seconds
     are the step's less what its prompt tokens are predicted to take, since no action changes either. It is the
     average-reward form of throughput: what maximises it maximises tokens a second. `reward.RewardMeter` defines it
-    and the other forms. With `repeat` above 1 the serving steps' rewards are summed.
+    and the other forms. With `action_repeat` above 1 the serving steps' rewards are summed.
 
     `info` of a step: the reward's terms ``gain``, ``cost`` and ``penalty`` (they sum to it); ``tokens`` that
     requests got, ``seconds`` taken, ``plain_seconds`` (predicted plain decoding time for these tokens), and the
@@ -146,9 +123,9 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         for workload in self.options.workloads:
             self._server.check(workload)
         weakref.finalize(self, self._server.stepper.stop).atexit = False  # a forgotten environment's thread ends
-        self._meter = RewardMeter(self.options.reward, lanes=1)
+        self._meter = RewardMeter(self.options.reward)
         self.observation_space = observation_space()
-        self.action_space = gym.spaces.MultiDiscrete(np.array(self.options.table.sizes))
+        self.action_space = action_space(self.options.table)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -159,13 +136,13 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         self._server.open(workload, self.np_random)
         self._lane = ObservationEncoder(self._costs.profile)
         if seed is not None:
-            self._meter = RewardMeter(self.options.reward, lanes=1)
+            self._meter = RewardMeter(self.options.reward)
         self._meter.reset(np.ones(1, dtype=np.bool_))
         self._steps = 0
         return self._observe(self._server.advance(self._learn)), {"workload": workload.name}
 
     def step(self, action: ArrayLike) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Serve `repeat` steps under this action.
+        """Serve `action_repeat` steps under this action.
 
         Raises `ConfigError` on a bad action or before the first reset, and what the backend raises;
         after the latter the environment must be reset.
@@ -174,7 +151,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         if load is None:
             raise ConfigError("the environment has no step to decide on; call reset() first")
         rows = []
-        for _ in range(self.options.repeat):
+        for _ in range(self.options.action_repeat):
             served = self._server.serve(self.options.table.plan(indices, load, self.options.gates))
             self._learn(served.report)
             rows.append(self._judge(served))
@@ -191,9 +168,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         self._server.stepper.stop()
 
     def _checked(self, action: ArrayLike) -> tuple[int, ...]:
-        indices = np.asarray(action)
-        if indices.shape != self.action_space.shape or not np.issubdtype(indices.dtype, np.integer):
-            raise ConfigError(f"action {action!r} is not {len(self.options.table.sizes)} whole numbers, one a knob")
+        indices = checked(action, self.action_space)
         self.options.table.knobs(indices)  # refuses what is outside the table
         return tuple(indices.tolist())
 
@@ -221,9 +196,3 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
 
     def _observe(self, load: LoadView) -> Observation:
         return self._lane.observe(load)
-
-
-def observation_space() -> gym.spaces.Box[np.float32]:
-    """The codec's observations with their bounds."""
-    low, high = np.array([bounds for _, *bounds in FEATURES], dtype=np.float32).T
-    return gym.spaces.Box(low, high, dtype=np.float32)

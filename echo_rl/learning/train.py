@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
 from echo_rl.codec import ActionTable, Gates, visible
 from echo_rl.controllers.echo.echo import Echo, EchoOptions
@@ -25,12 +25,13 @@ from echo_rl.controllers.policy.ppo import Ppo, PpoOptions
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
 from echo_rl.env.reward import RewardOptions
-from echo_rl.env.vec_env import ReplayVecEnv, ReplayVecEnvOptions
+from echo_rl.env.vector_env import REFERENCE, ReplayEnvOptions, ReplayVectorEnv
 from echo_rl.errors import ConfigError
 from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, clone, demonstrate
 from echo_rl.learning.export import commit, export_policy
 from echo_rl.learning.learner import POLICY_FOLDER, LearnerOptions, Score, fit
 from echo_rl.learning.play import HeldOut, MakeController, World
+from echo_rl.learning.sb3_env import Sb3VecEnv
 from echo_rl.replay.machines import another
 from echo_rl.replay.trace import Trace, fingerprint
 from echo_rl.utils.result_store import digest_of
@@ -72,7 +73,7 @@ class TrainConfig:
     noise: bool = False
     """Train under noisy step times. Without, rewards are exact and differ by what was decided alone."""
     reference: bool = True
-    """Take the reward of a fixed plan on the same forests off each step's, see `ReplayVecEnvOptions.reference`."""
+    """Take the reward of a fixed plan on the same forests off each step's, see `ReplayEnvOptions.reference`."""
     hidden: tuple[str, ...] = ()
     """Groups of observations (load, speculation, cost) that the policy never sees: for ablations."""
     held_out: float = 0.3
@@ -190,14 +191,15 @@ def train(
 
 
 def make_env(config: TrainConfig, inputs: TrainingInputs) -> VecEnv:
-    """The lanes to learn on."""
-    options = ReplayVecEnvOptions(
-        workloads=config.workloads, table=inputs.table, reward=config.reward, horizon=config.horizon,
-        repeat=config.repeat, randomise=config.randomise, hidden=config.hidden,
+    """The environments to learn on."""
+    options = ReplayEnvOptions(
+        workloads=tuple(map(parse, config.workloads)), table=inputs.table, reward=config.reward,
+        horizon=config.horizon, action_repeat=config.repeat, randomise=config.randomise, hidden=config.hidden,
         gates=inputs.gates, score_power=inputs.calibration.score_power, noise=config.noise,
+        reference=REFERENCE if config.reference else (), shared=True, stagger=True,
     )  # fmt: skip
-    options = options if config.reference else replace(options, reference=())
-    return ReplayVecEnv(inputs.training, inputs.costs, options, config.lanes, config.learner.seed)
+    env = ReplayVectorEnv(inputs.training, inputs.costs, options, config.lanes)
+    return VecMonitor(Sb3VecEnv(env, config.learner.seed))
 
 
 def make_score(config: TrainConfig, inputs: TrainingInputs, baselines: Mapping[str, MakeController]) -> Score:

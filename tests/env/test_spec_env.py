@@ -20,8 +20,9 @@ from echo_rl.contracts import AUTOREGRESSIVE, LoadView, PhaseTimes, Request, Req
 from echo_rl.controllers.base import BaseController
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
+from echo_rl.env.options import SpecEnvOptions
 from echo_rl.env.reward import RewardOptions
-from echo_rl.env.spec_env import SpecEnv, SpecEnvOptions
+from echo_rl.env.spec_env import SpecEnv
 from echo_rl.errors import ConfigError
 from echo_rl.workloads.arrivals import Phase, Workload, closed, parse
 from tests import tiny
@@ -172,10 +173,10 @@ def rollout(env: SpecEnv, seed: int | None, steps: int = 25) -> list[object]:
     return rows
 
 
-@pytest.mark.parametrize("repeat", [1, 3])
-def test_equal_seeds_give_equal_transitions(repeat):
+@pytest.mark.parametrize("action_repeat", [1, 3])
+def test_equal_seeds_give_equal_transitions(action_repeat):
     workloads = ("closed:3", "poisson:3", "bursty:0,20,0.5,1")
-    one, two = make(None, *workloads, repeat=repeat), make(None, *workloads, repeat=repeat)
+    one, two = make(None, *workloads, action_repeat=action_repeat), make(None, *workloads, action_repeat=action_repeat)
     first = rollout(one, 3)
     assert rollout(two, 3) == first
     assert rollout(two, None) != first and rollout(two, 3) == first, "the past must not matter"
@@ -317,7 +318,7 @@ def test_goodput_counts_the_requests_that_keep_their_pace():
 
 
 def test_repeated_steps_are_summed_and_their_knobs_averaged():
-    one, three = make(None, "closed:2", tokens=(64,)), make(None, "closed:2", tokens=(64,), repeat=3)
+    one, three = make(None, "closed:2", tokens=(64,)), make(None, "closed:2", tokens=(64,), action_repeat=3)
     one.reset(seed=0), three.reset(seed=0)
     steps = [one.step(CHAIN) for _ in range(3)]
     observation, reward, _, _, info = three.step(CHAIN)
@@ -360,7 +361,7 @@ def test_a_busy_backend_and_a_step_before_reset_are_refused():
 
 
 def test_bad_options_are_refused():
-    for bad in ({"horizon": 0}, {"repeat": 0}, {"workloads": ()}):
+    for bad in ({"horizon": 0}, {"action_repeat": 0}, {"workloads": ()}):
         with pytest.raises(ConfigError):
             SpecEnvOptions(**bad)
     with pytest.raises(ConfigError, match="no requests"):

@@ -27,8 +27,7 @@ from echo_rl.controllers.selection import global_top_k
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
-from echo_rl.env.vec_env import ReplayVecEnv, ReplayVecEnvOptions
-from echo_rl.errors import ConfigError, TraceError
+from echo_rl.errors import ConfigError
 from echo_rl.replay.backend import ReplayBackend, ReplayOptions
 from echo_rl.replay.levels import restrict
 from echo_rl.replay.machines import another
@@ -251,36 +250,6 @@ def test_plans_of_actions_are_their_knobs():
         assert abs(found.depth[0] - depth) <= 0 and abs(found.width[0] - width) <= 2
 
 
-def small_env(costs, seed=0, **options) -> ReplayVecEnv:
-    table = ActionTable(depths=(1, 2, 3, 4, 5), widths=(1, 2, 3, 4))
-    chosen = ReplayVecEnvOptions(workloads=("closed:2", "closed:6"), table=table, horizon=6, repeat=2, **options)
-    return ReplayVecEnv(random_trace(), costs, chosen, lanes=3, seed=seed)
-
-
-@pytest.mark.parametrize("options", [{}, {"randomise": 0.5}, {"hidden": ("cost", "load")}])
-def test_equal_seeds_give_equal_transitions(costs, options):
-    a, b, c = (small_env(costs, seed, **options) for seed in (1, 1, 2))
-    seen = [env.reset() for env in (a, b, c)]
-    g = np.random.default_rng(0)
-    differ = not np.array_equal(seen[0], seen[2])
-    for _ in range(25):
-        actions = np.stack([g.integers(0, n, 3) for n in a.options.table.sizes], axis=1)
-        (oa, ra, da, ia), (ob, rb, db, _), (_, rc, _, _) = (env.step(actions) for env in (a, b, c))
-        assert np.array_equal(oa, ob) and np.array_equal(ra, rb) and np.array_equal(da, db)
-        assert a.observation_space.contains(oa[0])
-        for lane in np.flatnonzero(da):
-            assert ia[lane]["TimeLimit.truncated"] and "terminal_observation" in ia[lane]
-        differ |= not np.array_equal(ra, rc)
-    assert differ
-
-
-def test_hidden_groups_are_zero_and_unknown_ones_refused(costs):
-    observation = small_env(costs, hidden=("cost",)).reset()
-    assert (observation[:, 23:] == 0).all() and (observation[:, :6] != 0).any()
-    with pytest.raises(ConfigError, match="load, speculation, cost"):
-        ReplayVecEnvOptions(hidden=("weather",))
-
-
 def test_each_lane_has_the_costs_of_its_own_machine(costs):
     g = np.random.default_rng(3)
     lanes, machines = BatchedCostProfile(costs.profile, 3), [another(costs.profile, g) for _ in range(3)]
@@ -314,36 +283,6 @@ def test_other_machines_are_sound_and_differ(costs):
     assert all(m.verify_seconds(32, 1) == m.verify_seconds(32, 32) for m in machines)
 
 
-def test_misjudged_machines_are_seen_as_they_are_once_steps_were_timed(costs):
-    """The cost entries start out from the profile and end at what the machine's own costs say."""
-    told, misled = (small_env(costs, randomise=1.0, noise=False) for _ in range(2))
-    told._costs = told._machines  # observations start out from the lanes' own
-    told.seed(0)
-    misled.seed(0)
-    gaps = []
-    for env in (told, misled):
-        env.options = replace(env.options, horizon=10**6)
-    a, b = told.reset(), misled.reset()
-    g = np.random.default_rng(0)
-    for _ in range(150):
-        gaps.append(np.abs(a - b)[:, 23:28].max())
-        actions = np.stack([g.integers(0, n, 3) for n in told.options.table.sizes], axis=1)
-        (a, ra, *_), (b, rb, *_) = told.step(actions), misled.step(actions)
-        assert np.array_equal(ra, rb)  # only what is seen differs
-    assert gaps[0] > 0.05 and gaps[-1] < 0.25 * gaps[0]
-
-
-@pytest.mark.parametrize("share, low, high", [(0.0, 0, 0), (0.5, 12, 36), (1.0, 48, 48)])
-def test_a_share_of_the_episodes_is_on_other_machines(costs, share, low, high):
-    env, met = small_env(costs, randomise=share), []
-    for _ in range(16):
-        env.reset()
-        met += [env._machines.machine(lane) for lane in range(3)]
-    assert low <= sum(machine != costs.profile for machine in met) <= high
-    with pytest.raises(ConfigError, match="share"):
-        ReplayVecEnvOptions(randomise=1.5)
-
-
 def test_restricted_levels_follow_the_beam():
     """Width 1 is the greedy chain: the best child of the best child."""
     levels = random_levels(3, 4)
@@ -357,70 +296,8 @@ def test_restricted_levels_follow_the_beam():
             place = group * WIDTH
 
 
-def test_a_seed_begins_everything_anew(costs):
-    """What a fleet learned of usual speeds is forgotten too."""
-    env, seen = small_env(costs), []
-    for _ in range(2):
-        env.seed(5)
-        env.reset()
-        seen.append(np.stack([env.step(np.tile([5, 3, 2, 1, 2], (3, 1)))[1] for _ in range(20)]))
-    assert np.array_equal(*seen)
-
-
-def test_an_episode_is_as_long_as_its_steps(costs):
-    """The first ones too, which end at different times."""
-    env = small_env(costs)
-    env.reset()
-    since, lengths = [0] * 3, []
-    for _ in range(12):
-        _, _, done, infos = env.step(np.tile([5, 3, 2, 1, 2], (3, 1)))
-        since = [steps + 1 for steps in since]
-        for lane in np.flatnonzero(done):
-            assert infos[lane]["episode"]["l"] == since[lane]
-            lengths.append(since[lane])
-            since[lane] = 0
-    assert min(lengths) < 6 == max(lengths)
-
-
-def test_a_table_deeper_than_the_trace_is_refused(costs):
-    options = ReplayVecEnvOptions(("closed:2",), ActionTable(depths=(1, 5), widths=(1, 2)))
-    with pytest.raises(TraceError, match=r"drafts 5 levels deep, the trace holds 3; record with --depth 5"):
-        ReplayVecEnv(random_trace(depth=3), costs, options, 2)
-
-
-def test_a_reference_may_have_a_width_that_no_action_has(costs):
-    def rewards(widths):
-        table = ActionTable(depths=(1, 2, 3), widths=widths)
-        options = ReplayVecEnvOptions(("closed:2",), table, reference=((64, (3.0, 2, 3)),), noise=False)
-        env = ReplayVecEnv(random_trace(), costs, options, 2, seed=4)
-        env.reset()
-        return [env.step(np.array([[4, 1, 0, 0, 0]] * 2))[1] for _ in range(5)]
-
-    np.testing.assert_array_equal(rewards((1,)), rewards((1, 3)))
-
-
 def test_no_plan_is_decided_on_the_forests_of_another_width(costs):
     fleet = VectorReplay(random_trace(), costs, (1, 4), (), (), 1, reference=((64, (3.0, 2, 3)),))
     fleet.reset(0, closed(2), seed=0)
     with pytest.raises(AssertionError, match="width"):
         fleet.step(Knobs(*(np.array([x]) for x in (2.0, 2, 4, CALIBRATED, 0.0))))
-
-
-def test_the_reference_is_what_that_plan_would_have_brought(costs):
-    """Taking the reference plan itself leaves a reward of zero, step for step; rewards differ by it alone."""
-    table = ActionTable(depths=(1, 2, 3, 4, 5), widths=(1, 2, 3, 4), gates=(CALIBRATED,), floors=(0.0,))
-    common = {"workloads": ("closed:3",), "table": table, "horizon": 50, "repeat": 1, "noise": False}
-    gates, plans = ((0, 0.3), (1, 0.2)), ((1, (5.0, 4, 4)), (8, (3.0, 3, 3)))
-    same = np.tile(table.nearest(3.0, 3, 3), (2, 1))
-    other = np.tile(table.nearest(1.0, 2, 2), (2, 1))
-    for actions in (same, other):
-        taken_off = ReplayVecEnv(
-            random_trace(), costs, ReplayVecEnvOptions(**common, gates=gates, reference=plans), 2, seed=4
-        )
-        plain = ReplayVecEnv(random_trace(), costs, ReplayVecEnvOptions(**common, gates=gates, reference=()), 2, seed=4)
-        assert np.array_equal(taken_off.reset(), plain.reset())
-        for _ in range(20):
-            (_, less, _, infos), (_, full, _, _) = taken_off.step(actions), plain.step(actions)
-            np.testing.assert_allclose(less, full + [info["reference"] for info in infos], rtol=1e-4, atol=1e-5)
-            if actions is same:
-                np.testing.assert_allclose(less, 0.0, atol=0.2)  # but for reading prompts
