@@ -1,7 +1,7 @@
 """A backend under a workload, halted before every step that has decoding requests. Knows no observation or reward.
 
-Time on the server is served time: it passes while steps run and while the server waits for an
-arrival, not while it is halted.
+Time on the server is served time: it passes in the two phases of steps and while the server waits for an
+arrival, not while a prepared step waits for its plan.
 """
 
 from __future__ import annotations
@@ -12,25 +12,29 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from echo_rl.contracts import Backend, LoadView, Request, Restartable, SpecPlan, StepReport
-from echo_rl.env.stepper import Clock, Served, Steerable, Stepper
+from echo_rl.contracts import AUTOREGRESSIVE, Backend, Controller, LoadView, Request, Restartable, SpecPlan, StepReport
 from echo_rl.errors import ConfigError
 from echo_rl.workloads.arrivals import Arrivals, Workload
 
+Clock = Callable[[], float]
 IDLE_STEPS = 10_000
 """Steps and waits without a decoding request after which a workload counts as broken."""
 
 
 @dataclass(frozen=True)
-class ServedStep:
-    """A finished step with decoding requests."""
+class TimedStep:
+    """A served step."""
 
     report: StepReport
     seconds: float
-    tokens: int
-    """Got by requests, the first tokens of prompts included."""
+    """What its two phases took."""
     gains: tuple[int, ...]
     """Tokens of each decoding request."""
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that requests got, the first tokens of prompts included."""
+        return sum(len(output.tokens) for output in self.report.outputs)
 
 
 class WorkloadSession:
@@ -39,16 +43,17 @@ class WorkloadSession:
     def __init__(
         self,
         backend: Backend,
-        controller: Steerable,
+        controller: Controller,
         requests: Sequence[Request],
         clock: Clock,
         idle: Callable[[float], None] | None,
     ) -> None:
-        self._backend, self._clock, self._idle = backend, clock, idle
+        """`controller` extends, selects and observes by the plans that `serve` is given; nobody asks it for one."""
+        self._backend, self._controller, self._clock, self._idle = backend, controller, clock, idle
         self._pools = _pools(requests)
-        self.stepper = Stepper(backend, controller, clock)
         self._decoding: dict[str, bool] = {}  # requests in flight: whether they have got their first token
         self._added = 0  # over the server's life, so that no request id comes twice
+        self._preparing = 0.0  # seconds that the waiting step's first phase took
         self.load: LoadView | None = None
 
     def check(self, workload: Workload) -> None:
@@ -77,40 +82,38 @@ class WorkloadSession:
             if not self._decoding:
                 self._wait()
                 continue
-            begun = self.stepper.begin()
-            if isinstance(begun, LoadView):
-                self.load = begun
-                return begun
-            self._take(begun)
-            learn(begun.report)
+            begin = self._clock()
+            load = self._backend.prepare()
+            self._preparing = self._clock() - begin
+            if load.batch_size:
+                self.load = load
+                return load
+            learn(self.serve(AUTOREGRESSIVE).report)
         raise ConfigError("no request decodes; give the workload higher rates, unless the backend serves none at all")
 
-    def serve(self, plan: SpecPlan) -> ServedStep:
-        """Let the waiting step run by this plan. Raises what the backend raises; only `open` helps then."""
-        self.load = None
-        served = self.stepper.finish(plan)
-        outputs = served.report.outputs
-        gains = tuple(len(output.tokens) for output in outputs if self._decoding[output.id])
-        self._take(served)
-        return ServedStep(served.report, served.seconds, sum(len(output.tokens) for output in outputs), gains)
+    def serve(self, plan: SpecPlan) -> TimedStep:
+        """Execute the waiting step by this plan. Raises what the backend raises; only `open` helps then."""
+        self.load, begin = None, self._clock()
+        report = self._backend.execute(plan, self._controller)
+        seconds = self._preparing + (self._clock() - begin)
+        gains = tuple(len(output.tokens) for output in report.outputs if self._decoding[output.id])
+        self._take(report, seconds)
+        return TimedStep(report, seconds, gains)
 
     def clear(self) -> None:
-        """No step under way (it ends by plain decoding) and no request in flight."""
+        """Cancel every request in flight; a step that waits for its plan is never served."""
         self.load = None
-        try:
-            self.stepper.settle()
-        finally:
-            for request_id in self._decoding:
-                self._backend.cancel(request_id)
-            self._decoding.clear()
+        for request_id in self._decoding:
+            self._backend.cancel(request_id)
+        self._decoding.clear()
 
     def _add(self, suite: str) -> None:
         pool = self._pools[suite]
         chosen = pool[int(self._generator.integers(len(pool)))]
         self._added += 1
         request = replace(chosen, id=f"{chosen.id}#{self._added}")
+        self._decoding[request.id] = False  # known before it is added: an interrupt between must not lose it
         self._backend.add(request)
-        self._decoding[request.id] = False
 
     def _wait(self) -> None:
         """Time passes until the workload brings something."""
@@ -123,10 +126,10 @@ class WorkloadSession:
             time.sleep(max(0.0, until - self._clock()))
         self._now = upcoming
 
-    def _take(self, served: Served) -> None:
-        """Time has passed; requests go on or leave."""
-        self._now += served.seconds
-        for output in served.report.outputs:
+    def _take(self, report: StepReport, seconds: float) -> None:
+        """Let time pass; requests go on or leave."""
+        self._now += seconds
+        for output in report.outputs:
             self._decoding[output.id] = True
             if output.finish_reason is not None:
                 del self._decoding[output.id]

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from echo_rl.codec import ObservationEncoder
-from echo_rl.contracts import Backend, LoadView, Request, StepReport
+from echo_rl.contracts import Backend, Controller, LoadView, Request, SpecPlan, StepReport
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.env.options import MEANS, SpecEnvOptions, action_space, checked, observation_space
 from echo_rl.env.reward import RewardMeter
-from echo_rl.env.session import ServedStep, WorkloadSession
-from echo_rl.env.stepper import Clock, Steerable
+from echo_rl.env.session import Clock, TimedStep, WorkloadSession
 from echo_rl.errors import ConfigError
 from echo_rl.replay.timing import plain_step
 
 Observation = NDArray[np.float32]
+
+
+class Steerable(Controller, Protocol):
+    """A controller whose plans are set from outside."""
+
+    def steer(self, plan: SpecPlan) -> None:
+        """Set what `plan` answers, cut to what the load admits."""
+        ...
 
 
 class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
@@ -84,11 +90,10 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
     step's ``batch``, ``budget``, ``depth`` and ``width``. `info` of a reset: the ``workload``'s name.
 
     ## Start
-    `reset` cancels all requests in flight (a step under way ends by plain decoding first), draws a
-    workload, forgets all statistics (but, unless it is given a seed, the usual speeds that the reward's running ratios
-    begin at) and serves up to the first step with a decoding request. Requests
-    are drawn with replacement, and arrive by the workload, from the environment's generator: with a
-    deterministic backend equal seeds give equal transitions.
+    `reset` cancels all requests in flight, draws a workload, forgets all statistics (but, unless it is given a
+    seed, the usual speeds that the reward's running ratios begin at) and serves up to the first step with a
+    decoding request. Requests are drawn with replacement, and arrive by the workload, from the environment's
+    generator: with a deterministic backend equal seeds give equal transitions.
 
     ## Episode end
     A server does not end: nothing terminates. An episode is truncated after `horizon` steps, so the
@@ -118,11 +123,10 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         requests or a workload names a suite that has none.
         """
         self.options = options or SpecEnvOptions()
-        self._costs = costs
+        self._costs, self._controller = costs, controller
         self._server = WorkloadSession(backend, controller, requests, clock, idle)
         for workload in self.options.workloads:
             self._server.check(workload)
-        weakref.finalize(self, self._server.stepper.stop).atexit = False  # a forgotten environment's thread ends
         self._meter = RewardMeter(self.options.reward)
         self.observation_space = observation_space()
         self.action_space = action_space(self.options.table)
@@ -152,7 +156,8 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
             raise ConfigError("the environment has no step to decide on; call reset() first")
         rows = []
         for _ in range(self.options.action_repeat):
-            served = self._server.serve(self.options.table.plan(indices, load, self.options.gates))
+            self._controller.steer(self.options.table.plan(indices, load, self.options.gates))
+            served = self._server.serve(self._controller.plan(load))
             self._learn(served.report)
             rows.append(self._judge(served))
             load = self._server.advance(self._learn)
@@ -163,9 +168,8 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         return self._observe(load), reward, False, self._steps >= self.options.horizon, info
 
     def close(self) -> None:
-        """Cancel what is in flight; the backend is idle afterwards."""
+        """Cancel what is in flight; the backend is idle afterwards. A reset begins anew."""
         self._server.clear()
-        self._server.stepper.stop()
 
     def _checked(self, action: ArrayLike) -> tuple[int, ...]:
         indices = checked(action, self.action_space)
@@ -175,7 +179,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
     def _learn(self, report: StepReport) -> None:
         self._lane.update(report)
 
-    def _judge(self, served: ServedStep) -> dict[str, float]:
+    def _judge(self, served: TimedStep) -> dict[str, float]:
         """The reward, its terms and the facts of a step."""
         load, plan, seconds = served.report.load, served.report.plan, max(served.seconds, 1e-9)
         good = sum(seconds <= self.options.reward.slo_tpot * n for n in served.gains) / max(len(served.gains), 1)

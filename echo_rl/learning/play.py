@@ -15,12 +15,11 @@ import numpy as np
 from echo_rl.contracts import Controller, LoadView, SpecPlan, StepReport
 from echo_rl.controllers.policy.network import Policy
 from echo_rl.costs.batched_profile import BatchedCostProfile
-from echo_rl.env.session import ServedStep, WorkloadSession
+from echo_rl.env.session import TimedStep, WorkloadSession
 from echo_rl.replay.backend import ReplayBackend, ReplayOptions
 from echo_rl.replay.timing import plain_step
 from echo_rl.replay.trace import Trace
 from echo_rl.workloads.arrivals import parse
-from echo_rl.wrapping import Wrapping
 
 MakeController = Callable[[], Controller]
 
@@ -64,14 +63,14 @@ def play(
     seed: int,
     learn: Callable[[StepReport], None] = lambda report: None,
     change: Callable[[LoadView, SpecPlan], SpecPlan] = lambda load, plan: plan,
-) -> Iterator[tuple[LoadView, SpecPlan, ServedStep]]:
+) -> Iterator[tuple[LoadView, SpecPlan, TimedStep]]:
     """Serve a workload; yields each of `steps` steps with decoding requests, and the controller's plan for it.
 
     `learn` sees the other steps; `change` may put another plan in place of the controller's. Plans deeper or
     wider than the trace are cut to it. Raises what the backend and `workload.parse` raise.
     """
     backend = ReplayBackend(world.trace, world.costs, ReplayOptions(noise=world.noise), seed)
-    server = WorkloadSession(backend, _Seat(controller), world.trace.requests(), backend.clock, backend.idle)
+    server = WorkloadSession(backend, controller, world.trace.requests(), backend.clock, backend.idle)
     drawn = parse(workload)
     server.check(drawn)
     try:
@@ -82,7 +81,6 @@ def play(
             yield load, plan, server.serve(change(load, plan))
     finally:
         server.clear()
-        server.stepper.stop()
 
 
 def measure(world: World, controller: Controller, workload: str, steps: int, seed: int) -> Speed:
@@ -142,13 +140,3 @@ class HeldOut:
 def _spread(name: str, workloads: Iterable[str], values: Sequence[float]) -> dict[str, float]:
     mean = math.exp(sum(math.log(v) for v in values) / len(values))
     return {name: mean} | {f"{name}/{w}": v for w, v in zip(workloads, values, strict=True)}
-
-
-class _Seat(Wrapping):
-    """The controller whose plan was already asked for: it is handed in by `steer`."""
-
-    def steer(self, plan: SpecPlan) -> None:
-        self._plan = plan
-
-    def plan(self, load: LoadView) -> SpecPlan:
-        return self._plan

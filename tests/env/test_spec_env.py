@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import re
 import threading
@@ -16,7 +17,16 @@ from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 from echo_rl.codec import FEATURES, ActionTable
-from echo_rl.contracts import AUTOREGRESSIVE, LoadView, PhaseTimes, Request, RequestOutput, SamplingParams, StepReport
+from echo_rl.contracts import (
+    AUTOREGRESSIVE,
+    LoadView,
+    PhaseTimes,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    SpecPlan,
+    StepReport,
+)
 from echo_rl.controllers.base import BaseController
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
@@ -38,12 +48,14 @@ class FakeBackend:
     """
 
     def __init__(self, places: int = 2) -> None:
-        self.places, self.now, self.fail = places, 0.0, False
+        self.places, self.now = places, 0.0
+        self.fail: BaseException | None = None
         self.live: dict[str, list[int]] = {}  # id -> [tokens got, tokens wanted]
         self.cancelled: list[str] = []
         self.loads: list[LoadView] = []
         self.threads: set[int] = set()
         self._arrived = 0
+        self._load: LoadView | None = None
         self.restart(0)
 
     def restart(self, seed: int) -> None:
@@ -67,10 +79,10 @@ class FakeBackend:
     def cancel(self, request_id: str) -> None:
         if self.live.pop(request_id, None):
             self.cancelled.append(request_id)
+            self._load = None
 
-    def step(self, controller) -> StepReport:
-        assert self.live, "no work"
-        self.threads.add(threading.get_ident())
+    def prepare(self) -> LoadView:
+        assert self.live and self._load is None, "no work, or prepared twice"
         running = list(self.live)[: self.places]
         decoding = [r for r in running if self.live[r][0]]
         context = float(np.mean([self.live[r][0] for r in decoding])) if decoding else 0.0
@@ -79,11 +91,17 @@ class FakeBackend:
         )
         self._arrived = 0
         self.loads.append(load)
-        begin = self.now
-        plan = controller.plan(load) if decoding else AUTOREGRESSIVE
-        planned = self.now - begin
-        if self.fail:
-            raise ValueError("out of order")
+        self._load = load
+        return load
+
+    def execute(self, plan: SpecPlan, controller) -> StepReport:
+        load, self._load = self._load, None
+        assert load is not None, "not prepared"
+        self.threads.add(threading.get_ident())
+        if self.fail is not None:
+            raise self.fail
+        running = list(self.live)[: self.places]
+        decoding = [r for r in running if self.live[r][0]]
         depth = plan.max_depth if plan.speculates else 0
         gains = [1 + depth * int(self._coins.random() < 0.5) for _ in decoding]
         outputs = [self._output(r, gain) for r, gain in zip(decoding, gains, strict=True)]
@@ -93,7 +111,7 @@ class FakeBackend:
         report = StepReport(
             load, plan, tuple(outputs), plan.budget, min(plan.budget, depth * len(decoding)), accepted, sum(gains),
             (len(decoding),) * depth, (sum(g > 1 for g in gains),) * depth,
-            PhaseTimes(plan=planned, verify=1 / 16, draft=depth / 64),
+            PhaseTimes(verify=1 / 16, draft=depth / 64),
         )  # fmt: skip
         controller.observe(report)
         return report
@@ -340,12 +358,12 @@ def test_a_failing_backend_is_reported_and_a_reset_recovers():
     backend = FakeBackend()
     env = make(backend)
     env.reset(seed=0)
-    backend.fail = True
+    backend.fail = ValueError("out of order")
     with pytest.raises(ValueError, match="out of order"):
         env.step(CHAIN)
     with pytest.raises(ConfigError, match="reset"):
         env.step(CHAIN)
-    backend.fail = False
+    backend.fail = None
     env.reset(seed=0)
     env.step(CHAIN)
 
@@ -368,46 +386,49 @@ def test_bad_options_are_refused():
         SpecEnv(FakeBackend(), FakeSteered(), [], costs())
 
 
-def test_all_steps_run_in_one_thread_which_ends_with_the_environment():
-    backend = FakeBackend()
+def test_all_steps_run_in_the_callers_thread():
+    backend, before = FakeBackend(), threading.active_count()
     env = make(backend)
     for seed in range(3):
         rollout(env, seed, steps=3)
-    (ident,) = backend.threads
-    thread = next(t for t in threading.enumerate() if t.ident == ident)
+    assert backend.threads == {threading.get_ident()} and threading.active_count() == before
     gone = weakref.ref(env)
     del env
     gc.collect()
-    thread.join(5.0)
-    assert gone() is None and not thread.is_alive()
+    assert gone() is None
 
 
-def test_no_thread_is_left_after_close():
-    for _ in range(20):
-        backend = FakeBackend()
-        env = make(backend)
-        rollout(env, 0, steps=1)
-        env.close()
-        assert not backend.threads & {thread.ident for thread in threading.enumerate()}
-
-
-def test_an_interrupted_step_is_brought_to_its_end_by_the_reset(monkeypatch):
+def test_a_reset_recovers_from_an_interrupted_step():
     backend = FakeBackend()
     env = make(backend)
     env.reset(seed=0)
-    replies = env._server.stepper._link.replies
-
-    class Interrupted:
-        put = replies.put
-
-        def get(self):
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(env._server.stepper._link, "replies", Interrupted())
-        with pytest.raises(KeyboardInterrupt):
-            env.step(CHAIN)
+    backend.fail = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        env.step(CHAIN)
+    backend.fail = None
+    with pytest.raises(ConfigError, match="reset"):
+        env.step(CHAIN)
     assert rollout(env, 3) == rollout(make(), 3)
+
+
+def test_a_closed_environment_is_begun_anew_by_a_reset():
+    backend = FakeBackend()
+    env = make(backend)
+    rollout(env, 0, steps=2)
+    env.close()
+    with pytest.raises(ConfigError, match="reset"):
+        env.step(CHAIN)
+    assert not backend.has_work and rollout(env, 3) == rollout(make(), 3)
+
+
+def test_a_copy_goes_on_by_itself():
+    env = make(None, "closed:3", "poisson:3")
+    env.reset(seed=0)
+    env.step(CHAIN)
+    twin = copy.deepcopy(env)
+    assert twin._server._backend is not env._server._backend
+    steps = [(o.tolist(), *rest) for o, *rest in (env.step(CHAIN) for _ in range(20))]
+    assert [(o.tolist(), *rest) for o, *rest in (twin.step(CHAIN) for _ in range(20))] == steps
 
 
 class Following(BaseController):
@@ -423,7 +444,10 @@ class Following(BaseController):
         return self.next
 
 
-def test_the_live_engine_conserves_its_memory_over_resets_and_close(tmp_path):
+def test_the_live_engine_conserves_its_memory_over_resets_interrupts_and_close(tmp_path, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
     engine = tiny.engine(tmp_path, prefill_chunk=16)
     todo = [Request(f"a/{n}", tuple(range(65, 66 + n)), SamplingParams(seed=n, max_new_tokens=24)) for n in range(30)]
     options = SpecEnvOptions(
@@ -438,6 +462,11 @@ def test_the_live_engine_conserves_its_memory_over_resets_and_close(tmp_path):
         for _ in range(15):
             speculated += env.step(env.action_space.sample())[4]["budget"]
             engine.check_integrity()
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.runner.target, "forward", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                env.step(CHAIN)
+        engine.check_integrity()
     assert speculated and engine.has_work
     env.close()
     engine.check_integrity()

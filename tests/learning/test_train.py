@@ -27,6 +27,7 @@ from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, agreemen
 from echo_rl.learning.learner import LearnerOptions, build
 from echo_rl.learning.play import HeldOut, World, measure, play
 from echo_rl.learning.train import TrainConfig, TrainingInputs, make_score, train
+from echo_rl.replay.backend import ReplayBackend
 from echo_rl.replay.machines import another
 from echo_rl.replay.trace import Trace
 
@@ -73,15 +74,16 @@ def test_plans_past_the_trace_are_cut_to_it(world, trace):
     assert {(p.max_depth, p.width) for p in plans} == {(trace.max_depth, trace.max_width)}
 
 
-def test_a_player_that_stops_early_leaves_no_thread(world):
+def test_a_player_that_stops_early_leaves_no_request(world, monkeypatch):
+    made = []
+    init = ReplayBackend.__init__
+    monkeypatch.setattr(ReplayBackend, "__init__", lambda self, *a, **k: made.append(self) or init(self, *a, **k))
     before = threading.active_count()
     played = play(world, make("none"), "closed:2", 50, 0)
     next(played)
+    assert made[0].has_work
     played.close()
-    for thread in threading.enumerate():
-        if thread.name == "echo-rl-steps":
-            thread.join(timeout=5)
-    assert threading.active_count() <= before
+    assert not made[0].has_work and threading.active_count() == before
 
 
 def test_scores_are_relative_to_the_baselines(world):
