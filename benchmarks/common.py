@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from echo_rl.cli.session import environment_of, load_engine
 from echo_rl.config import EngineConfig
 from echo_rl.errors import EchoError
+from echo_rl.runtime.environment import environment_of, load_engine
 from echo_rl.utils.result_store import ResultStore
 
 RESULTS = Path(os.environ.get("ECHO_RL_RESULTS", Path(__file__).resolve().parent / "results"))

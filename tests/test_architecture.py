@@ -46,7 +46,7 @@ TORCH_FREE = (
         "codec",
     ),
     *("workloads.driver", "workloads.metrics", "workloads.records", "workloads.datasets"),
-    *("wrapping", "experiments.plan", "experiments.report.blocks", "experiments.load.run"),
+    *("wrapping", "experiments.plan", "experiments.report.bench", "experiments.load"),
 )
 
 

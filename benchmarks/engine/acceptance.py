@@ -16,10 +16,10 @@ import tyro
 from benchmarks.common import CONSOLE, EngineOptions, Place, load_engine, main
 from echo_rl.config import EngineConfig
 from echo_rl.controllers import registry
-from echo_rl.experiments.bench import run_bench
-from echo_rl.experiments.plan import BenchConfig, Load, Unit
+from echo_rl.experiments.bench import bench_store, run_bench
+from echo_rl.experiments.plan import BenchConfig, Load, Run
 from echo_rl.utils import statistics
-from echo_rl.utils.result_store import ResultStore, write_json
+from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.datasets import SOURCES, load_prompts
 from echo_rl.workloads.driver import RunRecord
 from echo_rl.workloads.requests import BenchEngine
@@ -55,12 +55,12 @@ def measure(
     """One entry per arm: MAT with its interval over blocks, and acceptance by depth."""
     config, out = args.config(suite), work / suite
     result = run_bench(engine, config, load_prompts(suite, seed=args.seed), registry.make, out, environment, CONSOLE)
-    records: ResultStore[Unit, RunRecord] = ResultStore.in_folder(out, config, environment, RunRecord)
+    records = bench_store(out, config, environment)
     return [
         {
             "suite": suite,
             "arm": cell["arm"],
-            "mat": asdict(mat([records[Unit(b, args.concurrency, cell["arm"])] for b in range(args.blocks)])),
+            "mat": asdict(mat([records[Run(b, config.loads[0].workload, cell["arm"])] for b in range(args.blocks)])),
             "acceptance_by_depth": cell["acceptance_by_depth"],
             "requests": cell["requests"],
             "tokens": cell["output_tokens"],

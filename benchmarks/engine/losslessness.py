@@ -20,7 +20,7 @@ from benchmarks.common import CONSOLE, EngineOptions, Ledger, Place, environment
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller, Request, SamplingParams
 from echo_rl.controllers import registry
-from echo_rl.experiments.report.blocks import first_difference
+from echo_rl.experiments.report.measures import first_difference
 from echo_rl.runtime.engine import Engine
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.datasets import load_prompts

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 import tyro
 
 from benchmarks.common import CONSOLE, EngineOptions, Place, load_engine, main
-from echo_rl.cli.render import equality, table
 from echo_rl.config import EngineConfig
 from echo_rl.controllers import registry
 from echo_rl.experiments.bench import run_bench
 from echo_rl.experiments.plan import BenchConfig, Load
-from echo_rl.experiments.report import plots
+from echo_rl.experiments.report import plots, tables
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.datasets import load_prompts
 
@@ -54,7 +53,7 @@ def script() -> None:
     result = run_bench(engine, config, prompts, registry.make, place.work, environment, CONSOLE)
     write_json(place.result, result)
     plots.draw(result, place.result.parent)
-    CONSOLE.print(table(result, CONSOLE.width), equality(result)[1])
+    CONSOLE.print(tables.bench(result, CONSOLE.width), tables.equality(result)[1])
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from echo_rl.codec.actions import ActionTable
 from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
-from echo_rl.replay.trace import Trace, fingerprint
+from echo_rl.replay.trace import Trace
 from echo_rl.utils import statistics
 from echo_rl.utils.result_store import digest_of, write_json
 
@@ -69,7 +69,7 @@ def script() -> None:
         args = replace(args, loads=(1, 8), widths=(1, 2), blocks=2, positions=200, training=50)
     train, test = Trace.load(args.trace).split()
     profile, gates = CostProfile.default(), GateCalibration.of(None)
-    sources = {"trace": fingerprint(test), "costs": digest_of(repr((profile, gates)).encode())}
+    sources = {"trace": test.digest, "costs": digest_of(repr((profile, gates)).encode())}
     ledger = Ledger(place.work, sources | {"widths": args.widths, "blocks": args.blocks, "positions": args.positions})
     bound = Bound(test, BatchedCostProfile(profile), gates, args)
     result = {

@@ -30,7 +30,7 @@ from echo_rl.learning.play import World, measure
 from echo_rl.learning.train import TrainConfig, train
 from echo_rl.replay.backend import ReplayBackend
 from echo_rl.replay.machines import another
-from echo_rl.replay.trace import Trace, fingerprint
+from echo_rl.replay.trace import Trace
 from echo_rl.utils.result_store import digest_of, write_json
 from echo_rl.utils.statistics import geometric_mean
 from echo_rl.workloads.driver import serve
@@ -99,7 +99,7 @@ def script() -> None:
         runs = {name: replace((SEEDS | ABLATIONS)[name], learner=small) for name in ("seed0", "reward tokens")}
     place.work.mkdir(parents=True, exist_ok=True)
     profile, test = CostProfile.default(), Trace.load(args.trace).split(BASE.held_out)[1]
-    ledger = Ledger(place.work, {"trace": fingerprint(test), "profile": digest_of(repr(profile).encode())})
+    ledger = Ledger(place.work, {"trace": test.digest, "profile": digest_of(repr(profile).encode())})
     if args.only:
         runs = {name: runs[name] for name in args.only}
     folders = {name: place.work / name.replace(" ", "_") for name in runs}

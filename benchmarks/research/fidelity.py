@@ -20,7 +20,7 @@ import tyro
 
 from benchmarks.common import CONSOLE, RESULTS, EngineOptions, Ledger, Place, load_engine, main
 from echo_rl.calibrate.cost import Grid
-from echo_rl.cli.session import measured_profile
+from echo_rl.calibrate.live import measured_profile
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Backend, Request
 from echo_rl.controllers import registry

@@ -11,11 +11,11 @@ from pathlib import Path
 import tyro
 
 from benchmarks.common import CONSOLE, RESULTS, Place, main
-from echo_rl.cli.evaluate import loads, ranking
 from echo_rl.controllers import registry
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
 from echo_rl.experiments.evaluate import EvalConfig, evaluate
+from echo_rl.experiments.report import tables
 from echo_rl.experiments.tune import TuneConfig, load_tuned, tune
 from echo_rl.replay.trace import Trace
 from echo_rl.utils.result_store import write_json
@@ -59,7 +59,8 @@ def script() -> None:
     ablations = replace(config, arms=GATES[:2] if args.quick else GATES, hindsight=False)
     gates = evaluate(ablations, test, costs, registry.make, place.work / "gates", CONSOLE)
     write_json(place.result, {"trace": test.provenance, **result, "gates": gates})
-    CONSOLE.print(ranking(result), loads(result), ranking(gates))
+    width = CONSOLE.width
+    CONSOLE.print(tables.ranking(result, width), tables.by_load(result, width), tables.ranking(gates, width))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from echo_rl.costs.profile import CostProfile
 from echo_rl.costs.roofline.surface import modelled_profile, roofline
 from echo_rl.replay.backend import ReplayBackend, ReplayOptions
 from echo_rl.replay.scheduler import ReplaySchedulerOptions
-from echo_rl.replay.trace import Trace, fingerprint
+from echo_rl.replay.trace import Trace
 from echo_rl.utils import plotting, statistics
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.arrivals import Arrivals, closed
@@ -108,7 +108,7 @@ def script() -> None:
         machines = dict(list(MACHINES.items())[:1])
     trace = Trace.packaged()
     profiles = {name: modelled_profile(roofline(*which)) for name, which in (machines | dict(MORE_MACHINES)).items()}
-    settings = {"trace": fingerprint(trace), "warmup": args.warmup, "steps": args.steps}
+    settings = {"trace": trace.digest, "warmup": args.warmup, "steps": args.steps}
     settings |= {name: hashlib.sha256(repr(profiles[name]).encode()).hexdigest()[:12] for name in machines}
     ledger = Ledger(place.work, settings)
     found = {name: replayed(ledger, args, trace, name, profiles[name]) for name in machines}

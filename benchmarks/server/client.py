@@ -8,16 +8,16 @@ from typing import Any
 
 from benchmarks.server.process import get
 from echo_rl.contracts import Request
-from echo_rl.experiments.load.client import Client, chat_body
-from echo_rl.experiments.load.config import LoadConfig
-from echo_rl.experiments.load.connection import Endpoint
-from echo_rl.experiments.load.drive import drive
-from echo_rl.experiments.load.record import LoadRecord
-from echo_rl.experiments.load.stream import Stream
-from echo_rl.experiments.trials import Rotation
+from echo_rl.experiments.targets.http.client import Client, chat_body
+from echo_rl.experiments.targets.http.config import LoadConfig
+from echo_rl.experiments.targets.http.connection import Endpoint
+from echo_rl.experiments.targets.http.drive import drive
+from echo_rl.experiments.targets.http.record import LoadRecord
+from echo_rl.experiments.targets.http.stream import Stream
 from echo_rl.runtime.engine import Engine
 from echo_rl.workloads.arrivals import Arrivals, closed
 from echo_rl.workloads.datasets import Prompt
+from echo_rl.workloads.requests import Rotation
 
 NOWHERE = "http://localhost"
 """Where the server would be, for a load that an engine of this process serves."""

@@ -22,7 +22,7 @@ from benchmarks.server.process import Server
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import RequestOutput
 from echo_rl.controllers import registry
-from echo_rl.experiments.load.config import LoadConfig
+from echo_rl.experiments.targets.http.config import LoadConfig
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.datasets import Prompt, load_prompts
 from echo_rl.workloads.driver import serve

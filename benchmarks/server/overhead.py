@@ -20,16 +20,16 @@ from benchmarks.server.process import Server, cpu_seconds, total
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller
 from echo_rl.controllers import registry
-from echo_rl.experiments.load.client import Client
-from echo_rl.experiments.load.config import LoadConfig
-from echo_rl.experiments.load.connection import run_async
 from echo_rl.experiments.plan import arm_order
-from echo_rl.experiments.trials import Rotation
+from echo_rl.experiments.targets.http.client import Client
+from echo_rl.experiments.targets.http.config import LoadConfig
+from echo_rl.experiments.targets.http.connection import run_async
 from echo_rl.runtime.engine import Engine
 from echo_rl.utils import statistics
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.datasets import Prompt, load_prompts
 from echo_rl.workloads.driver import serve
+from echo_rl.workloads.requests import Rotation
 
 ENGINE, HTTP = "engine", "http"
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from echo_rl.config import EngineConfig
 from echo_rl.errors import EchoError
-from echo_rl.experiments.load.connection import OK, Endpoint
+from echo_rl.experiments.targets.http.connection import OK, Endpoint
 
 START_SECONDS = 300.0
 STOP_SECONDS = 60.0

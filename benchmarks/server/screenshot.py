@@ -24,13 +24,13 @@ from benchmarks.server.client import name
 from benchmarks.server.process import Server, post
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Request
-from echo_rl.experiments.load.client import Client, chat_body
-from echo_rl.experiments.load.config import LoadConfig
-from echo_rl.experiments.load.connection import Endpoint, run_async
-from echo_rl.experiments.load.drive import Ends, drive
-from echo_rl.experiments.trials import Rotation
+from echo_rl.experiments.targets.http.client import Client, chat_body
+from echo_rl.experiments.targets.http.config import LoadConfig
+from echo_rl.experiments.targets.http.connection import Endpoint, run_async
+from echo_rl.experiments.targets.http.drive import Ends, drive
 from echo_rl.workloads.arrivals import Arrivals
 from echo_rl.workloads.datasets import Prompt, load_prompts
+from echo_rl.workloads.requests import Rotation
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome

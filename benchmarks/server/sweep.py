@@ -13,13 +13,13 @@ from benchmarks.common import CONSOLE, EngineOptions, Place, main
 from benchmarks.server.client import load_of
 from benchmarks.server.process import Server
 from echo_rl.config import EngineConfig
-from echo_rl.experiments.bench import run_missing
-from echo_rl.experiments.load.config import LoadConfig
-from echo_rl.experiments.load.record import LoadRecord
-from echo_rl.experiments.load.report import report
-from echo_rl.experiments.load.run import Keys, Session
-from echo_rl.experiments.plan import Trial, trials
+from echo_rl.experiments.plan import Run
 from echo_rl.experiments.report import plots
+from echo_rl.experiments.report.load import report
+from echo_rl.experiments.run import run_missing
+from echo_rl.experiments.targets.http.config import LoadConfig
+from echo_rl.experiments.targets.http.record import LoadRecord
+from echo_rl.experiments.targets.http.target import HttpTarget, Keys
 from echo_rl.utils import plotting
 from echo_rl.utils.result_store import ResultStore, write_json
 from echo_rl.workloads.datasets import load_prompts
@@ -60,12 +60,11 @@ def sweep(setting: Sweep, engine: EngineConfig, place: Place) -> dict[str, Any]:
     with Server(engine, place.work / "server.log") as server:
         url = server.ready()
         environment = {key: value for key, value in server.lines("ready")[0].items() if key not in LOGGED}
-        store: ResultStore[Trial, LoadRecord] = ResultStore.in_folder(place.work, setting, environment, LoadRecord)
+        store: ResultStore[Run, LoadRecord] = ResultStore.in_folder(place.work, setting, environment, LoadRecord)
         configs = {f"closed:{load}": config(setting, url, load) for load in setting.concurrency}
-        sessions = {workload: Session(each, prompts, Keys()) for workload, each in configs.items()}
+        sessions = {workload: HttpTarget(each, prompts, Keys()) for workload, each in configs.items()}
         every = replace(next(iter(configs.values())), workloads=tuple(configs))
-        order = list(trials(every.trials))
-        done = run_missing(order, store, lambda trial: sessions[trial.workload].run(trial), CONSOLE)
+        done = run_missing(every.runs, store, lambda run: sessions[run.workload].serve(run), CONSOLE)
     workloads = {workload: session.workloads[workload] for workload, session in sessions.items()}
     found = report(every, workloads, done, environment)
     cells = [{**cell, **as_in_a_bench(cell)} for cell in found["cells"]]

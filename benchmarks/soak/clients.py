@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from echo_rl.experiments.load.connection import OK, Answer, Endpoint, ProtocolError
-from echo_rl.experiments.load.stream import DONE, Events
+from echo_rl.experiments.targets.http.connection import OK, Answer, Endpoint, ProtocolError
+from echo_rl.experiments.targets.http.stream import DONE, Events
 
 PATIENCE = 240.0
 """Seconds after which a request counts as lost. An engine that hangs is noticed after 60."""

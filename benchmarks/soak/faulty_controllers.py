@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
 
-from echo_rl.cli.session import load_engine
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller, LoadView, Request, SamplingParams, SpecPlan
+from echo_rl.runtime.environment import load_engine
 from echo_rl.server.client.engine_client import EngineClient, SupervisorConfig
 from echo_rl.server.core.options import ControllerManagerOptions
 from echo_rl.server.core.worker import LoadedEngine, build_controller, live

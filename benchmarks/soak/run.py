@@ -32,7 +32,7 @@ from benchmarks.soak.clients import DIED, WEIGHTS, Guest, Size, Visit
 from benchmarks.soak.faulty_controllers import under_faulty_controllers
 from benchmarks.soak.plot import draw
 from echo_rl.config import EngineConfig
-from echo_rl.experiments.load.connection import Endpoint
+from echo_rl.experiments.targets.http.connection import Endpoint
 from echo_rl.utils.result_store import write_json
 
 QUEUE = 14

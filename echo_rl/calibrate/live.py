@@ -121,6 +121,21 @@ def calibrate_cost(
     return correct(profile, steps)
 
 
+def measured_profile(
+    engine: Engine, environment: Mapping[str, str], grid: Grid, folder: Path, console: Console
+) -> CostProfile:
+    """This machine's costs, kept in `folder` with the samples so far. Raises `ConfigError` for samples of another
+    machine, engine or grid."""
+    machine = Machine(environment["device"], environment["dtype"], environment["model"], int(environment["threads"]))
+    others = ("calibration", *vars(machine))  # passes don't read the first, and the rest is said already
+    of = {name: value for name, value in environment.items() if name not in others}
+    folder.mkdir(parents=True, exist_ok=True)
+    provenance = f"{environment['cpu']}, torch {environment['torch']}"
+    profile = calibrate_cost(engine, machine, grid, folder / "samples.json", console, provenance, of)
+    profile.save(folder / "profile.json")
+    return profile
+
+
 def _requests(engine: Engine, turns: Sequence[str], max_new_tokens: int) -> list[Request]:
     params = SamplingParams(max_new_tokens=max_new_tokens)
     return [

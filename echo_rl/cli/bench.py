@@ -47,9 +47,9 @@ class Bench:
     def run(self) -> int:
         from rich.console import Console
 
-        from echo_rl.cli.session import run_and_show
+        from echo_rl.experiments.bench import bench_model
 
-        run_and_show(self.engine, self.config(), self.out, Console())
+        bench_model(self.engine, self.config(), self.out, Console())
         return 0
 
     def config(self) -> BenchConfig:

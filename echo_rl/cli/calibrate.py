@@ -46,7 +46,8 @@ class Cost:
         from rich.console import Console
 
         from echo_rl.calibrate import figures
-        from echo_rl.cli.session import load_engine, measured_profile
+        from echo_rl.calibrate.live import measured_profile
+        from echo_rl.runtime.environment import load_engine
 
         console = Console()
         profile = measured_profile(*load_engine(self.engine), self.grid, self.out, console)

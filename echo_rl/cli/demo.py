@@ -22,9 +22,9 @@ class Demo:
     def run(self) -> int:
         from rich.console import Console
 
-        from echo_rl.cli import render
-        from echo_rl.cli.session import run_and_show
+        from echo_rl.experiments.bench import bench_model
         from echo_rl.experiments.plan import BenchConfig, Load
+        from echo_rl.experiments.report import tables
         from echo_rl.runtime.models.default_model import fetch_smollm2
 
         console = Console()
@@ -34,8 +34,8 @@ class Demo:
             (self.out / name).unlink(missing_ok=True)
         alone = Load(concurrency=1, requests=2, max_new_tokens=64, blocks=4)
         crowd = Load(concurrency=16, requests=16, max_new_tokens=48, blocks=2)
-        result = run_and_show(self.engine, BenchConfig(ARMS, (alone, crowd)), self.out, console)
-        equal, sentence = render.equality(result)
+        result = bench_model(self.engine, BenchConfig(ARMS, (alone, crowd)), self.out, console)
+        equal, sentence = tables.equality(result)
         console.print(sentence)
         if equal or result["environment"]["dtype"] != "float32":
             return 0

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from echo_rl.experiments.evaluate import EvalConfig
-    from echo_rl.replay.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -50,16 +46,17 @@ class Eval:
         from echo_rl.costs.batched_profile import BatchedCostProfile
         from echo_rl.costs.profile import CostProfile
         from echo_rl.experiments.evaluate import evaluate
+        from echo_rl.experiments.report import tables
+        from echo_rl.replay.trace import Trace
 
         console = Console()
         config = self.config()
-        trace = load_trace(self.trace)
-        served = trace.split(self.held_out)[1]
+        served = Trace.of(self.trace).split(self.held_out)[1]
         profile = CostProfile.of(self.profile)
         result = evaluate(config, served, BatchedCostProfile(profile), registry.planning_by(profile), self.out, console)
-        console.print(ranking(result))
+        console.print(tables.ranking(result, console.width))
         if self.full:
-            console.print(loads(result))
+            console.print(tables.by_load(result, console.width))
         for arm, reason in result["left_out"].items():
             console.print(f"Left out: {arm}: {reason}", style="yellow", highlight=False)
         console.print(f"Written: {self.out / 'result.json'}, {self.out / 'speedup.png'}", soft_wrap=True)
@@ -77,65 +74,6 @@ class Eval:
             arms=arms, concurrency=self.concurrency, blocks=self.blocks, requests=self.requests, seed=self.seed,
             hindsight=self.hindsight,
         )  # fmt: skip
-
-
-def load_trace(path: Path | None) -> Trace:
-    """The trace at `path`, else the packaged one. Raises `TraceError`."""
-    from echo_rl.replay.trace import Trace
-
-    return Trace.load(path) if path else Trace.packaged()
-
-
-def ranking(result: Mapping[str, Any]) -> Table:
-    """One row an arm, best first: geometric means over loads, the speed-up of each load, winners in bold, and how
-    long deciding takes at the smallest load, where it takes the largest part of a step."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from echo_rl.utils.statistics import Interval
-
-    best = {winner["concurrency"]: {winner["arm"], *winner["tied"]} for winner in result["winners"]}
-    cells = {(cell["arm"], cell["concurrency"]): cell for cell in result["cells"]}
-    title = (
-        f"Speed-up over {result['baseline']}: geometric mean over loads, and by requests in flight\n"
-        f"Costs: {result['machine']['title']}"
-    )
-    view = Table(title=title, title_justify="left", caption="bold: fastest at that load, or not told from it")
-    view.add_column("", justify="right")
-    view.add_column("controller", overflow="fold")
-    for name in ("all loads", f"over {result['reference']}", *(f"{load}" for load in best), "deciding"):
-        view.add_column(name, justify="right")
-    for row in result["ranking"]:
-        overall = [Interval(**row[key]).text() for key in ("speedup", "over_reference")]
-        bold = {load: "bold" if row["arm"] in arms else "" for load, arms in best.items()}
-        own = {load: cells[row["arm"], load] for load in best}
-        numbers = [f"[{bold[load] or 'none'}]{cell['speedup']['estimate']:.2f}" for load, cell in own.items()]
-        last = f"{own[min(own)]['deciding']:.1%}"
-        view.add_row(str(row["rank"] or "-"), escape(row["arm"]), *(escape(text) for text in overall), *numbers, last)
-    return view
-
-
-def loads(result: Mapping[str, Any]) -> Table:
-    """One row per load and arm, fastest first, loads in sections."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from echo_rl.utils.statistics import Interval
-
-    title = f"By load, 95 % intervals over blocks\nCosts: {result['machine']['title']}"
-    view = Table(title=title, title_justify="left")
-    view.add_column("in flight", justify="right")
-    view.add_column("controller", overflow="fold")
-    for name in ("tokens/s", f"over {result['baseline']}", f"over {result['reference']}", "MAT"):
-        view.add_column(name, justify="right")
-    order = sorted(result["cells"], key=lambda cell: (cell["concurrency"], -cell["throughput"]["estimate"]))
-    for cell, following in zip(order, [*order[1:], None], strict=True):
-        mat = "-" if cell["mat"] is None else f"{cell['mat']:.2f}"
-        values = [Interval(**cell[key]) for key in ("throughput", "speedup", "over_reference")]
-        texts = [escape(value.text(digits)) for value, digits in zip(values, (1, 2, 2), strict=True)]
-        last = following is None or following["concurrency"] != cell["concurrency"]
-        view.add_row(str(cell["concurrency"]), escape(cell["arm"]), *texts, mat, end_section=last)
-    return view
 
 
 AnyCommand = Eval

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,9 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from echo_rl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from echo_rl.experiments.load.config import LoadConfig
+    from echo_rl.experiments.targets.http.config import LoadConfig
 
 API_KEY, ADMIN_KEY = "ECHO_RL_API_KEY", "ECHO_RL_ADMIN_KEY"
 
@@ -70,24 +67,25 @@ class Load:
     def run(self) -> int:
         from rich.console import Console
 
-        from echo_rl.experiments.load import plots
-        from echo_rl.experiments.load.run import Keys, run_load
+        from echo_rl.experiments.load import run_load
+        from echo_rl.experiments.report import plots_load, tables
+        from echo_rl.experiments.targets.http.target import Keys
         from echo_rl.workloads.datasets import load_prompts
 
         console, config = Console(), self.config()
         prompts = load_prompts(self.suite, seed=self.seed)
         keys = Keys(*map(key, (API_KEY, ADMIN_KEY)))
         result, done = run_load(config, prompts, self.out, keys, console)
-        console.print(table(result, console.width))
-        for line in remarks(result):
+        console.print(tables.load(result, console.width))
+        for line in tables.remarks(result):
             console.print(line, highlight=False)
-        paths = [self.out / "result.json", *plots.draw(config, done, self.out)]
+        paths = [self.out / "result.json", *plots_load.draw(config, done, self.out)]
         console.print("Written: " + ", ".join(map(str, paths)), soft_wrap=True)
         return 0
 
     def config(self) -> LoadConfig:
         """Raises `ConfigError`."""
-        from echo_rl.experiments.load.config import LoadConfig
+        from echo_rl.experiments.targets.http.config import LoadConfig
         from echo_rl.workloads.metrics import SLO
 
         return LoadConfig(
@@ -127,68 +125,3 @@ def _object(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"extra is {text}; give a JSON object")
     return found
-
-
-WIDE = 150
-"""Terminal columns that the whole table needs."""
-
-
-def table(result: Mapping[str, Any], width: int = WIDE) -> Table:
-    """One row per workload and arm, workloads in sections; a narrow terminal gets the main columns only."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    compared = bool(result["overall"])
-    title = f"Against {result['baseline']}, 95 % intervals over blocks" if compared else "95 % intervals over blocks"
-    view = Table(title=escape(title), title_justify="left")
-    view.add_column("workload")
-    view.add_column("arm", overflow="fold")
-    cells = result["cells"]
-    rows = [_values(cell, compared, full=width >= WIDE) for cell in cells]
-    for name in rows[0]:
-        view.add_column(name, justify="right")
-    for cell, values, following in zip(cells, rows, [*cells[1:], None], strict=True):
-        last = following is None or following["workload"] != cell["workload"]
-        texts = map(escape, (cell["workload"], cell["arm"], *values.values()))
-        view.add_row(*texts, end_section=last)
-    return view
-
-
-def _values(cell: Mapping[str, Any], compared: bool, full: bool) -> dict[str, str]:
-    from echo_rl.utils.statistics import Interval
-
-    values = {"tokens/s": Interval(**cell["rates"]["tokens_per_second"]).text(1)}
-    if compared:
-        ratio = cell["ratios"].get(cell["headline"])
-        values["ratio"] = Interval(**ratio).text(2, "x") if ratio else "1"
-    for name in ("ttft", "tpot", "itl", "e2e") if full else ("ttft", "tpot"):
-        values[f"{name.upper()} ms p50/p95/p99"] = _milliseconds(cell["latency"][name])
-    if full:
-        values["requests/s"] = f"{cell['requests_per_second']:.2f}"
-        if cell["goodput"] is not None:
-            values["good/s"] = f"{cell['goodput']:.2f}"
-    return {**values, "failed": str(sum(cell["errors"].values()))}
-
-
-def _milliseconds(latency: Mapping[str, float] | None) -> str:
-    return "/".join(f"{1000 * latency[key]:.0f}" for key in ("p50", "p95", "p99")) if latency else "-"
-
-
-def remarks(result: Mapping[str, Any]) -> list[str]:
-    """What the table leaves out: overall ratios, unequal outputs, errors by kind, what the client itself cost."""
-    from echo_rl.utils.statistics import Interval
-
-    cells = result["cells"]
-    lines = [
-        f"{arm} over {result['baseline']}, all workloads: {Interval(**ratio).text(2, 'x')}"
-        for arm, ratio in result["overall"].items()
-    ]
-    for cell in cells:
-        where, outputs = f"{cell['arm']}, {cell['workload']}", cell["outputs"]
-        if outputs and outputs["differing"]:
-            lines.append(f"{where}: {outputs['differing']} of {outputs['requests']} outputs differ")
-        if cell["errors"]:
-            lines.append(f"{where}: " + ", ".join(f"{count} x {kind}" for kind, count in cell["errors"].items()))
-    share = max(cell["client_cpu_share"] for cell in cells)
-    each = max(cell["client_cpu_seconds_per_chunk"] for cell in cells)
-    return [*lines, f"This client took at most {share:.1%} of a core, {1e6 * each:.0f} us a chunk."]

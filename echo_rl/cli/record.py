@@ -39,9 +39,9 @@ class Record:
 
         from rich.console import Console
 
-        from echo_rl.cli.session import load_engine
         from echo_rl.contracts import SamplingParams
         from echo_rl.replay.recorder import record
+        from echo_rl.runtime.environment import load_engine
         from echo_rl.workloads.datasets import load_prompts
         from echo_rl.workloads.requests import chat_requests
 

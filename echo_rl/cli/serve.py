@@ -22,7 +22,7 @@ class Serve:
     engine: EngineOptions = field(default_factory=EngineConfig)
 
     def run(self) -> int:
-        from echo_rl.cli.session import load_engine
+        from echo_rl.runtime.environment import load_engine
         from echo_rl.server.serve import serve
 
         return serve(self.engine, self.server, self.controller, load_engine)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -37,35 +32,19 @@ class Tune:
     def run(self) -> int:
         from rich.console import Console
 
-        from echo_rl.cli.evaluate import load_trace
         from echo_rl.costs.batched_profile import BatchedCostProfile
         from echo_rl.costs.profile import CostProfile
+        from echo_rl.experiments.report import tables
         from echo_rl.experiments.tune import TuneConfig, tune
+        from echo_rl.replay.trace import Trace
 
         console = Console()
         config = TuneConfig(self.controllers, self.concurrency, self.blocks, self.requests, self.cap, self.seed)
-        trace = load_trace(self.trace)
-        train = trace.split(self.held_out)[0]
+        train = Trace.of(self.trace).split(self.held_out)[0]
         tuned = tune(config, train, BatchedCostProfile(CostProfile.default()), out=self.out, console=console)
-        console.print(table(tuned))
+        console.print(tables.tuned(tuned, console.width))
         console.print(f"Written: {self.out / 'tuned.json'}", soft_wrap=True)
         return 0
-
-
-def table(tuned: Mapping[str, Any]) -> Table:
-    """One row a controller, best score first."""
-    from rich.table import Table
-
-    view = Table(title="Geometric mean over loads of the speed-up over none", title_justify="left")
-    view.add_column("controller")
-    view.add_column("best options", overflow="fold")
-    for name in ("tuned", "defaults", "tried"):
-        view.add_column(name, justify="right")
-    for name, row in sorted(tuned.items(), key=lambda item: -(item[1]["score"] or 0.0)):
-        options = ", ".join(f"{key} {value}" for key, value in row["options"].items()) or "defaults"
-        scores = ("-" if row[key] is None else f"{row[key]:.3f}" for key in ("score", "default_score"))
-        view.add_row(name, options, *scores, str(row["tried"]))
-    return view
 
 
 AnyCommand = Tune

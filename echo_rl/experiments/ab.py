@@ -1,39 +1,37 @@
 """Two controllers against each other: paired blocks, interleaved A B B A, on replay, on the live engine or both.
 
-``run_ab(...)`` writes ``ab.json`` and ``ab.html`` into its folder, and what each venue needs to go on
+``run_ab(...)`` writes ``ab.json`` and ``ab.html`` into its folder, and what each target needs to go on
 after an interruption into a folder of its own there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from echo_rl.contracts import MakeController
+from echo_rl.contracts import Controller, MakeController
+from echo_rl.controllers.wrappers.fitted import Fitted
 from echo_rl.errors import ConfigError
-from echo_rl.experiments.plan import Trial, TrialConfig
-from echo_rl.experiments.report import html as report_html
-from echo_rl.experiments.report.blocks import compare_outputs
-from echo_rl.experiments.trials import RATES, Decisions, Venue, headline, rates, run_trials
-from echo_rl.utils import statistics
-from echo_rl.utils.result_store import write_json
-from echo_rl.workloads import metrics
-from echo_rl.workloads.metrics import SLO
-from echo_rl.workloads.records import RunRecord, StepRecord, pool
+from echo_rl.experiments.arms import Arms
+from echo_rl.experiments.plan import AbConfig, Run
+from echo_rl.experiments.report.ab import target_result
+from echo_rl.experiments.report.html import ab_page
+from echo_rl.experiments.run import run_missing
+from echo_rl.experiments.targets.backend import Target
+from echo_rl.utils.result_store import ResultStore, write_json
+from echo_rl.workloads.records import RunRecord
+from echo_rl.workloads.requests import seed_of
 
-BUCKETS: tuple[tuple[int, int | None], ...] = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, None))
-"""Batch sizes, both ends included, by which decisions are told apart."""
-TIMES = 24
-"""Stretches of a block by which decisions are told apart."""
+WARMUP_STEPS = 20
 
 
 def run_ab(
-    venues: Sequence[Venue],
-    config: TrialConfig,
+    targets: Sequence[Target],
+    config: AbConfig,
     make: MakeController,
     out: Path,
     console: Console | None = None,
@@ -45,79 +43,46 @@ def run_ab(
     """
     if len(config.arms) != 2:
         raise ConfigError(f"an A/B comparison has two arms, not {len(config.arms)}; `eval` ranks any number")
-    if not venues:
-        raise ConfigError("an A/B comparison needs a venue: replay or live")
+    if not targets:
+        raise ConfigError("an A/B comparison needs a target: replay or live")
     found = []
-    for venue in venues:
-        runs = run_trials(venue, config, make, out / venue.name, console)
-        found.append(venue_result(venue, config, runs))
+    for target in targets:
+        runs = run_on(target, config, make, out / target.name, console)
+        found.append(target_result(target, config, runs))
     result = {"a": config.arms[0], "b": config.arms[1], "config": asdict(config), "venues": found}
     write_json(out / "ab.json", result)
-    (out / "ab.html").write_text(report_html.ab_page(result))
+    (out / "ab.html").write_text(ab_page(result))
     return result
 
 
-def venue_result(venue: Venue, config: TrialConfig, runs: Mapping[Trial, RunRecord]) -> dict[str, Any]:
-    """One venue's part of the result as plain JSON types: a cell a workload, decisions by batch size over all."""
-    cells, paired = [], []
-    for workload in config.workloads:
-        a, b = ([runs[Trial(block, workload, arm)] for block in range(config.blocks)] for arm in config.arms)
-        head = headline(venue.workload(workload))
-        cells.append({"workload": workload, "headline": head, **compare(a, b, config.slo)})
-        paired.append((rates(b, head), rates(a, head)))
-    steps = [[step for t, run in runs.items() if t.arm == arm for step in run.steps] for arm in config.arms]
-    return {
-        "venue": venue.name,
-        "environment": dict(venue.environment),
-        "overall": asdict(statistics.mean_ratio([ours for ours, _ in paired], [theirs for _, theirs in paired])),
-        "cells": cells,
-        "by_batch": by_batch(steps[0], steps[1]),
-    }
+def run_on(
+    target: Target, config: AbConfig, make: MakeController, out: Path, console: Console | None = None
+) -> dict[Run, RunRecord]:
+    """Every run of the config; those that `out` lacks are run now and stored there.
 
+    In a block every arm meets the same requests in the same order, the same arrivals and, on replay, the same noise,
+    so that what differs is what the controllers decided. Raises `ConfigError` where `out` holds another comparison, or
+    an arm or a workload can't be made.
+    """
+    workloads = {text: target.workload(text) for text in config.workloads}
 
-def compare(a: Sequence[RunRecord], b: Sequence[RunRecord], slo: SLO | None = None) -> dict[str, Any]:
-    """Block i of both sides was the same workload. Ratios are B over A, paired by block."""
-    both = (pool(a), pool(b))
-    return {
-        "ratios": {kind: asdict(statistics.rate_ratio(rates(b, kind), rates(a, kind))) for kind in RATES},
-        "arms": [_side(blocks, pooled, slo) for blocks, pooled in zip((a, b), both, strict=True)],
-        "outputs": compare_outputs(both[1], both[0]),
-        "over_time": over_time(both[0].steps, both[1].steps),
-    }
+    def warm_up(controller: Controller, workload: str) -> Controller:
+        fitted = Fitted(controller, target.depth, target.width)
+        target.drive(fitted, workloads[workload], seed_of(config.seed, workload, "warm-up"), steps=WARMUP_STEPS)
+        return fitted
 
+    arms = Arms(config.arms, workloads, make, warm_up)
 
-def by_batch(a: Sequence[StepRecord], b: Sequence[StepRecord]) -> list[dict[str, Any]]:
-    """What each side decided at each batch size that occurred."""
-    rows = []
-    for low, high in BUCKETS:
-        sides = [
-            [s for s in steps if s.batch_size >= low and (high is None or s.batch_size <= high)] for steps in (a, b)
-        ]
-        name = str(low) if low == high else f"{low}-{high}" if high else f"{low} and more"
-        rows.append({"batch": name, **_decided(*sides)})
-    return [row for row in rows if row["a"] or row["b"]]
+    def serve(run: Run) -> RunRecord:
+        workload, seed = workloads[run.workload], seed_of(config.seed, run.workload, run.block)
+        controller = arms.ready(run)
+        record = target.drive(controller, workload, seed, config.steps, config.seconds, f"{run.block}.")
+        if not record.output_tokens:
+            raise ConfigError(
+                f"no token came in {run} within {record.seconds:.1f} s; give blocks more seconds or steps"
+            )
+        return record
 
-
-def over_time(a: Sequence[StepRecord], b: Sequence[StepRecord], times: int = TIMES) -> list[dict[str, Any]]:
-    """What each side decided in each stretch of a block, blocks laid over each other; `time` is a stretch's middle."""
-    length = max((step.end for step in [*a, *b]), default=0.0) / times
-    binned: list[tuple[list[StepRecord], list[StepRecord]]] = [([], []) for _ in range(times)]
-    for side, steps in enumerate((a, b)):
-        for step in steps:
-            binned[min(times - 1, int(step.end / length))][side].append(step)
-    return [{"time": (i + 0.5) * length, **_decided(*sides)} for i, sides in enumerate(binned)]
-
-
-def _decided(a: Sequence[StepRecord], b: Sequence[StepRecord]) -> dict[str, Any]:
-    found = {"a": Decisions.of(a), "b": Decisions.of(b)}
-    return {name: asdict(value) if value else None for name, value in found.items()}
-
-
-def _side(blocks: Sequence[RunRecord], pooled: RunRecord, slo: SLO | None) -> dict[str, Any]:
-    speeds = metrics.request_speeds(pooled)
-    return {
-        **metrics.summary(pooled, slo),
-        "rates": {kind: asdict(statistics.rate(rates(blocks, kind))) for kind in RATES},
-        "cut": sum(request.cut for request in pooled.requests),
-        "fairness": {"jain": metrics.jain(speeds), "worst_tenth": metrics.worst_tenth(speeds)},
-    }
+    environment = {**target.environment, **arms.made_of}
+    store: ResultStore[Run, RunRecord] = ResultStore.in_folder(out, config, environment, RunRecord)
+    return run_missing(config.runs, store, serve, console)

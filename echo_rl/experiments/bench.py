@@ -1,32 +1,30 @@
-"""Compares controllers on the same prompts at several concurrencies, so that machine noise cancels.
-
-Runs the units of a `BenchConfig` that the output folder does not hold yet. Knows nothing about
-models: it needs an engine, a way to make controllers, and prompts.
-"""
+"""Compares controllers on the same prompts at several concurrencies, so that machine noise cancels."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller, MakeController, Request, SamplingParams
-from echo_rl.controllers.arm import Arm
 from echo_rl.errors import ConfigError
-from echo_rl.experiments.plan import BenchConfig, Load, Unit, schedule
-from echo_rl.experiments.report.blocks import arms_made_of, report
+from echo_rl.experiments.arms import Arms
+from echo_rl.experiments.plan import BenchConfig, Load, Run
+from echo_rl.experiments.report import tables
+from echo_rl.experiments.report.bench import report
+from echo_rl.experiments.run import run_missing
+from echo_rl.experiments.targets.backend import Target
 from echo_rl.utils.machine import machine
-from echo_rl.utils.result_store import R, ResultStore, write_json
+from echo_rl.utils.result_store import ResultStore, write_json
 from echo_rl.workloads.datasets import Prompt
-from echo_rl.workloads.driver import serve
 from echo_rl.workloads.records import RunRecord
 from echo_rl.workloads.requests import BenchEngine, chat_requests
 
-U = TypeVar("U")
 WARMUP_REQUESTS = 4
 WARMUP_TOKENS = 8
 
@@ -68,65 +66,49 @@ def run_bench(
     """
     if not prompts:
         raise ConfigError("there are no prompts to serve")
-    runner = _Runner(engine, config, prompts, make_controller, clock)
+    target = Target("live", engine, (), clock)
+    loads = {load.workload: load for load in config.loads}
+
+    def serve(controller: Controller, load: Load, block: int) -> RunRecord:
+        return target.serve(controller, block_requests(engine, prompts, config, load, block), load.concurrency)
+
+    def warm_up(controller: Controller, workload: str) -> Controller:
+        load = loads[workload]
+        few = min(load.concurrency, WARMUP_REQUESTS)
+        serve(controller, replace(load, requests=few, max_new_tokens=WARMUP_TOKENS), 0)
+        return controller
+
     environment = dict(environment or machine())
-    made = arms_made_of({arm: controller for (arm, _), controller in runner.cold.items()})
-    store: ResultStore[Unit, RunRecord] = ResultStore.in_folder(out, config, {**environment, **made}, RunRecord)
-    done = run_missing(list(schedule(config)), store, runner.run, console)
+    arms = Arms(config.arms, loads, make_controller, warm_up)
+    store = bench_store(out, config, {**environment, **arms.made_of})
+    done = run_missing(config.runs, store, lambda run: serve(arms.ready(run), loads[run.workload], run.block), console)
     result = report(config, done, environment)
     write_json(out / "result.json", result)
     return result
 
 
-def run_missing(
-    units: Sequence[U], store: ResultStore[U, R], run: Callable[[U], R], console: Console | None = None
-) -> dict[U, R]:
-    """All units of the store, those that it lacked run in the order given and added to it. Shows a bar."""
-    with _progress(console) as progress:
-        task = progress.add_task("", total=len(units), completed=sum(unit in store for unit in units))
-        for unit in units:
-            if unit not in store:
-                progress.update(task, description=str(unit))
-                store.add(unit, run(unit))
-                progress.advance(task)
-    return {unit: store[unit] for unit in units}
+def bench_store(out: Path, config: BenchConfig, environment: Mapping[str, str]) -> ResultStore[Run, RunRecord]:
+    """The folder of a benchmark, whose lines name a workload by its concurrency. Raises `ConfigError`."""
+    loads = {load.workload: load.concurrency for load in config.loads}
+
+    def key(run: Run) -> dict[str, Any]:
+        return {"block": run.block, "concurrency": loads[run.workload], "arm": run.arm}
+
+    return ResultStore.in_folder(out, config, environment, RunRecord, key)
 
 
-class _Runner:
-    """Holds the controllers of a run, one per arm and load, each warmed up before its first unit."""
+def bench_model(engine_config: EngineConfig, config: BenchConfig, out: Path, console: Console) -> dict[str, Any]:
+    """Loads the engine, runs what `out` lacks, writes the JSON and the plots there, prints the table."""
+    from echo_rl.controllers import registry
+    from echo_rl.experiments.report import plots
+    from echo_rl.runtime.environment import load_engine
+    from echo_rl.workloads.datasets import load_prompts
 
-    def __init__(
-        self,
-        engine: BenchEngine,
-        config: BenchConfig,
-        prompts: Sequence[Prompt],
-        make_controller: MakeController,
-        clock: Callable[[], float],
-    ) -> None:
-        self.engine = engine
-        self.config = config
-        self.prompts = prompts
-        self.clock = clock
-        self.loads = {load.concurrency: load for load in config.loads}
-        self.cold: dict[tuple[str, int], Controller] = {}
-        self.warm: dict[tuple[str, int], Controller] = {}
-        for arm in map(Arm.parse, config.arms):
-            for concurrency in self.loads:
-                self.cold[arm.label, concurrency] = make_controller(arm.controller, **arm.options)
-
-    def run(self, unit: Unit) -> RunRecord:
-        key = (unit.arm, unit.concurrency)
-        if key in self.cold:
-            controller = self.warm[key] = self.cold.pop(key)
-            first = Load(unit.concurrency, min(unit.concurrency, WARMUP_REQUESTS), WARMUP_TOKENS, 1)
-            self._serve(controller, first, 0)
-        return self._serve(self.warm[key], self.loads[unit.concurrency], unit.block)
-
-    def _serve(self, controller: Controller, load: Load, block: int) -> RunRecord:
-        requests = block_requests(self.engine, self.prompts, self.config, load, block)
-        return serve(self.engine, controller, requests, load.concurrency, clock=self.clock)
-
-
-def _progress(console: Console | None) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, refresh_per_second=2)
+    prompts = load_prompts(config.suite, seed=config.seed)
+    with console.status("loading the model"):
+        engine, environment = load_engine(engine_config)
+    result = run_bench(engine, config, prompts, registry.make, out, environment, console)
+    console.print(tables.bench(result, console.width))
+    paths = [out / "result.json", *plots.draw(result, out)]
+    console.print("Written: " + ", ".join(str(path) for path in paths), soft_wrap=True)
+    return result

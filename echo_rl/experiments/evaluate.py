@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from echo_rl import __version__
 from echo_rl.contracts import Controller, MakeController, Request
@@ -28,13 +27,13 @@ from echo_rl.controllers.arm import Arm
 from echo_rl.controllers.wrappers.timed import Timed
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.errors import ConfigError, PolicyError, TraceError
-from echo_rl.experiments.rank import BASELINE, HINDSIGHT, REFERENCE, Block, Served, draw, pooled, report
-from echo_rl.experiments.report.blocks import made_of
-from echo_rl.replay.backend import ReplayBackend, ReplayOptions
-from echo_rl.replay.scheduler import ReplaySchedulerOptions
-from echo_rl.replay.trace import Trace, fingerprint
+from echo_rl.experiments.arms import made_of, make_arm
+from echo_rl.experiments.rank import BASELINE, HINDSIGHT, REFERENCE, Block, Served, pooled, report
+from echo_rl.experiments.report.plots_ranking import draw
+from echo_rl.experiments.run import shown
+from echo_rl.experiments.targets.replay import exact_replay
+from echo_rl.replay.trace import Trace
 from echo_rl.utils.result_store import ResultStore, digest_of, write_json
-from echo_rl.workloads.driver import serve
 
 SHAPES: tuple[tuple[float, int, int], ...] = (
     (0, 1, 1), (0.25, 1, 1), (0.5, 1, 1), (0.5, 2, 2), (1, 1, 1), (1, 2, 2), (1.5, 2, 2), (2, 2, 1), (2, 3, 2),
@@ -59,7 +58,7 @@ class EvalConfig:
     warmup: int = 1
     """Blocks that a controller serves before the measured ones, to learn from."""
     seed: int = 0
-    """Of the requests' order and of the noise of step times."""
+    """The seed of the requests' order and of the noise of step times."""
     hindsight: bool = False
     """Also search the best fixed plan of each load, as the arm ``hindsight``."""
 
@@ -88,20 +87,17 @@ class Replayer:
         store: Path | None = None,
     ) -> None:
         self.config, self.trace, self.make = config, trace, make
-        limits = ReplaySchedulerOptions(max_batch=max(ReplaySchedulerOptions.max_batch, *config.concurrency))
-        self._backend = ReplayBackend(trace, costs, ReplayOptions(limits))
-        self._requests = trace.requests()
+        self._target = exact_replay(trace, costs, max(config.concurrency))
         settings = {name: getattr(config, name) for name in ("requests", "warmup", "seed")}
         self.settings = settings | {
-            "version": __version__, "trace": fingerprint(trace), "costs": digest_of(repr(costs.profile).encode())
+            "version": __version__, "trace": trace.digest, "costs": digest_of(repr(costs.profile).encode())
         }  # fmt: skip
         self._store = ResultStore.in_file(store, self.settings)
         self._made_of = lru_cache(maxsize=None)(lambda arm: made_of(self.controller(arm)))
 
     def controller(self, arm: str) -> Controller:
         """A new one. Raises `UnknownController` and `ConfigError`."""
-        parsed = Arm.parse(arm)
-        return self.make(parsed.controller, **parsed.options)
+        return make_arm(self.make, arm)
 
     def measure(self, arm: str, concurrency: int, blocks: range, warm: bool = True) -> list[Block]:
         """These blocks under one controller, after its warm-up unless `warm` is False (it learns nothing).
@@ -120,19 +116,19 @@ class Replayer:
         return [self._block(controller, concurrency, first + number) for number in blocks]
 
     def _block(self, controller: Controller, concurrency: int, number: int) -> Block:
-        backend, timed = self._backend, Timed(controller)
-        backend.restart(self.config.seed + number)
-        run = serve(backend, timed, self.requests(concurrency, number), concurrency, clock=backend.clock)
+        timed = Timed(controller)
+        requests = self.requests(concurrency, number)
+        run = self._target.serve(timed, requests, concurrency, seed=self.config.seed + number)
         committed, rows = (sum(getattr(step, name) for step in run.steps) for name in ("committed", "batch_size"))
         return Block(run.output_tokens, run.seconds, len(run.steps), committed, rows, timed.seconds)
 
     def requests(self, concurrency: int, number: int) -> list[Request]:
         """Those of one block: the trace in one shuffled order after another, cut into blocks."""
         count = max(self.config.requests, 2 * concurrency)
-        wanted, size = range(number * count, (number + 1) * count), len(self._requests)
+        wanted, size = range(number * count, (number + 1) * count), len(self._target.requests)
         laps = range(wanted.start // size, wanted.stop // size + 1)
         orders = {lap: np.random.default_rng((self.config.seed, lap)).permutation(size) for lap in laps}
-        chosen = ((n, self._requests[orders[n // size][n % size]]) for n in wanted)
+        chosen = ((n, self._target.requests[orders[n // size][n % size]]) for n in wanted)
         return [replace(request, id=f"{request.id}#{n}") for n, request in chosen]
 
 
@@ -154,8 +150,8 @@ def evaluate(
     measured, left_out = _measure(replayer, console)
     best = {}
     if config.hindsight:
-        with Progress(console=console) as progress:
-            found = {c: best_fixed(replayer, c) for c in progress.track(config.concurrency, description="hindsight")}
+        with shown(config.concurrency, console) as loads:
+            found = {c: best_fixed(replayer, c) for c in loads}
         measured[HINDSIGHT] = {c: blocks for c, (_, blocks) in found.items()}
         best = {str(c): arm for c, (arm, _) in found.items()}
     result = report(config.concurrency, measured) | {
@@ -180,8 +176,8 @@ def _measure(replayer: Replayer, console: Console | None) -> tuple[dict[str, Ser
             replayer.controller(arm)  # before anything is measured: a misspelt name shall not cost minutes
         except PolicyError as error:
             left_out[arm] = str(error)
-    with Progress(console=console) as progress:
-        for arm in progress.track([arm for arm in config.all_arms if arm not in left_out], description="replaying"):
+    with shown([arm for arm in config.all_arms if arm not in left_out], console) as arms:
+        for arm in arms:
             try:
                 measured[arm] = {c: replayer.measure(arm, c, range(config.blocks)) for c in config.concurrency}
             except TraceError as error:

@@ -1,4 +1,4 @@
-"""Ranks what controllers served: speed-ups paired by block, the winner of each load, the order over all loads, a plot.
+"""Ranks what controllers served: speed-ups paired by block, the winner of each load, and the order over all loads.
 
 Knows blocks of work and the time they took; not how they were served.
 """
@@ -7,21 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from echo_rl.controllers.arm import Arm
-from echo_rl.utils import plotting, statistics
+from echo_rl.utils import statistics
 
-Result = Mapping[str, Any]
 BASELINE, REFERENCE, HINDSIGHT = "none", "echo", "hindsight"
 BOUNDS = (HINDSIGHT, "oracle")
 """Arms that know the answer before they choose: shown, but neither ranked nor winners."""
-DASHES = ("-", "--", ":")
 
 
 @dataclass(frozen=True)
@@ -129,26 +124,3 @@ def _overall(measured: Measured, arm: str, against: str) -> statistics.Interval:
     """`mean_speedup` over an arm, with its interval: a block's prompts are the same at small loads."""
     ours, theirs = ([[block.rate for block in row] for row in measured[name].values()] for name in (arm, against))
     return statistics.mean_ratio(ours, theirs)
-
-
-def draw(result: Result, out: Path) -> Path:
-    """Writes ``speedup.png``: speed-up over plain decoding against concurrency, a line an arm, best first."""
-    with rc_context(plotting.STYLE):
-        figure = Figure(figsize=(9.5, 5.0), layout="constrained")
-        axes = figure.subplots()
-        for place, row in enumerate(row for row in result["ranking"] if row["arm"] != BASELINE):
-            cells = [cell for cell in result["cells"] if cell["arm"] == row["arm"]]
-            axes.plot(
-                [cell["concurrency"] for cell in cells],
-                [cell["speedup"]["estimate"] for cell in cells],
-                color=plotting.COLOURS[place % 8], marker=plotting.MARKERS[place % 8], linestyle=DASHES[place // 8 % 3],
-                markersize=4, linewidth=1.5, label=f"{row['arm']} ({row['speedup']['estimate']:.2f})",
-            )  # fmt: skip
-        axes.axhline(1.0, color="#777777", linewidth=1)
-        plotting.concurrency_axis(axes, [cell["concurrency"] for cell in result["cells"]])
-        axes.set_ylabel(f"speed-up over {result['baseline']}")
-        axes.set_title(f"replayed with the costs of {result['machine']['title']}")
-        figure.legend(loc="outside right upper", fontsize="small", title="geometric mean")
-        path = out / "speedup.png"
-        figure.savefig(path, bbox_inches="tight")
-    return path

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from echo_rl.contracts import MakeController
 from echo_rl.controllers import registry
@@ -25,6 +24,7 @@ from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.errors import ConfigError, TraceError, UnknownController
 from echo_rl.experiments.evaluate import EvalConfig, Replayer, halving
 from echo_rl.experiments.rank import BASELINE, Block, mean_speedup
+from echo_rl.experiments.run import shown
 from echo_rl.replay.trace import Trace
 from echo_rl.utils.result_store import write_json
 
@@ -46,7 +46,7 @@ class TuneConfig:
     cap: int = 24
     """Most candidates of one controller; a larger grid is sampled."""
     seed: int = 0
-    """Of the sample, the requests' order and the noise."""
+    """The seed of the sample, of the requests' order and of the noise."""
 
     def __post_init__(self) -> None:
         if self.cap < 1:
@@ -78,13 +78,10 @@ def tune(
             raise UnknownController(f"no controller is called '{name}' (known: {', '.join(families)})")
     replayer = Replayer(config.replay(), trace, costs, make, out / "tune.jsonl" if out else None)
     tuned = {}
-    with Progress(console=console) as progress:
-        task = progress.add_task("", total=len(names))
-        for name in names:
+    with shown(names, console) as searched:
+        for name in searched:
             arms = {arm_text(name, options): options for options in candidates(families[name], config.cap, config.seed)}
-            progress.update(task, description=f"{name}: {len(arms)} candidates")
             tuned[name] = _Search(replayer).best(name, arms)
-            progress.advance(task)
     if out:
         write_json(out / "tuned.json", tuned)
     return tuned

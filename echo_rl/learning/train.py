@@ -33,7 +33,7 @@ from echo_rl.learning.learner import POLICY_FOLDER, LearnerOptions, Score, fit
 from echo_rl.learning.play import HeldOut, MakeController, World
 from echo_rl.learning.sb3_env import Sb3VecEnv
 from echo_rl.replay.machines import another
-from echo_rl.replay.trace import Trace, fingerprint
+from echo_rl.replay.trace import Trace
 from echo_rl.utils.result_store import digest_of
 from echo_rl.workloads.arrivals import parse
 
@@ -230,7 +230,7 @@ def _provenance(inputs: TrainingInputs) -> dict[str, str]:
     """The sources of the data, under the names of their files in the config."""
     trace, profile, calibration = inputs.training, inputs.profile, inputs.calibration
     described = (
-        f"{trace.provenance} [{fingerprint(trace)}]",
+        f"{trace.provenance} [{trace.digest}]",
         f"{profile.provenance} [{digest_of(repr(profile).encode())}]",
         f"{calibration.provenance} [{digest_of(repr(calibration).encode())}]",
     )

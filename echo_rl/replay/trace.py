@@ -85,6 +85,13 @@ class Trace:
         return {key(r.prompt, r.params): i for i, r in enumerate(self.responses)}
 
     @cached_property
+    def digest(self) -> str:
+        """The first 12 digits of a hash over what a replay depends on."""
+        parts = [repr(self.responses).encode()]
+        parts += [array.tobytes() for level in self.levels for array in (level.scores, level.parents, level.path)]
+        return digest_of(*parts)
+
+    @cached_property
     def _restricted(self) -> dict[int, Restricted]:
         return {}
 
@@ -143,6 +150,11 @@ class Trace:
         return read_trace(path)
 
     @classmethod
+    def of(cls, path: Path | None) -> Trace:
+        """The trace at `path`, else the packaged one. Raises `TraceError`."""
+        return cls.load(path) if path else cls.packaged()
+
+    @classmethod
     def packaged(cls) -> Trace:
         """The small trace that ships with the package."""
         return cls.load(Path(str(files("echo_rl").joinpath("replay", "data", "trace.safetensors"))))
@@ -156,10 +168,3 @@ def key(prompt: Sequence[int], params: SamplingParams) -> tuple[Any, ...]:
 
 def _hash(prompt: Sequence[int], seed: int) -> str:
     return hashlib.sha256(f"{seed}:{','.join(map(str, prompt))}".encode()).hexdigest()
-
-
-def fingerprint(trace: Trace) -> str:
-    """The first 12 digits of a hash over what a replay depends on."""
-    parts = [repr(trace.responses).encode()]
-    parts += [array.tobytes() for level in trace.levels for array in (level.scores, level.parents, level.path)]
-    return digest_of(*parts)

@@ -11,8 +11,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from echo_rl.costs.profile import CostProfile
-from echo_rl.experiments.load.record import LoadRecord
-from echo_rl.experiments.load.report import cell
+from echo_rl.experiments.report.load import cell
+from echo_rl.experiments.targets.http.record import LoadRecord
 from echo_rl.utils.result_store import read_lines, write_json
 from echo_rl.utils.statistics import Interval
 from scripts.gpu.plan import INSTALL, Stage

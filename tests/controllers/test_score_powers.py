@@ -6,8 +6,8 @@ import pytest
 
 from echo_rl.contracts import LoadView, SpecPlan
 from echo_rl.controllers import make
+from echo_rl.controllers.wrappers.fitted import Fitted
 from echo_rl.controllers.wrappers.timed import Timed
-from echo_rl.experiments.trials import Fitted
 from echo_rl.server.guard.guarded import Guarded
 from echo_rl.wrapping import Wrapping
 from tests import tiny

@@ -9,34 +9,38 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from echo_rl.cli.ab import Ab, table
-from echo_rl.config import EngineConfig
+from echo_rl.cli.ab import Ab
 from echo_rl.contracts import Request, SamplingParams
+from echo_rl.controllers.wrappers.fitted import Fitted
 from echo_rl.errors import ConfigError
-from echo_rl.experiments.ab import by_batch, over_time, run_ab, venue_result
-from echo_rl.experiments.plan import Trial, TrialConfig, trials
+from echo_rl.experiments.ab import run_ab, run_on
+from echo_rl.experiments.plan import AbConfig, Run
 from echo_rl.experiments.report import html as report_html
-from echo_rl.experiments.report.blocks import compare_outputs
-from echo_rl.experiments.trials import Decisions, Fitted, Rotation, Venue, play, rates, run_trials
+from echo_rl.experiments.report import tables
+from echo_rl.experiments.report.ab import Decisions, by_batch, over_time, target_result
+from echo_rl.experiments.report.measures import compare_outputs, rates
+from echo_rl.experiments.targets.backend import Target
+from echo_rl.experiments.targets.live import check_recorded_by
 from echo_rl.utils import statistics
 from echo_rl.workloads import metrics
 from echo_rl.workloads.records import RequestRecord, RunRecord, pool
+from echo_rl.workloads.requests import Rotation
 
 REQUESTS = tuple(
     Request(f"{suite}/{i}", tuple(range(70, 73 + i)), SamplingParams(max_new_tokens=8))
     for suite in ("chat", "code")
     for i in range(5)
 )
-CONFIG = TrialConfig(("none", "echo"), ("closed:2", "poisson:0.2"), blocks=4, seconds=40.0)
+CONFIG = AbConfig(("none", "echo"), ("closed:2", "poisson:0.2"), blocks=4, seconds=40.0)
 QUIET = Console(quiet=True)
 
 
 @pytest.fixture
 def venue(make_engine):
-    def make(**more) -> Venue:
+    def make(**more) -> Target:
         engine = make_engine(**more)
         idle = lambda until: setattr(engine.clock, "now", until)  # noqa: E731
-        return Venue("replay", engine, REQUESTS, engine.clock, idle, {"engine": "fake"})
+        return Target("replay", engine, REQUESTS, engine.clock, idle, {"engine": "fake"})
 
     return make
 
@@ -46,16 +50,16 @@ def ids(run: RunRecord) -> list[str]:
 
 
 def test_arms_run_a_b_b_a_within_each_workload():
-    order = [(t.workload, t.block, t.arm) for t in trials(CONFIG) if t.workload == "closed:2"]
+    order = [(t.workload, t.block, t.arm) for t in CONFIG.runs if t.workload == "closed:2"]
     assert "".join(arm[0] for _, _, arm in order) == "neenenne"
-    pairs = list(trials(CONFIG))
+    pairs = CONFIG.runs
     assert all(a.block == b.block and a.workload == b.workload for a, b in zip(pairs[::2], pairs[1::2], strict=True))
 
 
 def test_arms_meet_the_same_requests_at_the_same_times(venue, make_controller, tmp_path):
-    runs = run_trials(venue(), CONFIG, make_controller, tmp_path, QUIET)
+    runs = run_on(venue(), CONFIG, make_controller, tmp_path, QUIET)
     for block in range(4):
-        a, b = (runs[Trial(block, "poisson:0.2", arm)] for arm in CONFIG.arms)
+        a, b = (runs[Run(block, "poisson:0.2", arm)] for arm in CONFIG.arms)
         both = min(len(a.requests), len(b.requests))
         assert both > 2 and ids(a)[:both] == ids(b)[:both]
         pairs = zip(a.requests[:both], b.requests[:both], strict=True)
@@ -71,7 +75,7 @@ def test_controllers_are_warmed_and_keep_what_they_learn(venue, make_controller,
         made.append(make_controller(name, **options))
         return made[-1]
 
-    run_trials(venue(), CONFIG, make, tmp_path, QUIET)
+    run_on(venue(), CONFIG, make, tmp_path, QUIET)
     served = [len(controller.observed) for controller in made if controller.observed]
     assert len(served) == 4 and min(served) > 20  # one an arm and workload
 
@@ -88,7 +92,7 @@ def test_the_result_is_paired_and_in_plain_json(venue, make_controller, tmp_path
     assert closed["arms"][0]["mat"] == 1.0 and closed["arms"][1]["mat"] == 4.0
     assert closed["arms"][0]["cut"] <= 2 * 4
     assert json.loads((tmp_path / "ab.json").read_text()) == json.loads(json.dumps(result))
-    rendered = table(found, "none", "echo")
+    rendered = tables.ab(found, "none", "echo")
     assert rendered.row_count == 3
 
 
@@ -109,7 +113,7 @@ def test_an_interrupted_comparison_runs_only_what_is_missing(venue, make_control
     once_more = venue()
     run_ab([once_more], CONFIG, make_controller, tmp_path / "parts", QUIET)
     assert once_more.backend.steps == 0
-    other = TrialConfig(CONFIG.arms, CONFIG.workloads, blocks=3, seconds=40.0)
+    other = AbConfig(CONFIG.arms, CONFIG.workloads, blocks=3, seconds=40.0)
     with pytest.raises(ConfigError, match="another blocks"):
         run_ab([venue()], other, make_controller, tmp_path / "parts", QUIET)
 
@@ -129,7 +133,7 @@ def test_an_interrupted_comparison_runs_only_what_is_missing(venue, make_control
 def test_impossible_comparisons_are_refused(change, message, venue, make_controller, tmp_path):
     values = {"arms": ("none", "echo"), "workloads": ("closed:1",), "blocks": 1, "seconds": 5.0} | change
     with pytest.raises(ConfigError, match=message):
-        config = TrialConfig(**values)
+        config = AbConfig(**values)
         run_ab([venue()], config, make_controller, tmp_path, QUIET)
 
 
@@ -214,7 +218,7 @@ def test_the_mean_over_loads_is_geometric():
 def test_decisions_are_told_apart_by_batch_size_and_time(venue, make_controller):
     none, echo = (venue(), make_controller("none")), (venue(), make_controller("echo"))
     a, b = (
-        play(place, controller, place.workload("closed:3"), seed=0, seconds=30.0).steps
+        place.drive(controller, place.workload("closed:3"), seed=0, seconds=30.0).steps
         for place, controller in (none, echo)
     )
     (row,) = by_batch(a, b)
@@ -258,9 +262,9 @@ def test_plans_are_cut_to_what_the_venue_can_serve(make_controller, caplog):
 def test_the_report_needs_nothing_else_and_escapes_what_it_is_given(venue, make_controller, tmp_path):
     evil = '<script>alert("x")</script>$\\frac{&'
     place = venue()
-    place = Venue(evil, place.backend, place.requests, place.clock, place.idle, {evil: evil})
+    place = Target(evil, place.backend, place.requests, place.clock, place.idle, {evil: evil})
     make = lambda name, **options: make_controller("echo" if "script" in name else name)  # noqa: E731
-    config = TrialConfig(("none", evil), ("closed:2",), blocks=2, seconds=20.0, slo=metrics.SLO(1.0, 0.5))
+    config = AbConfig(("none", evil), ("closed:2",), blocks=2, seconds=20.0, slo=metrics.SLO(1.0, 0.5))
     page = report_html.ab_page(run_ab_without_files(place, config, make, tmp_path))
     assert "<script" not in page and "&lt;script&gt;" in page
     assert not re.search(
@@ -271,10 +275,10 @@ def test_the_report_needs_nothing_else_and_escapes_what_it_is_given(venue, make_
     assert "default-src 'none'" in page and page.count("<table") == page.count("</table") >= 6
 
 
-def run_ab_without_files(place: Venue, config: TrialConfig, make, out) -> dict:
+def run_ab_without_files(place: Target, config: AbConfig, make, out) -> dict:
     """The result of `run_ab` in a folder whose name the venue's does not decide."""
-    runs = run_trials(place, config, make, out, QUIET)
-    found = venue_result(place, config, runs)
+    runs = run_on(place, config, make, out, QUIET)
+    found = target_result(place, config, runs)
     wanted = {"blocks": config.blocks, "seconds": config.seconds, "steps": None, "seed": 0}
     slo = {"ttft": 1.0, "tpot": 0.5}
     return {"a": config.arms[0], "b": config.arms[1], "config": wanted | {"slo": slo}, "venues": [found]}
@@ -305,13 +309,13 @@ def test_the_command_compares_on_the_packaged_trace(tmp_path, capsys):
 
 
 def test_a_trace_of_another_model_is_refused(capsys):
-    command, environment = Ab(engine=EngineConfig(model="/models/Qwen3-0.6B")), {"drafter": "abc"}
+    model, environment = "/models/Qwen3-0.6B", {"drafter": "abc"}
     with pytest.raises(ConfigError, match="recorded from smollm2, the engine serves /models/Qwen3-0.6B; record one"):
-        command._recorded_here("smollm2, drafter abc, bfloat16", environment, Console())
+        check_recorded_by(model, environment, "smollm2, drafter abc, bfloat16", Console())
     for provenance in ("/else/Qwen3-0.6B, drafter abc, float32", "", "tiny"):
-        command._recorded_here(provenance, environment, Console())
+        check_recorded_by(model, environment, provenance, Console())
         assert capsys.readouterr().out == ""
-    command._recorded_here("Qwen3-0.6B, drafter xyz, float32", environment, Console())
+    check_recorded_by(model, environment, "Qwen3-0.6B, drafter xyz, float32", Console())
     assert "another drafter recorded the trace" in capsys.readouterr().out
 
 
@@ -324,8 +328,8 @@ def test_the_live_engine_gives_equal_outputs_and_is_left_empty(tmp_path):
         Request(f"tiny/{i}", (70 + i, 71, 72), SamplingParams(temperature=0.8, seed=i, max_new_tokens=16))
         for i in range(4)
     )
-    config = TrialConfig(("none", "chain"), ("closed:3", "poisson:200"), blocks=2, seconds=None, steps=25)
-    result = run_ab([Venue("live", engine, requests)], config, registry.make, tmp_path / "out", QUIET)
+    config = AbConfig(("none", "chain"), ("closed:3", "poisson:200"), blocks=2, seconds=None, steps=25)
+    result = run_ab([Target("live", engine, requests)], config, registry.make, tmp_path / "out", QUIET)
     for cell in result["venues"][0]["cells"]:
         assert cell["outputs"]["differing"] == 0 < cell["outputs"]["tokens"]
         assert cell["arms"][1]["mat"] > cell["arms"][0]["mat"] == 1.0
@@ -335,5 +339,5 @@ def test_the_live_engine_gives_equal_outputs_and_is_left_empty(tmp_path):
 
 def test_pooling_driven_runs_keeps_the_most_in_flight(venue, make_controller):
     place = venue()
-    runs = [play(place, make_controller("none"), place.workload(f"closed:{n}"), 0, steps=5) for n in (3, 2)]
+    runs = [place.drive(make_controller("none"), place.workload(f"closed:{n}"), 0, steps=5) for n in (3, 2)]
     assert pool(runs).concurrency == 3

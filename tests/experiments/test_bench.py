@@ -12,9 +12,9 @@ from rich.console import Console
 from echo_rl.controllers.arm import Arm
 from echo_rl.errors import ConfigError
 from echo_rl.experiments.bench import run_bench
-from echo_rl.experiments.plan import BenchConfig, Load, Unit, arm_order, schedule
+from echo_rl.experiments.plan import BenchConfig, Load, Run, arm_order
 from echo_rl.experiments.report import plots
-from echo_rl.experiments.report.blocks import compare_outputs, first_difference
+from echo_rl.experiments.report.measures import compare_outputs, first_difference
 from echo_rl.workloads.datasets import Prompt
 from echo_rl.workloads.driver import serve
 
@@ -45,11 +45,11 @@ def test_every_arm_takes_every_place_equally_often():
 
 
 def test_a_block_runs_all_its_arms_before_the_next_begins():
-    units = list(schedule(CONFIG))
+    units = CONFIG.runs
     assert len(units) == 15 and len(set(units)) == 15
     assert [unit.block for unit in units] == sorted(unit.block for unit in units)
     for start in range(0, 15, 3):
-        assert len({(unit.block, unit.concurrency) for unit in units[start : start + 3]}) == 1
+        assert len({(unit.block, unit.workload) for unit in units[start : start + 3]}) == 1
 
 
 def test_arms_of_a_block_serve_the_same_prompts_and_blocks_differ(fake_engine, make_controller, tmp_path):
@@ -214,7 +214,7 @@ def test_one_block_of_plain_decoding_can_be_drawn(fake_engine, make_controller, 
 
 
 def test_units_are_hashable_keys():
-    assert Unit(0, 1, "none") == Unit(**{"block": 0, "concurrency": 1, "arm": "none"})
+    assert Run(0, "closed:1", "none") == Run(**{"block": 0, "workload": "closed:1", "arm": "none"})
 
 
 # ----------------------------------------------------------------------------- the benchmark scripts

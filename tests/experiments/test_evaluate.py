@@ -17,9 +17,9 @@ from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, PolicyError, TraceError, UnknownController
+from echo_rl.experiments.arms import made_of
 from echo_rl.experiments.evaluate import EvalConfig, Replayer, best_fixed, evaluate, halving
 from echo_rl.experiments.rank import HINDSIGHT, Block, mean_speedup, report
-from echo_rl.experiments.report.blocks import made_of
 from echo_rl.wrapping import Wrapping
 from tests.policies import constant_policy
 from tests.profiles import hinge_profile

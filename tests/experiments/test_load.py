@@ -17,15 +17,17 @@ from rich.console import Console
 from echo_rl.cli import load as command
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.errors import ConfigError
-from echo_rl.experiments.load import plots
-from echo_rl.experiments.load.client import Client, chat_body
-from echo_rl.experiments.load.config import LoadConfig
-from echo_rl.experiments.load.connection import run_async
-from echo_rl.experiments.load.drive import PAUSE, Ends, drive
-from echo_rl.experiments.load.record import LoadRecord
-from echo_rl.experiments.load.report import errors
-from echo_rl.experiments.load.run import WARMUP_REQUESTS, Keys, run_load
-from echo_rl.experiments.load.stream import Events, Stream, spread
+from echo_rl.experiments.load import run_load
+from echo_rl.experiments.report import plots_load as plots
+from echo_rl.experiments.report import tables
+from echo_rl.experiments.report.load import errors
+from echo_rl.experiments.targets.http.client import Client, chat_body
+from echo_rl.experiments.targets.http.config import LoadConfig
+from echo_rl.experiments.targets.http.connection import run_async
+from echo_rl.experiments.targets.http.drive import PAUSE, Ends, drive
+from echo_rl.experiments.targets.http.record import LoadRecord
+from echo_rl.experiments.targets.http.stream import Events, Stream, spread
+from echo_rl.experiments.targets.http.target import WARMUP_REQUESTS, Keys
 from echo_rl.workloads.arrivals import Arrivals, parse
 from echo_rl.workloads.datasets import Prompt
 from echo_rl.workloads.metrics import SLO
@@ -513,7 +515,7 @@ def test_other_outputs_are_found(tmp_path):
     with Running(FakeServer(by_controller)) as server:
         result, _ = run_load(config(server, controllers=("fast", "wrong")), PROMPTS, tmp_path, Keys(), QUIET)
     assert result["cells"][1]["outputs"]["differing"] == 12
-    assert "wrong, closed:2: 12 of 12 outputs differ" in command.remarks(result)
+    assert "wrong, closed:2: 12 of 12 outputs differ" in tables.remarks(result)
 
 
 def test_two_servers_are_compared_without_an_admin_interface(tmp_path):
@@ -532,7 +534,7 @@ def test_errors_are_reported_by_kind(tmp_path):
         result, _ = run_load(config(server, controllers=()), PROMPTS, tmp_path, Keys(), QUIET)
     (cell,) = result["cells"]
     assert cell["errors"] == {"http 429": 4} and cell["requests"] == 8
-    assert any(line.endswith("4 x http 429") for line in command.remarks(result))
+    assert any(line.endswith("4 x http 429") for line in tables.remarks(result))
 
 
 def test_retries_are_counted_without_those_of_the_warm_up(tmp_path):

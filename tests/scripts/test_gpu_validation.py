@@ -18,7 +18,7 @@ from benchmarks.engine import parity
 from benchmarks.kernels import timings
 from echo_rl.cli.app import parse
 from echo_rl.errors import ConfigError, EchoError
-from echo_rl.experiments.load.record import LoadRecord
+from echo_rl.experiments.targets.http.record import LoadRecord
 from echo_rl.integrations.sglang.settings import PluginConfig
 from echo_rl.integrations.sglang.state import PluginState
 from echo_rl.utils.result_store import write_json

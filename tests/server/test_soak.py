@@ -24,7 +24,7 @@ from benchmarks.soak.clients import WEIGHTS, Visit, judge
 from benchmarks.soak.plot import draw
 from benchmarks.soak.run import Plan, soak
 from echo_rl.config import EngineConfig
-from echo_rl.experiments.load.connection import Answer
+from echo_rl.experiments.targets.http.connection import Answer
 from tests import tiny
 
 PLAN = Plan(

@@ -1,4 +1,4 @@
-"""Runs a load test block by block, each arm on the same prompts, seeds and arrivals; goes on after an interruption."""
+"""Servers that speak OpenAI's API as the target of an experiment."""
 
 from __future__ import annotations
 
@@ -6,26 +6,19 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar
-
-from rich.console import Console
+from typing import TypeVar
 
 from echo_rl.contracts import Request
 from echo_rl.errors import ConfigError
-from echo_rl.experiments.bench import run_missing
-from echo_rl.experiments.load.client import Client, chat_body
-from echo_rl.experiments.load.config import LoadConfig, Target
-from echo_rl.experiments.load.connection import run_async
-from echo_rl.experiments.load.drive import Ends, drive
-from echo_rl.experiments.load.record import LoadRecord
-from echo_rl.experiments.load.report import report
-from echo_rl.experiments.plan import Trial, trials
-from echo_rl.experiments.trials import Rotation, seed_of
-from echo_rl.utils.machine import machine
-from echo_rl.utils.result_store import ResultStore, write_json
+from echo_rl.experiments.plan import Run
+from echo_rl.experiments.targets.http.client import Client, chat_body
+from echo_rl.experiments.targets.http.config import LoadConfig, ServerArm
+from echo_rl.experiments.targets.http.connection import run_async
+from echo_rl.experiments.targets.http.drive import Ends, drive
+from echo_rl.experiments.targets.http.record import LoadRecord
 from echo_rl.workloads.arrivals import Arrivals, closed
 from echo_rl.workloads.datasets import Prompt
+from echo_rl.workloads.requests import Rotation, seed_of
 
 T = TypeVar("T")
 WARMUP_REQUESTS = 4
@@ -44,28 +37,8 @@ class Keys:
         return "Keys(...)"
 
 
-def run_load(
-    config: LoadConfig, prompts: Sequence[Prompt], out: Path, keys: Keys, console: Console | None = None
-) -> tuple[dict[str, Any], dict[Trial, LoadRecord]]:
-    """Runs what `out` lacks, writes ``out/result.json``; returns its content and all records.
-
-    A server whose controllers are compared gets back the one that it had. Raises `ConfigError` where a
-    server can't be reached or serves no token, or where `out` holds another load test.
-    """
-    session = Session(config, prompts, keys)
-    environment = machine(models=", ".join(session.models.values()))
-    store: ResultStore[Trial, LoadRecord] = ResultStore.in_folder(out, config, environment, LoadRecord)
-    try:
-        done = run_missing(list(trials(config.trials)), store, session.run, console)
-    finally:
-        session.restore()
-    result = report(config, session.workloads, done, environment)
-    write_json(out / "result.json", result)
-    return result, done
-
-
-class Session:
-    """Sends trials to their servers. Asks each server at once what it serves, so that a wrong URL is an error now."""
+class HttpTarget:
+    """Sends runs to their servers. Asks each server at once what it serves, so that a wrong URL is an error now."""
 
     def __init__(self, config: LoadConfig, prompts: Sequence[Prompt], keys: Keys) -> None:
         if not prompts:
@@ -81,10 +54,10 @@ class Session:
         for url in config.urls:
             run_async(self._greet(url))
 
-    def run(self, trial: Trial) -> LoadRecord:
-        record = run_async(self._run(trial, self._config.targets[trial.arm]))
+    def serve(self, run: Run) -> LoadRecord:
+        record = run_async(self._run(run, self._config.servers[run.arm]))
         if not record.served.output_tokens:
-            raise ConfigError(f"no token came in {trial}{_most_frequent(record)}")
+            raise ConfigError(f"no token came in {run}{_most_frequent(record)}")
         return record
 
     def restore(self) -> None:
@@ -113,24 +86,24 @@ class Session:
         finally:
             client.close()
 
-    async def _run(self, trial: Trial, target: Target) -> LoadRecord:
-        return await self._with(target.url, lambda client: self._block(client, trial, target))
+    async def _run(self, run: Run, arm: ServerArm) -> LoadRecord:
+        return await self._with(arm.url, lambda client: self._block(client, run, arm))
 
-    async def _block(self, client: Client, trial: Trial, target: Target) -> LoadRecord:
+    async def _block(self, client: Client, run: Run, arm: ServerArm) -> LoadRecord:
         config = self._config
-        if target.controller is not None:
-            await client.set_controller(target.controller, self._keys.admin)
+        if arm.controller is not None:
+            await client.set_controller(arm.controller, self._keys.admin)
 
         def body(request: Request) -> bytes:
             messages = self._messages[request.id.rpartition("#")[0]]
-            return chat_body(target.model or self.models[target.url], messages, request, config.extra)
+            return chat_body(arm.model or self.models[arm.url], messages, request, config.extra)
 
         warm_up = Rotation([_short(request) for request in self._requests], config.seed)
         await drive(client, Arrivals(closed(WARMUP_REQUESTS), 0), warm_up, body, Ends(requests=WARMUP_REQUESTS))
-        seed = seed_of(config.seed, trial.workload, trial.block)
-        source = Rotation(self._requests, seed, f"{trial.block}.")
-        arrivals = Arrivals(self.workloads[trial.workload], seed)
-        return await drive(client, arrivals, source, body, config.ends, config.max_concurrency, trial.arm)
+        seed = seed_of(config.seed, run.workload, run.block)
+        source = Rotation(self._requests, seed, f"{run.block}.")
+        arrivals = Arrivals(self.workloads[run.workload], seed)
+        return await drive(client, arrivals, source, body, config.ends, config.max_concurrency, run.arm)
 
 
 def _short(request: Request) -> Request:

@@ -9,8 +9,8 @@ from typing import Any
 
 from echo_rl.contracts import Request
 from echo_rl.errors import ConfigError
-from echo_rl.experiments.load.connection import OK, Answer, Endpoint, ProtocolError
-from echo_rl.experiments.load.stream import Stream, message
+from echo_rl.experiments.targets.http.connection import OK, Answer, Endpoint, ProtocolError
+from echo_rl.experiments.targets.http.stream import Stream, message
 from echo_rl.workloads.datasets import Message
 
 BUSY = (429, 503)

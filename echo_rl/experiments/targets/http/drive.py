@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from echo_rl.contracts import Request
 from echo_rl.errors import ConfigError
-from echo_rl.experiments.load.client import Client
-from echo_rl.experiments.load.record import UNKNOWN, LoadRecord
-from echo_rl.experiments.load.stream import Stream
+from echo_rl.experiments.targets.http.client import Client
+from echo_rl.experiments.targets.http.record import UNKNOWN, LoadRecord
+from echo_rl.experiments.targets.http.stream import Stream
 from echo_rl.workloads.arrivals import Arrivals
 from echo_rl.workloads.records import CUT, RequestRecord, RunRecord
 

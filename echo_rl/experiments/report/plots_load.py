@@ -11,10 +11,10 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from echo_rl.experiments.load.config import LoadConfig
-from echo_rl.experiments.load.record import LoadRecord, together
-from echo_rl.experiments.load.report import LATENCIES
-from echo_rl.experiments.plan import Trial
+from echo_rl.experiments.plan import Run
+from echo_rl.experiments.report.load import LATENCIES
+from echo_rl.experiments.targets.http.config import LoadConfig
+from echo_rl.experiments.targets.http.record import LoadRecord, together
 from echo_rl.utils.plotting import COLOURS, STYLE
 from echo_rl.workloads.metrics import inter_token_latencies
 from echo_rl.workloads.records import RunRecord
@@ -24,12 +24,12 @@ BINS = 30
 """Stretches of a block over which its throughput is shown."""
 
 
-def draw(config: LoadConfig, done: Mapping[Trial, LoadRecord], out: Path) -> list[Path]:
+def draw(config: LoadConfig, done: Mapping[Run, LoadRecord], out: Path) -> list[Path]:
     """Writes a PNG for each workload into `out`; returns their paths."""
     paths = []
     for workload in config.workloads:
         arms = {
-            arm: [done[Trial(block, workload, arm)] for block in range(config.blocks)] for arm in config.trials.arms
+            arm: [done[Run(block, workload, arm)] for block in range(config.blocks)] for arm in tuple(config.servers)
         }
         paths.append(out / f"{re.sub('[^a-z0-9.]+', '_', workload.lower())}.png")
         figure(workload, arms).savefig(paths[-1], bbox_inches="tight")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from echo_rl.experiments.load.connection import ProtocolError
+from echo_rl.experiments.targets.http.connection import ProtocolError
 
 DONE = b"[DONE]"
 

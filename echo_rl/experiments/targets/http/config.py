@@ -9,15 +9,15 @@ from typing import Any
 
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.errors import ConfigError
-from echo_rl.experiments.load.drive import Ends
-from echo_rl.experiments.plan import TrialConfig
+from echo_rl.experiments.plan import Run, check_blocks, schedule
+from echo_rl.experiments.targets.http.drive import Ends
 from echo_rl.workloads.arrivals import SUITES, Workload, parse
 from echo_rl.workloads.datasets import Prompt
 from echo_rl.workloads.metrics import SLO
 
 
 @dataclass(frozen=True)
-class Target:
+class ServerArm:
     """One arm: a server, a model there, and who decides the speculation."""
 
     url: str
@@ -45,7 +45,7 @@ class LoadConfig:
     suite: str = "all"
     temperature: float = 0.0
     seed: int = 0
-    """Of the arrivals, the prompts' order and of sampling."""
+    """The seed of the arrivals, of the prompts' order and of sampling."""
     max_tokens: int = 128
     speculate: bool = True
     """False: every request asks for plain decoding, an extension of ``echo-rl serve``."""
@@ -66,24 +66,25 @@ class LoadConfig:
                 f"retry is {self.retry}, timeout {self.timeout}, max_concurrency {self.max_concurrency}; "
                 "give at least 0, more than 0 and at least 1"
             )
-        assert self.trials and self.ends and self.params(0)  # they raise what is wrong with their parts
+        assert self.runs and self.ends and self.params(0)  # they raise what is wrong with their parts
 
     @property
-    def targets(self) -> dict[str, Target]:
+    def servers(self) -> dict[str, ServerArm]:
         """By label: what tells an arm from the others."""
         found = {}
         for url, model, controller in product(self.urls, self.models or (None,), self.controllers or (None,)):
             parts = (controller, model if len(self.models) > 1 else None, url if len(self.urls) > 1 else None)
-            found[" ".join(filter(None, parts)) or url] = Target(url, model, controller)
+            found[" ".join(filter(None, parts)) or url] = ServerArm(url, model, controller)
         return found
 
     @property
-    def trials(self) -> TrialConfig:
-        """The order of arms and blocks; only `ends` knows when a block is over."""
+    def runs(self) -> list[Run]:
+        """In the order they run. Raises `ConfigError` where there is nothing to run, or two arms are the same."""
         count = len(self.urls) * max(1, len(self.models)) * max(1, len(self.controllers))
-        if len(self.targets) < count:
+        if len(self.servers) < count:
             raise ConfigError("two arms are the same; give each URL, model and controller once")
-        return TrialConfig(tuple(self.targets), self.workloads, self.blocks, seed=self.seed, slo=self.slo)
+        check_blocks(tuple(self.servers), self.workloads, self.blocks)
+        return schedule(tuple(self.servers), dict.fromkeys(self.workloads, self.blocks))
 
     @property
     def ends(self) -> Ends:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from echo_rl.experiments.load.config import LoadConfig
-from echo_rl.experiments.load.record import LoadRecord, together
-from echo_rl.experiments.plan import Trial
-from echo_rl.experiments.report.blocks import compare_outputs
-from echo_rl.experiments.trials import headline, rates
+from echo_rl.experiments.plan import Run
+from echo_rl.experiments.report.measures import compare_outputs, headline, rates
+from echo_rl.experiments.targets.http.config import LoadConfig
+from echo_rl.experiments.targets.http.record import LoadRecord, together
 from echo_rl.utils import statistics
 from echo_rl.workloads import metrics
 from echo_rl.workloads.arrivals import Workload
@@ -31,13 +30,13 @@ SEEN = ("concurrency", "seconds", "requests", "output_tokens", "tokens_per_secon
 def report(
     config: LoadConfig,
     workloads: Mapping[str, Workload],
-    done: Mapping[Trial, LoadRecord],
+    done: Mapping[Run, LoadRecord],
     environment: Mapping[str, str],
 ) -> dict[str, Any]:
     """Plain JSON types. `overall` is each arm over the baseline, the geometric mean over workloads."""
-    arms = config.trials.arms
+    arms = tuple(config.servers)
     blocks = {
-        (text, arm): [done[Trial(block, text, arm)] for block in range(config.blocks)]
+        (text, arm): [done[Run(block, text, arm)] for block in range(config.blocks)]
         for text in config.workloads
         for arm in arms
     }

@@ -1,0 +1,48 @@
+"""What a benchmark found: a cell per arm and load, blocks pooled, speed-ups paired by block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from echo_rl.experiments.plan import BenchConfig, Load, Run
+from echo_rl.experiments.report.measures import compare_outputs, rates
+from echo_rl.utils import statistics
+from echo_rl.workloads import metrics
+from echo_rl.workloads.records import RunRecord, pool
+
+KIND = "tokens_per_second"
+"""The rate that a closed load is judged by."""
+
+
+def report(
+    config: BenchConfig, runs: Mapping[Run, RunRecord], environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The result as plain JSON types: one cell per arm and load, blocks pooled, speed-ups paired by block."""
+    cells = []
+    for load in config.loads:
+        baseline = _blocks(runs, config.arms[0], load)
+        for arm in config.arms:
+            ours = _blocks(runs, arm, load)
+            ratio = statistics.rate_ratio(rates(ours, KIND), rates(baseline, KIND))
+            pooled = pool(ours)
+            cells.append(
+                {
+                    **metrics.summary(pooled, config.slo),
+                    "arm": arm,
+                    "throughput": asdict(statistics.rate(rates(ours, KIND))),
+                    "speedup": None if arm == config.arms[0] else asdict(ratio),
+                    "outputs": compare_outputs(pooled, pool(baseline)),
+                }
+            )
+    return {
+        "config": asdict(config),
+        "environment": dict(environment or {}),
+        "baseline": config.arms[0],
+        "cells": cells,
+    }
+
+
+def _blocks(runs: Mapping[Run, RunRecord], arm: str, load: Load) -> list[RunRecord]:
+    return [runs[Run(block, load.workload, arm)] for block in range(load.blocks)]

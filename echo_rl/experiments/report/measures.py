@@ -1,0 +1,60 @@
+"""What the results of all experiments are made of: rates of tokens, and whether two runs gave the same outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from echo_rl.utils import statistics
+from echo_rl.workloads.arrivals import Workload
+from echo_rl.workloads.records import RequestRecord, RunRecord
+
+RATES: Mapping[str, Callable[[RunRecord], float]] = {
+    "tokens_per_second": lambda run: run.seconds,
+    "tokens_per_busy_second": lambda run: run.busy_seconds,
+    "tokens_per_request_second": lambda run: run.request_seconds,
+}
+"""Three rates of the same tokens. A second of the clock measures a saturated server; under open arrivals
+it measures the arrivals. A busy second measures the server's effort, idle time left out (a fast one
+meets smaller batches there). A request-second is the speed that a user sees, queueing included; at a
+fixed concurrency it ranks as the first does."""
+
+
+def rates(runs: Sequence[RunRecord], kind: str) -> list[statistics.Rate]:
+    """One rate a run; `kind` is one of `RATES`."""
+    return [statistics.Rate(run.output_tokens, RATES[kind](run)) for run in runs]
+
+
+def headline(workload: Workload) -> str:
+    """The rate to judge a workload by: the clock's where the load is closed, else what users see."""
+    closed = all(phase.concurrency is not None for phase in workload.phases)
+    return "tokens_per_second" if closed else "tokens_per_request_second"
+
+
+def compare_outputs(ours: RunRecord, baseline: RunRecord) -> dict[str, Any]:
+    """How many requests and tokens were compared, and where each differing request first differs.
+
+    Requests that both runs served; of one that either run cut off, as many tokens as both have.
+    """
+    expected = {request.id: request for request in baseline.requests}
+    pairs = [
+        (request.id, *_comparable(request, expected[request.id])) for request in ours.requests if request.id in expected
+    ]
+    first = {name: first_difference(a, b) for name, a, b in pairs if a != b}
+    return {
+        "requests": len(pairs),
+        "tokens": sum(len(a) for _, a, _ in pairs),
+        "differing": len(first),
+        "first_difference": first,
+    }
+
+
+def _comparable(ours: RequestRecord, theirs: RequestRecord) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    both = min(len(ours.tokens), len(theirs.tokens)) if ours.cut or theirs.cut else None
+    return ours.tokens[:both], theirs.tokens[:both]
+
+
+def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """Index of the first token that differs; the shorter length where one is a prefix of the other."""
+    pairs = zip(ours, theirs, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))

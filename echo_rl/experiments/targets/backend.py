@@ -1,0 +1,73 @@
+"""A backend in this process as the target of an experiment: its clock, and the requests that it is asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from echo_rl.contracts import Backend, Controller, Request, Restartable
+from echo_rl.workloads import driver
+from echo_rl.workloads.arrivals import SUITES, Arrivals, Workload, parse
+from echo_rl.workloads.records import RunRecord
+from echo_rl.workloads.requests import Rotation
+
+if TYPE_CHECKING:
+    from echo_rl.replay.trace import Trace
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where controllers serve: a backend and what it is asked. A request's suite is its id up to the first slash."""
+
+    name: str
+    backend: Backend
+    requests: tuple[Request, ...]
+    clock: Callable[[], float] = time.perf_counter
+    idle: Callable[[float], None] | None = None
+    """Lets the clock reach a time without work; None sleeps."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What the results depend on; a folder of results belongs to one environment."""
+    depth: int | None = None
+    """The deepest plan that it can serve, None: any. Deeper plans are cut to it."""
+    width: int | None = None
+    """The widest plan that it can serve, None: any."""
+
+    def workload(self, text: str) -> Workload:
+        """Raises `ConfigError` on a workload that cannot be read."""
+        own = dict.fromkeys(request.id.split("/")[0] for request in self.requests)
+        return parse(text, [suite for suite in SUITES if suite in own] or list(own))
+
+    def serve(self, controller: Controller, requests: Iterable[Request], concurrency: int, seed: int = 0) -> RunRecord:
+        """Requests to the last, so many in flight; the seed decides a replay's noise. Raises as `driver.serve`."""
+        self._restart(seed)
+        return driver.serve(self.backend, controller, requests, concurrency, clock=self.clock)
+
+    def drive(
+        self,
+        controller: Controller,
+        workload: Workload,
+        seed: int,
+        steps: int | None = None,
+        seconds: float | None = None,
+        tag: str = "",
+    ) -> RunRecord:
+        """One run of a workload; the seed decides its arrivals, its requests and, on replay, its noise.
+
+        `tag` tells its request ids from those of other runs. Raises what `driver.drive` raises.
+        """
+        self._restart(seed)
+        arrivals, source = Arrivals(workload, seed), Rotation(self.requests, seed, tag)
+        return driver.drive(
+            self.backend, controller, arrivals, source, steps=steps, seconds=seconds, clock=self.clock, idle=self.idle
+        )
+
+    def _restart(self, seed: int) -> None:
+        if isinstance(self.backend, Restartable):
+            self.backend.restart(seed)
+
+
+def facts(trace: Trace) -> dict[str, str]:
+    """What an environment says of the trace whose requests are served."""
+    return {"trace": f"{trace.provenance}, {len(trace.responses)} responses", "trace digest": trace.digest}
