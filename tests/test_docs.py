@@ -24,6 +24,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 DOTTED = re.compile(r"\becho_(?:rl|kernels)(?:\.\w+)+")
 FILES = re.compile(r"(?<![\w./-])(?:echo_rl|kernels|tests|benchmarks|scripts|docs|checkpoints)/[\w./*-]*[\w*]")
 CLASSES = re.compile(r"`([A-Z][a-z]+[A-Z]\w+)(?=[.`(])")
+SCRIPTS = re.compile(r"`(benchmarks(?:\.\w+){1,2})`|python -m (benchmarks(?:\.\w+){1,2})")
 WRITTEN = ("benchmarks/results/work", "benchmarks/results/quick")
 """Folders that a command makes."""
 LINKS = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
@@ -58,6 +59,8 @@ def test_every_module_and_name_that_a_page_mentions_exists(page):
     for dotted in sorted(set(DOTTED.findall(text))):
         resolve(dotted)
     assert set(CLASSES.findall(text)) <= known_words()
+    for script in ("".join(groups) for groups in SCRIPTS.findall(text)):
+        assert (ROOT / f"{script.replace('.', '/')}.py").is_file(), script
 
 
 @every_page
@@ -123,6 +126,10 @@ def test_the_controller_of_the_guide_serves_and_keeps_to_its_budget():
     assert 0 < max(step.verified for step in runs["share"].steps) <= names["ShareOptions"]().nodes
     assert {run.requests[0].tokens for run in runs.values()} == {runs["none"].requests[0].tokens}
     assert blocks(page, "python")[0].count("\n") <= 30, "the guide promises thirty lines"
+
+
+def test_the_readme_is_short():
+    assert (ROOT / "README.md").read_text().count("\n") <= 120
 
 
 def test_the_docs_extra_is_part_of_dev():
