@@ -18,8 +18,8 @@ from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller, LoadView, Request, SamplingParams, SpecPlan
 from echo_rl.runtime.environment import load_engine
 from echo_rl.server.client.engine_client import EngineClient, SupervisorConfig
-from echo_rl.server.core.options import ControllerManagerOptions
-from echo_rl.server.core.worker import LoadedEngine, build_controller, live
+from echo_rl.server.config import ControllerManagerOptions
+from echo_rl.server.core.worker import LoadedEngine, build_controller, load_live_engine
 from echo_rl.wrapping import Wrapping
 
 SOUND_PLANS = 12
@@ -68,7 +68,7 @@ def make(spec: str) -> Controller:
 
 def served(config: EngineConfig, switch: ControllerManagerOptions) -> LoadedEngine:
     """A factory, in the engine's process."""
-    return replace(live(load_engine, config, switch), make_controller=make)
+    return replace(load_live_engine(load_engine, config, switch), make_controller=make)
 
 
 @dataclass
@@ -83,24 +83,24 @@ class Log:
 
 async def under_faulty_controllers(config: EngineConfig) -> dict[str, Any]:
     """Puts each in force while requests are served. Returns what was counted and what should not have happened."""
-    host, log = EngineClient(SupervisorConfig(controller="echo"), partial(served, config)), Log()
-    await host.start()
+    client, log = EngineClient(SupervisorConfig(controller="echo"), partial(served, config)), Log()
+    await client.start()
     over = asyncio.Event()
-    tasks = [asyncio.create_task(_ask(host, number, log, over)) for number in range(REQUESTS)]
+    tasks = [asyncio.create_task(_ask(client, number, log, over)) for number in range(REQUESTS)]
     try:
-        faults = {name: await _survive(host, name, cause) for name, (_, cause) in FAULTS.items()}
+        faults = {name: await _survive(client, name, cause) for name, (_, cause) in FAULTS.items()}
         over.set()
         await asyncio.gather(*tasks)
-        core = await host.inspect()
+        core = await client.inspect()
     finally:
         for task in tasks:
             task.cancel()
-        await host.stop()
-    found = {"faults": faults, "requests": vars(log), "core": core, "restarts": host.restarts}
+        await client.stop()
+    found = {"faults": faults, "requests": vars(log), "core": core, "restarts": client.restarts}
     return {**found, "violations": list(_violations(found))}
 
 
-async def _ask(host: EngineClient, number: int, log: Log, over: asyncio.Event) -> None:
+async def _ask(client: EngineClient, number: int, log: Log, over: asyncio.Event) -> None:
     params = SamplingParams(0.8 * (number % 2), seed=number, max_new_tokens=24, ignore_eos=True)
     first, times = None, 0
     while not over.is_set():
@@ -108,7 +108,7 @@ async def _ask(host: EngineClient, number: int, log: Log, over: asyncio.Event) -
         times += 1
         tokens: tuple[int, ...] = ()
         reason = None
-        async with aclosing(host.submit(request)) as outputs:
+        async with aclosing(client.submit(request)) as outputs:
             async for output in outputs:
                 tokens += output.tokens
                 reason = output.finish_reason
@@ -118,12 +118,12 @@ async def _ask(host: EngineClient, number: int, log: Log, over: asyncio.Event) -
         log.changed += tokens != first
 
 
-async def _survive(host: EngineClient, name: str, cause: str) -> dict[str, Any]:
+async def _survive(client: EngineClient, name: str, cause: str) -> dict[str, Any]:
     """Until the one before decides again."""
-    before, rollbacks = Counter(host.fallbacks), (await host.inspect())["rollbacks"]
+    before, rollbacks = Counter(client.fallbacks), (await client.inspect())["rollbacks"]
     began = time.monotonic()
-    await host.set_controller(name)
-    while (core := await host.inspect())["rollbacks"] == rollbacks and time.monotonic() < began + ROLL_BACK_SECONDS:
+    await client.set_controller(name)
+    while (core := await client.inspect())["rollbacks"] == rollbacks and time.monotonic() < began + ROLL_BACK_SECONDS:
         await asyncio.sleep(0.05)
     taken_over = dict(Counter(core["fallbacks"]) - before)
     return {

@@ -1,4 +1,4 @@
-"""Settings of the HTTP front: one frozen record, each default stated once. Imports nothing heavy."""
+"""Settings of the server: frozen records, each default stated once. They load no torch: every room reads them."""
 
 from __future__ import annotations
 
@@ -51,3 +51,44 @@ class ServerConfig:
     def model_name(self, model: str) -> str:
         """What clients call an engine's `model`, a name or a path."""
         return self.served_model_name or Path(model).name or model
+
+
+@dataclass(frozen=True)
+class ControllerManagerOptions:
+    """How a server treats its controllers."""
+
+    fallback: str = "echo"
+    """Specification of the controller that decides wherever the active one fails."""
+    deadline: float = 0.25
+    """Seconds that a decision may take."""
+    trial_steps: int = 200
+    """Steps within which a new controller that is retired makes way for the one before it."""
+    build_seconds: float = 60.0
+    """Seconds that building a controller and its dry run may take."""
+
+
+@dataclass(frozen=True)
+class ExperimentOptions:
+    """Which controllers an experiment compares, for how long, and when it stops early. Raises `ConfigError`."""
+
+    control: str
+    """Specification of the controller that stays in force afterwards."""
+    treatment: str
+    """Specification of the controller that is compared with it."""
+    block_seconds: float = 20.0
+    """Seconds of a block in which the engine works."""
+    blocks: int = 20
+    """Most blocks of each arm."""
+    harm: float = 1.0
+    """The experiment stops as soon as the interval of treatment over control lies wholly below this ratio; 0 never
+    stops it. That interval is wider than the one shown, by as many analyses as are made (Bonferroni)."""
+    seed: int = 0
+    """The seed that the order of the arms is drawn from."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.block_seconds < float("inf"):
+            raise ConfigError(f"block_seconds is {self.block_seconds}; give a number above 0")
+        if self.blocks < 1:
+            raise ConfigError(f"blocks is {self.blocks}; give at least 1 of each arm (3 make an interval)")
+        if not 0.0 <= self.harm <= 1.0:
+            raise ConfigError(f"harm is {self.harm}; give a ratio in [0, 1], 0 for never")

@@ -1,8 +1,7 @@
-"""Frames over a stream socket between the front and the core: asyncio on one side, threads on the other.
+"""Messages over a stream socket between the client and the core: asyncio on one side, threads on the other.
 
-A frame is the length of its body (4 bytes, big endian) and the body, a pickle. The two ends are one
-program, parent and child over a socket that has no name, so unpickling is safe. Knows nothing of
-what the messages mean.
+A frame is the length of its body (4 bytes, big endian) and the body, a pickle. The two ends are one program, parent
+and child over a socket that has no name, so unpickling is safe. Knows nothing of what the messages mean.
 """
 
 from __future__ import annotations
@@ -19,31 +18,32 @@ from typing import Any, cast
 
 HEADER = struct.Struct(">I")
 SEND_BUFFER = 1 << 20
-"""Bytes of events that may wait for a front that is busy before the core waits too."""
+"""Bytes of events that may wait for a busy client before the core waits, too."""
 
 
 def frame(message: Any) -> bytes:
+    """Returns the message as it is sent."""
     body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
     return HEADER.pack(len(body)) + body
 
 
 class CoreChannel:
-    """The core's end. A thread reads commands, so that the front never waits for a step to end."""
+    """The core's end. A thread reads commands, so that the client never waits for a step to end."""
 
-    def __init__(self, sock: socket.socket, farewell: Any, on_lost: Callable[[], None] | None = None) -> None:
-        """`farewell` is received when the front is gone; `on_lost` is called then, in the reading thread."""
+    def __init__(self, sock: socket.socket, last_command: Any, on_lost: Callable[[], None] | None = None) -> None:
+        """Once the client is gone, `last_command` is received and `on_lost` called, in the reading thread."""
         sock.setblocking(True)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        self._sock, self._farewell, self._on_lost = sock, farewell, on_lost
+        self._sock, self._last_command, self._on_lost = sock, last_command, on_lost
         self._commands: SimpleQueue[Any] = SimpleQueue()
         threading.Thread(target=self._read, name="commands", daemon=True).start()
 
     def send(self, event: Any) -> None:
-        """Raises `OSError` where the front is gone."""
+        """Raises `OSError` where the client is gone."""
         self._sock.sendall(frame(event))
 
     def receive(self, timeout: float | None = 0.0) -> list[Any]:
-        """Every command that is there; waits up to `timeout` seconds (None: for ever) for the first."""
+        """Returns every command that is there; waits up to `timeout` seconds (None: for ever) for the first."""
         commands = []
         try:
             commands.append(self._commands.get_nowait() if timeout == 0.0 else self._commands.get(timeout=timeout))
@@ -53,8 +53,8 @@ class CoreChannel:
             return commands
 
     def close(self) -> None:
-        """The front sees the end of the stream after the last event; the reading thread ends."""
-        with contextlib.suppress(OSError):  # the front went first
+        """Ends the stream after the last event, and with it the reading thread."""
+        with contextlib.suppress(OSError):  # the client went first
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
 
@@ -65,14 +65,14 @@ class CoreChannel:
                     (length,) = HEADER.unpack(header)
                     self._commands.put(pickle.loads(stream.read(length)))
         except (OSError, EOFError, pickle.UnpicklingError):
-            pass  # cut off within a frame: the front died
-        self._commands.put(self._farewell)
+            pass  # cut off within a frame: the client has exited
+        self._commands.put(self._last_command)
         if self._on_lost is not None:
             self._on_lost()
 
 
-class FrontChannel(asyncio.Protocol):
-    """The front's end: `on_event` gets every event, `on_lost` the end of the stream. Never blocks."""
+class ClientChannel(asyncio.Protocol):
+    """The client's end: `on_event` gets every event, `on_lost` the end of the stream. Never blocks."""
 
     def __init__(self, on_event: Callable[[Any], None], on_lost: Callable[[], None]) -> None:
         self._on_event, self._on_lost = on_event, on_lost
@@ -84,7 +84,7 @@ class FrontChannel(asyncio.Protocol):
         await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=sock)
 
     def send(self, command: Any) -> None:
-        """Queues a command; dropped where the core is gone (`on_lost` tells)."""
+        """Queues a command; it is dropped where the core is gone, which `on_lost` tells."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(frame(command))
 

@@ -1,4 +1,4 @@
-"""What the server's front and its engine core say to each other. Plain frozen records, cheap to pickle.
+"""The messages between the engine client and the engine core: plain frozen records, cheap to pickle.
 
 Commands go to the core, events come back. A command with a `ticket` is answered by exactly one
 `Reply` with the same ticket; a request by outputs up to one with a finish reason.
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from echo_rl.contracts import Request, RequestOutput, RequestTree
+from echo_rl.server.config import ExperimentOptions
 from echo_rl.workloads.records import StepRecord
 
 
@@ -29,11 +30,11 @@ class Cancel:
 
 @dataclass(frozen=True)
 class SetController:
-    """Build this controller and, where it proves sound, let it decide from the next step on."""
+    """Build this controller and, where its dry run is sound, let it decide from the next step on."""
 
     ticket: int
     spec: str
-    """As on the command line: ``echo``, ``echo:name=value``, ``ppo:path=...``."""
+    """The controller as on the command line: ``echo``, ``echo:name=value``, ``ppo:path=...``."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,7 @@ class StartExperiment:
     """Alternate two controllers over blocks of time and compare their throughput."""
 
     ticket: int
-    control: str
-    treatment: str
-    block_seconds: float
-    blocks: int
-    """Blocks of each arm at most."""
-    harm: float
-    """Stop as soon as the interval of treatment over control lies wholly below this ratio."""
-    seed: int = 0
-    """Of the arms' order."""
+    options: ExperimentOptions
 
 
 @dataclass(frozen=True)
@@ -60,10 +53,10 @@ class StopExperiment:
 
 
 @dataclass(frozen=True)
-class Watch:
-    """Whether somebody looks at the trees: only then do steps carry them."""
+class TraceTrees:
+    """Let steps carry the verified trees, or no longer."""
 
-    trees: bool
+    enabled: bool
 
 
 @dataclass(frozen=True)
@@ -75,22 +68,22 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Stop:
-    """Leave at once; what is still in flight is cancelled."""
+    """End at once; what is still in flight is cancelled."""
 
 
-Command = Submit | Cancel | SetController | StartExperiment | StopExperiment | Watch | Inspect | Stop
+Command = Submit | Cancel | SetController | StartExperiment | StopExperiment | TraceTrees | Inspect | Stop
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """One step, as the metrics and the live view need it."""
+    """What the metrics and the live view need to know of one step."""
 
     step: StepRecord
-    """What it did; its `end` counts from the epoch."""
+    """The record of the step; its `end` counts from the epoch."""
     controller: str
-    """Spec of the controller in force."""
+    """Specification of the active controller."""
     plain: int
-    """Requests that decoded without drafts because they asked for it; the step's batch leaves them out."""
+    """Requests that decoded without drafts because they asked to; the step's batch leaves them out."""
     running: int
     tokens: int
     """New tokens of all outputs, the first one of each request included."""
@@ -103,19 +96,18 @@ class StepStats:
     rollbacks: int = 0
     """Times since the core's start that a new controller failed its trial and the one before it came back."""
     serving: dict[str, int] = field(default_factory=dict)
-    """How the engine served its steps since the core's start, by way (see `worker.ways_of`); empty where it counts
-    nothing."""
+    """Steps since the core's start by how the engine served them, see `worker.serving_counts`."""
     trees: tuple[RequestTree, ...] = ()
-    """What was verified, a request each; empty while nobody watches."""
+    """The verified tree of each request; empty unless `TraceTrees` asked for them."""
 
     @property
     def batch(self) -> int:
-        """Requests that decoded."""
+        """Returns how many requests decoded."""
         return self.step.batch_size + self.plain
 
     @property
     def committed(self) -> int:
-        """Tokens of all requests that decoded."""
+        """Returns the tokens of all requests that decoded."""
         return self.step.committed + self.plain
 
 
@@ -132,7 +124,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Stepped:
-    """A step's outputs and what it did."""
+    """The outputs of a step and its statistics."""
 
     outputs: tuple[RequestOutput, ...]
     stats: StepStats
@@ -148,12 +140,12 @@ def _stepped(rows: tuple[tuple[Any, ...], ...], stats: StepStats) -> Stepped:
 
 @dataclass(frozen=True)
 class Refused:
-    """A request that the engine cannot serve as it is."""
+    """The engine cannot serve this request."""
 
     request_id: str
     message: str
     unforeseen: bool = False
-    """Not for what the request asks: the engine failed on it."""
+    """Whether the engine failed on it, rather than refused what it asks for."""
 
 
 @dataclass(frozen=True)
@@ -163,12 +155,12 @@ class Reply:
     ticket: int
     value: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
-    """What was wrong with the command; nothing changed then."""
+    """What was wrong with the command, which then changed nothing."""
 
 
 @dataclass(frozen=True)
 class ExperimentReport:
-    """The running interval of an experiment; sent when a block ends and when it is over."""
+    """The state of an experiment; sent when a block ends and when the experiment is over."""
 
     state: str
     """``running``, ``done``, ``stopped`` (by hand) or ``harm``."""
@@ -178,7 +170,7 @@ class ExperimentReport:
 
 @dataclass(frozen=True)
 class Failed:
-    """The engine is dead; every request in flight is lost with it."""
+    """The engine has failed; every request in flight is lost with it."""
 
     message: str
 

@@ -1,4 +1,4 @@
-"""Runs the server: engine host and HTTP front in one event loop, from loading to the last drained request."""
+"""Runs the server: engine client and HTTP API in one event loop, from loading to the last drained request."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
+from prometheus_client import disable_created_metrics
 
 from echo_rl.config import EngineConfig
 from echo_rl.errors import ConfigError
 from echo_rl.runtime.models.default_model import resolve_model
 from echo_rl.runtime.tokenizer import Tokenizer
-from echo_rl.server.api import logs
+from echo_rl.server import logs
 from echo_rl.server.api.app import create_app
 from echo_rl.server.api.auth import Keys, is_loopback
 from echo_rl.server.api.completion_response import LAST_BYTES_SECONDS
 from echo_rl.server.api.front import Front
 from echo_rl.server.client.engine_client import EngineClient, SupervisorConfig
 from echo_rl.server.config import ServerConfig
-from echo_rl.server.core.heap import settle
-from echo_rl.server.core.turns import give_way
-from echo_rl.server.core.worker import live, logging_as
+from echo_rl.server.core.worker import load_live_engine, with_logging
+from echo_rl.server.process import freeze_gc_heap, use_batch_scheduling
 
 if TYPE_CHECKING:
     from echo_rl.runtime.engine import Engine
@@ -39,19 +39,20 @@ LoadEngine = Callable[[EngineConfig], "tuple[Engine, dict[str, str]]"]
 
 
 def serve(engine: EngineConfig, server: ServerConfig, controller: str, load: LoadEngine) -> int:
-    """Serve until a signal; returns the exit code. Raises what was wrong with the settings, the model or the engine.
+    """Serves until a signal and returns the exit code. Raises what is wrong with the settings, the model or the engine.
 
-    `load`, a module's function, loads the engine in its own process and says what timings depend on.
+    `load`, a module's function, loads the engine in its own process and returns it with what timings depend on.
 
     The port opens once the model's files are here, and answers from then on, with 503 until the engine is loaded. The
     first SIGTERM or SIGINT lets requests in flight finish, up to `drain_seconds`; a second one ends them.
     """
     keys = Keys.load(server)
     logs.configure(server.log_format)
+    disable_created_metrics()
     tokenizer = Tokenizer.load(resolve_model(engine.model))
     with listen(server.host, server.port) as listener:
-        factory = partial(logging_as, server.log_format, partial(live, load, engine))
-        host = EngineClient(SupervisorConfig(controller=controller), factory)
+        factory = partial(with_logging, server.log_format, partial(load_live_engine, load, engine))
+        client = EngineClient(SupervisorConfig(controller=controller), factory)
         bound = replace(server, host=listener.getsockname()[0])
         if keys.admin is None and is_loopback(bound.host):
             log.warning(
@@ -59,7 +60,7 @@ def serve(engine: EngineConfig, server: ServerConfig, controller: str, load: Loa
                 "port leads here",
                 bound.host,
             )
-        app = create_app(host, tokenizer, bound, keys, engine.model)
+        app = create_app(client, tokenizer, bound, keys, engine.model)
         config = uvicorn.Config(
             app,
             ws="none",
@@ -71,11 +72,11 @@ def serve(engine: EngineConfig, server: ServerConfig, controller: str, load: Loa
             timeout_graceful_shutdown=LAST_BYTES_SECONDS,
         )
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            return runner.run(_run(_Server(config), host, app.state.front, listener))
+            return runner.run(_run(_Server(config), client, app.state.front, listener))
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket: of a name that has addresses of both kinds the IPv4 one, of ``::`` both.
+    """Returns a listening socket: IPv4 where a name has addresses of both kinds, both for ``::``.
 
     Raises `ConfigError` where the address can't be had.
     """
@@ -89,42 +90,42 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to `_run`, which has requests to drain first."""
+    """A server that leaves signals to `_run`, which drains requests first."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-async def _run(server: _Server, host: EngineClient, front: Front, listener: socket.socket) -> int:
-    drain, now = asyncio.Event(), asyncio.Event()
+async def _run(server: _Server, client: EngineClient, front: Front, listener: socket.socket) -> int:
+    drain, at_once = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
-        loop.add_signal_handler(number, lambda: (now if drain.is_set() else drain).set())
-    give_way()
+        loop.add_signal_handler(number, lambda: (at_once if drain.is_set() else drain).set())
+    use_batch_scheduling()
     address, port = listener.getsockname()[:2]
     logs.write("listening", url=f"http://{f'[{address}]' if ':' in address else address}:{port}", model=front.model)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
-        await _until_signal(host, front, drain, serving)
-        return await _drain(host, front, now)
+        await _until_signal(client, front, drain, serving)
+        return await _drain(client, front, at_once)
     finally:
         server.should_exit = True
-        server.force_exit = now.is_set()
-        await host.stop()
+        server.force_exit = at_once.is_set()
+        await client.stop()
         await serving
 
 
-async def _until_signal(host: EngineClient, front: Front, drain: asyncio.Event, serving: asyncio.Task[None]) -> None:
-    """Raises what hinders the engine from loading."""
+async def _until_signal(client: EngineClient, front: Front, drain: asyncio.Event, serving: asyncio.Task[None]) -> None:
+    """Loads the engine and serves until a signal. Raises what keeps the engine from loading."""
     waiting = asyncio.create_task(drain.wait())
-    starting = asyncio.create_task(host.start())
+    starting = asyncio.create_task(client.start())
     try:
         await asyncio.wait((starting, waiting), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             await starting
-            settle()
-            logs.write("ready", **front.engine().environment, controller=host.controller)
+            freeze_gc_heap()
+            logs.write("ready", **front.loaded_engine().environment, controller=client.controller)
             await asyncio.wait((waiting, serving), return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in (waiting, starting):
@@ -132,15 +133,15 @@ async def _until_signal(host: EngineClient, front: Front, drain: asyncio.Event, 
         await asyncio.gather(waiting, starting, return_exceptions=True)
 
 
-async def _drain(host: EngineClient, front: Front, now: asyncio.Event) -> int:
+async def _drain(client: EngineClient, front: Front, at_once: asyncio.Event) -> int:
     """Refuses new requests and waits for the others. Returns the exit code: 130 where a second signal cut it short."""
     front.draining = True
-    logs.write("draining", in_flight=host.in_flight)
-    draining = asyncio.create_task(host.drain(front.config.drain_seconds))
-    hurry = asyncio.create_task(now.wait())
+    logs.write("draining", in_flight=client.in_flight)
+    draining = asyncio.create_task(client.drain(front.config.drain_seconds))
+    hurry = asyncio.create_task(at_once.wait())
     await asyncio.wait((draining, hurry), return_when=asyncio.FIRST_COMPLETED)
     for task in (draining, hurry):
         task.cancel()
     await asyncio.gather(draining, hurry, return_exceptions=True)
     logs.write("stopped")
-    return INTERRUPTED if now.is_set() else 0
+    return INTERRUPTED if at_once.is_set() else 0

@@ -38,10 +38,10 @@ def test_a_guard_passes_it_on_of_whoever_decides():
     guard.plan(load_of(2))
     assert guard.score_powers(PLAN) == echo.calibration.score_power
     for fallback in (make("eagle2"), echo):
-        guard = Guarded(Broken.__new__(Broken), fallback, aside=frozenset())
+        guard = Guarded(Broken.__new__(Broken), fallback, threaded=frozenset())
         guard.plan(load_of(2))
         assert guard.score_powers(PLAN) == fallback.score_powers(PLAN)
-    foreign = Guarded(make("echo"), make("none"), aside=frozenset({"plan", "extend", "select"}))
+    foreign = Guarded(make("echo"), make("none"), threaded=frozenset({"plan", "extend", "select"}))
     assert foreign.score_powers(PLAN) is None
 
 

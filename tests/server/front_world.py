@@ -1,4 +1,4 @@
-"""A host that does exactly what a test says, and ways to reach an app over it."""
+"""An engine client that does exactly what a test says, and ways to reach an app over it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from echo_rl.server.config import ServerConfig
 from echo_rl.server.messages import ExperimentReport, Ready, StepStats
 from echo_rl.workloads.records import StepRecord
 from tests.conftest import FakeTokenizer
-from tests.server.hosts import running
+from tests.server.engine_clients import running
 
 LOCAL = "http://127.0.0.1"
 BUILDS = ("echo", "none", "chain", "ppo")
 
 
-class FakeHost:
+class FakeEngineClient:
     """Looks like `EngineClient`. Token i of a completion is the i-th letter; one output a token."""
 
     def __init__(self, context: int = 64, vocab: int = 1_114_112) -> None:
@@ -68,7 +68,7 @@ class FakeHost:
             if i in (count - 1, self.fail_at) or ord("!") in request.prompt:
                 del self.tasks[request.id]
             if ord("!") in request.prompt:
-                stream.put(RequestError("the prompt holds '!'; take it out"))
+                stream.fail(RequestError("the prompt holds '!'; take it out"))
                 return
             if i == self.fail_at:
                 stream.put(RequestOutput(request.id, (), finish_reason="error", error="the weights are cursed"))
@@ -89,8 +89,8 @@ class FakeHost:
         previous, self.controller = self.controller, spec
         return {"controller": spec, "previous": previous}
 
-    async def start_experiment(self, control, treatment, block_seconds, blocks, harm, seed=0) -> dict:
-        value = {"control": control, "treatment": treatment, "blocks": blocks}
+    async def start_experiment(self, options) -> dict:
+        value = {"control": options.control, "treatment": options.treatment, "blocks": options.blocks}
         self.experiment = ExperimentReport("running", value)
         return value
 
@@ -125,8 +125,8 @@ def changed(stats: StepStats, **changes) -> StepStats:
     return replace(stats, step=replace(stats.step, **changes), **own)
 
 
-def make_app(host, /, keys: Keys | None = None, tokenizer=None, model: str = "fake", **settings):
-    return create_app(host, tokenizer or FakeTokenizer(), ServerConfig(**settings), keys or Keys(), model)
+def make_app(engine_client, /, keys: Keys | None = None, tokenizer=None, model: str = "fake", **settings):
+    return create_app(engine_client, tokenizer or FakeTokenizer(), ServerConfig(**settings), keys or Keys(), model)
 
 
 @contextlib.contextmanager
@@ -144,15 +144,15 @@ def listening(app):
 
 
 @contextlib.contextmanager
-def serving(make_host, tokenizer, **settings):
-    """An app over a real host, which lives in the same loop; yields its URL."""
-    host = make_host()
+def serving(make_client, tokenizer, **settings):
+    """An app over a real engine client, which lives in the same loop; yields its URL."""
+    engine_client = make_client()
 
     async def serve(server) -> None:
-        async with running(host):
+        async with running(engine_client):
             await server.serve()
 
-    with _thread(serve, lambda: make_app(host, tokenizer=tokenizer, **settings)) as url:
+    with _thread(serve, lambda: make_app(engine_client, tokenizer=tokenizer, **settings)) as url:
         yield url
 
 

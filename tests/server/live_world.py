@@ -1,7 +1,7 @@
 """A server that only seems to decode: requests come and go and trees are drawn, but nothing is computed.
 
-`LiveWorld` makes steps with the proportions of the real ones; `LiveWorldHost` gives them to the HTTP front as
-an engine host does.
+`LiveWorld` makes steps with the proportions of the real ones; `LiveWorldClient` gives them to the HTTP front as
+an engine client does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 from echo_rl.contracts import PhaseTimes, RequestTree
 from echo_rl.errors import ConfigError
-from echo_rl.server.core.experiment import CONTROL, RUNNING, ExperimentOptions, Switchback
+from echo_rl.server.config import ExperimentOptions
+from echo_rl.server.core.experiment import CONTROL, RUNNING, Switchback
 from echo_rl.server.messages import ExperimentReport, Ready, StepStats
 from echo_rl.server.ui.feed import add_ragged
 from echo_rl.workloads.records import StepRecord
@@ -141,8 +142,8 @@ def by_depth(trees: list[RequestTree], depth: int) -> tuple[tuple[int, ...], tup
     return add_ragged(reached, (0,) * depth), add_ragged(accepted, (0,) * depth)
 
 
-class LiveWorldHost:
-    """What `EngineClient` is to the front, over a `LiveWorld` that lives `speed` times as fast as the clock."""
+class LiveWorldClient:
+    """An engine client over a `LiveWorld` that lives `speed` times as fast as the clock."""
 
     max_context = 2048
 
@@ -155,10 +156,10 @@ class LiveWorldHost:
         self.in_flight = self.restarts = self.rollbacks = 0
         self.serving: dict[str, int] = {}
         self.fallbacks = dict(FALLBACKS)
-        self.watched: list[bool] = []
+        self.traced: list[bool] = []
         self.controller = self.world.controller
         self.switchback: Switchback | None = None
-        self.told: asyncio.Queue[ExperimentReport] = asyncio.Queue()
+        self.received: asyncio.Queue[ExperimentReport] = asyncio.Queue()
         environment = {"model": "smollm2", "device": "cpu", "dtype": "bfloat16", "threads": "2", "cpu": "AMD EPYC"}
         self.ready_info = Ready("echo", self.max_context, 49152, environment)
 
@@ -171,8 +172,8 @@ class LiveWorldHost:
             for _ in range(0 if self.idle else max(1, round(self.speed))):
                 for event in self.advance():
                     yield event
-            while not self.told.empty():
-                yield self.told.get_nowait()
+            while not self.received.empty():
+                yield self.received.get_nowait()
             await asyncio.sleep(0.025)
 
     def advance(self) -> list[StepStats | ExperimentReport]:
@@ -187,8 +188,8 @@ class LiveWorldHost:
             return [stats, self.experiment]
         return [stats]
 
-    async def watch(self, trees: bool) -> None:
-        self.watched.append(trees)
+    def trace_trees(self, enabled: bool) -> None:
+        self.traced.append(enabled)
 
     def on_stats(self, callback: Any) -> None:
         pass
@@ -199,12 +200,12 @@ class LiveWorldHost:
         previous, self.controller = self.controller, spec
         return {"controller": spec, "previous": previous}
 
-    async def start_experiment(self, control: str, treatment: str, **options: Any) -> dict[str, Any]:
-        self.switchback = Switchback(ExperimentOptions(control, treatment, **options))
-        self.told.put_nowait(self.experiment)
+    async def start_experiment(self, options: ExperimentOptions) -> dict[str, Any]:
+        self.switchback = Switchback(options)
+        self.received.put_nowait(self.experiment)
         return self.switchback.report()
 
     async def stop_experiment(self) -> dict[str, Any]:
         self.switchback.stop("stopped by hand")
-        self.told.put_nowait(self.experiment)
+        self.received.put_nowait(self.experiment)
         return self.switchback.report()

@@ -7,7 +7,7 @@ import pytest
 from echo_rl.errors import ConfigError
 from echo_rl.server.api.auth import Keys, is_loopback
 from echo_rl.server.config import ServerConfig
-from tests.server.front_world import FakeHost, client_of, make_app
+from tests.server.front_world import FakeEngineClient, client_of, make_app
 
 ADMIN = "/admin/controller"
 BOTH = Keys(api=b"for-all", admin=b"for-me")
@@ -18,7 +18,7 @@ def bearer(key: str | bytes) -> dict:
 
 
 def status(path: str, headers=None, keys=Keys(), peer="127.0.0.1", url="http://127.0.0.1", **settings) -> int:  # noqa: B008
-    with client_of(make_app(FakeHost(), keys, **settings), peer, url) as client:
+    with client_of(make_app(FakeEngineClient(), keys, **settings), peer, url) as client:
         return client.get(path, headers=headers or {}).status_code
 
 
@@ -31,7 +31,7 @@ def test_the_api_key(key, expected):
 
 
 def test_no_key_is_as_bad_as_a_wrong_one_and_says_how_to_give_it():
-    with client_of(make_app(FakeHost(), BOTH)) as client:
+    with client_of(make_app(FakeEngineClient(), BOTH)) as client:
         for headers in ({}, {"Authorization": "Basic Zm9yLWFsbA=="}):
             reply = client.get("/v1/models", headers=headers)
             assert reply.status_code == 401 and reply.headers["WWW-Authenticate"] == "Bearer"

@@ -12,8 +12,8 @@ from echo_rl.contracts import AUTOREGRESSIVE, Request, SamplingParams, SpecPlan
 from echo_rl.controllers.base import BaseController
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, IntegrityError, PlanViolation
+from echo_rl.server.config import ControllerManagerOptions, ExperimentOptions
 from echo_rl.server.core.engine_core import CoreOptions, EngineCore
-from echo_rl.server.core.options import ControllerManagerOptions
 from echo_rl.server.core.worker import build_controller
 from echo_rl.server.guard.validation import Limits
 from echo_rl.server.messages import (
@@ -28,15 +28,15 @@ from echo_rl.server.messages import (
     Stop,
     StopExperiment,
     Submit,
-    Watch,
+    TraceTrees,
 )
 from echo_rl.workloads.driver import serve
 from tests import tiny
-from tests.server.hosts import ServedFake, request_of
+from tests.server.engine_clients import ServedFake, request_of
 
 
 class Director:
-    """Plays the front: hands out commands, takes events. A scene is a generator that yields lists of commands,
+    """Plays the engine client: hands out commands, takes events. A scene is a generator that yields lists of commands,
     one before every step; it is resumed as long as there is work, and its end stops the core."""
 
     def __init__(self, scene=None) -> None:
@@ -93,7 +93,7 @@ def quiet(steps):
 
 
 class Bad(BaseController):
-    """Sound in a rehearsal, whose contexts are long, and bad in these tests' steps."""
+    """Sound in a dry run, whose contexts are long, and bad in these tests' steps."""
 
     name = "bad"
 
@@ -379,7 +379,7 @@ def test_an_engine_that_refuses_every_decision_is_dead():
 
 
 def start(ticket=1, control="none", treatment="chain:steps=2", blocks=4, harm=1.0, block_seconds=1e-4):
-    return StartExperiment(ticket, control, treatment, block_seconds, blocks, harm, seed=3)
+    return StartExperiment(ticket, ExperimentOptions(control, treatment, block_seconds, blocks, harm, seed=3))
 
 
 def test_an_experiment_alternates_its_arms_and_leaves_the_control_in_force():
@@ -460,7 +460,7 @@ def test_an_experiment_is_stopped_by_hand_once():
     assert director.of(ExperimentReport)[-1].value["reason"] == "stopped by hand"
 
 
-@pytest.mark.parametrize("bad", [{"blocks": 0}, {"block_seconds": 0.0}, {"harm": 2.0}, {"treatment": "nonsense"}])
+@pytest.mark.parametrize("bad", [{"control": "nonsense"}, {"treatment": "nonsense"}, {"treatment": "chain:steps=0"}])
 def test_an_experiment_that_makes_no_sense_is_refused(bad):
     def scene(director):
         yield [start(**bad)]
@@ -496,9 +496,9 @@ def test_trees_are_sent_while_somebody_watches(tiny_engine):
     def scene(director):
         yield [Submit(prompt_of(1)), Submit(prompt_of(2)), Submit(prompt_of(5))]
         yield from quiet(3)
-        yield [Watch(True)]
+        yield [TraceTrees(True)]
         yield from quiet(3)
-        yield [Watch(False)]
+        yield [TraceTrees(False)]
         yield from quiet(3)
 
     director = play(scene, tiny_engine, spec="chain:steps=2", limits=Limits(40))

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_rl.errors import ConfigError
-from echo_rl.server.core.experiment import CARRY_OVER, CONTROL, PAIRS_FOR_HARM, TREATMENT, ExperimentOptions, Switchback
+from echo_rl.server.config import ExperimentOptions
+from echo_rl.server.core.experiment import CARRY_OVER, CONTROL, PAIRS_FOR_HARM, TREATMENT, Switchback
 from echo_rl.utils.statistics import Rate, rate_ratio
 
 

@@ -19,13 +19,13 @@ from schemathesis.specs.openapi.checks import (
 
 from echo_rl.runtime.tokenizer import Tokenizer
 from tests import tiny
-from tests.server.front_world import FakeHost, make_app, serving
-from tests.server.hosts import tiny_host
+from tests.server.engine_clients import tiny_host
+from tests.server.front_world import FakeEngineClient, make_app, serving
 
 EXAMPLES = 60
 """Of each operation and of each kind, valid and broken; the whole file stays below half a minute."""
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-SCHEMA = schemathesis.openapi.from_dict(make_app(FakeHost()).openapi())
+SCHEMA = schemathesis.openapi.from_dict(make_app(FakeEngineClient()).openapi())
 OPERATIONS = {operation.ok().label: operation.ok() for operation in SCHEMA.get_all_operations()}
 SLOW = settings(
     max_examples=EXAMPLES,

@@ -15,8 +15,8 @@ from echo_rl.server.api.errors import ApiError
 from echo_rl.server.api.limits import Admission
 from echo_rl.server.config import ServerConfig
 from tests.conftest import FakeClock
-from tests.server.front_world import FakeHost, client_of, listening, make_app, wait_until
-from tests.server.hosts import until
+from tests.server.engine_clients import until
+from tests.server.front_world import FakeEngineClient, client_of, listening, make_app, wait_until
 
 COMPLETION = "/v1/completions"
 
@@ -54,13 +54,13 @@ def test_more_than_ever_fits_is_another_error_than_more_than_fits_now():
 
 
 def test_a_full_queue_is_429_until_a_place_is_free():
-    host = FakeHost()
-    host.pause = 0.02
-    app = make_app(host, max_queue=2)
+    engine_client = FakeEngineClient()
+    engine_client.pause = 0.02
+    app = make_app(engine_client, max_queue=2)
     with listening(app) as url:
         first = threading.Thread(target=httpx.post, args=(url + COMPLETION,), kwargs={"json": body(20, n=2)})
         first.start()
-        wait_until(lambda: host.in_flight == 2)
+        wait_until(lambda: engine_client.in_flight == 2)
         refused = httpx.post(url + COMPLETION, json=body(1))
         assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
         assert refused.json()["error"]["type"] == "rate_limit_error"
@@ -77,13 +77,13 @@ def body(max_tokens: int, **more) -> dict:
 def test_large_bodies_are_413(announced):
     text = json.dumps({"prompt": "x" * 5000}).encode()
     content = text if announced else iter([text[:100], text[100:]])
-    with client_of(make_app(FakeHost(), max_body_bytes=1000)) as client:
+    with client_of(make_app(FakeEngineClient(), max_body_bytes=1000)) as client:
         reply = client.post(COMPLETION, content=content, headers={"Content-Type": "application/json"})
     assert reply.status_code == 413 and "1000 bytes" in reply.json()["error"]["message"]
 
 
 def test_the_operators_bounds_on_prompt_and_output():
-    with client_of(make_app(FakeHost(), max_prompt_tokens=3, max_tokens=5)) as client:
+    with client_of(make_app(FakeEngineClient(), max_prompt_tokens=3, max_tokens=5)) as client:
         long = client.post(COMPLETION, json={"prompt": "four"})
         many = client.post(COMPLETION, json=body(6))
         assert (long.status_code, long.json()["error"]["param"]) == (400, "prompt")
@@ -92,9 +92,9 @@ def test_the_operators_bounds_on_prompt_and_output():
 
 
 def test_a_request_that_takes_too_long_is_504():
-    host = FakeHost()
-    host.pause = 0.05
-    app = make_app(host, request_timeout=0.12)
+    engine_client = FakeEngineClient()
+    engine_client.pause = 0.05
+    app = make_app(engine_client, request_timeout=0.12)
     with client_of(app) as client:
         reply = client.post(COMPLETION, json=body(30))
         assert reply.status_code == 504 and reply.json()["error"]["code"] == "timeout"
@@ -102,29 +102,31 @@ def test_a_request_that_takes_too_long_is_504():
         events = stream.text.strip().split("\n\n")
         assert stream.status_code == 200 and events[-1] == "data: [DONE]"
         assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "timeout"
-    assert len(host.cancelled) == 2 and host.in_flight == 0 and app.state.front.admission.unfinished == 0
+    assert (
+        len(engine_client.cancelled) == 2 and engine_client.in_flight == 0 and app.state.front.admission.unfinished == 0
+    )
 
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("copies", [1, 3])
 def test_a_client_that_leaves_frees_the_engine(stream, copies):
-    host = FakeHost(context=5000)
-    host.pause = 0.01
-    app = make_app(host)
+    engine_client = FakeEngineClient(context=5000)
+    engine_client.pause = 0.01
+    app = make_app(engine_client)
     with listening(app) as url:
         text = json.dumps(body(4000, stream=stream, n=copies)).encode()
         head = f"POST {COMPLETION} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
             connection.sendall(head.encode() + b"\r\n\r\n" + text)
-            wait_until(lambda: host.in_flight == copies)
-        wait_until(lambda: len(host.cancelled) == copies)
-    assert host.in_flight == 0 and app.state.front.admission.unfinished == 0
+            wait_until(lambda: engine_client.in_flight == copies)
+        wait_until(lambda: len(engine_client.cancelled) == copies)
+    assert engine_client.in_flight == 0 and app.state.front.admission.unfinished == 0
 
 
 def test_a_stream_that_nobody_reads_holds_no_place_after_its_timeout():
-    host = FakeHost()
-    host.pause = 0.01
-    app = make_app(host, request_timeout=0.1)
+    engine_client = FakeEngineClient()
+    engine_client.pause = 0.01
+    app = make_app(engine_client, request_timeout=0.1)
     text = json.dumps(body(30, stream=True, n=2)).encode()
 
     async def main():
@@ -143,7 +145,7 @@ def test_a_stream_that_nobody_reads_holds_no_place_after_its_timeout():
         admission = app.state.front.admission
         await until(lambda: admission.unfinished == 2)
         await until(lambda: admission.unfinished == 0)
-        assert host.in_flight == 0 and len(host.cancelled) == 2
+        assert engine_client.in_flight == 0 and len(engine_client.cancelled) == 2
         serving.cancel()
         await asyncio.wait([serving])
 
@@ -151,7 +153,7 @@ def test_a_stream_that_nobody_reads_holds_no_place_after_its_timeout():
 
 
 def test_draining_is_503():
-    app = make_app(FakeHost(), drain_seconds=7.0)
+    app = make_app(FakeEngineClient(), drain_seconds=7.0)
     app.state.front.draining = True
     with client_of(app) as client:
         reply = client.post(COMPLETION, json=body(1))
@@ -161,24 +163,24 @@ def test_draining_is_503():
 
 
 def test_health_of_a_dead_engine():
-    host = FakeHost()
-    with client_of(make_app(host)) as client:
+    engine_client = FakeEngineClient()
+    with client_of(make_app(engine_client)) as client:
         assert client.get("/health").json()["ready"] is True
-        host.alive = host.ready = False
+        engine_client.alive = engine_client.ready = False
         assert client.get("/health/live").status_code == client.get("/health").status_code == 503
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_one_failure_among_many_cancels_the_others(stream):
-    host = FakeHost()
-    host.pause = 0.01
-    app = make_app(host)
+    engine_client = FakeEngineClient()
+    engine_client.pause = 0.01
+    app = make_app(engine_client)
     with client_of(app) as client:
         body = {"prompt": ["good", "bad!", "fine"], "max_tokens": 50, "stream": stream}
         reply = client.post("/v1/completions", json=body)
     assert reply.status_code == 400 and "'!'" in reply.json()["error"]["message"]
-    assert [request_id[-2:] for request_id in host.cancelled] == ["-0", "-2"]
-    assert host.in_flight == app.state.front.admission.unfinished == 0
+    assert [request_id[-2:] for request_id in engine_client.cancelled] == ["-0", "-2"]
+    assert engine_client.in_flight == app.state.front.admission.unfinished == 0
 
 
 @pytest.mark.parametrize("settings", [{"port": -1}, {"max_queue": 0}, {"request_timeout": 0.0}, {"max_tokens": -5}])

@@ -7,16 +7,16 @@ import json
 import logging
 import time
 
-import prometheus_client
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, generate_latest
 
-from echo_rl.server.api import logs
-from echo_rl.server.api.meters import Meters
+from echo_rl.server import logs
+from echo_rl.server.api.metrics import Metrics
+from echo_rl.server.api.model_metrics import ModelMetrics
 from echo_rl.server.api.step_metrics import StepMetrics
-from tests.server.front_world import FakeHost, client_of, make_app, stats
+from echo_rl.server.client.engine_client import EngineClient, SupervisorConfig
+from echo_rl.server.core.worker import build_controller
+from echo_rl.server.messages import Stepped
+from tests.server.front_world import FakeEngineClient, client_of, make_app, stats
 
 SECRET = "the quick brown secret"
 
@@ -33,8 +33,8 @@ class Reading:
 
 @pytest.fixture
 def steps():
-    registry = CollectorRegistry()
-    return StepMetrics(registry, "m"), Reading(registry)
+    metrics = ModelMetrics("m")
+    return StepMetrics(metrics), Reading(metrics.registry)
 
 
 def test_speculation_is_counted_truly(steps):
@@ -71,11 +71,18 @@ def test_throughput_is_of_the_last_seconds_and_idle_is_zero(steps):
     assert value("sglang:gen_throughput") == value("sglang:num_running_reqs") == value("sglang:token_usage") == 0
 
 
-def test_swaps_fallbacks_and_rollbacks_count_on_over_a_restart(steps):
-    metrics, value = steps
-    metrics.step(stats(fallbacks={"nan": 5}, rollbacks=1, serving={"device": 3, "eager:width": 1}))
-    metrics.step(stats(controller="ppo:path=/secret", fallbacks={"nan": 7}, rollbacks=3, serving={"device": 4}))
-    metrics.step(stats(controller="ppo:path=/secret", fallbacks={"nan": 1}, rollbacks=1))  # a new core counts from 0
+def test_swaps_fallbacks_and_rollbacks_count_on_over_a_restart():
+    client = EngineClient(SupervisorConfig(), build_controller)
+    value = Reading(Metrics("m", client).registry)
+    for counted in (
+        stats(fallbacks={"nan": 5}, rollbacks=1, serving={"device": 3, "eager:width": 1}),
+        stats(
+            controller="ppo:path=/secret", fallbacks={"nan": 7}, rollbacks=3, serving={"device": 4, "eager:width": 1}
+        ),
+    ):
+        client.on_event(Stepped((), counted))
+    client.on_exit("killed")
+    client.on_event(Stepped((), stats(controller="ppo:path=/secret", fallbacks={"nan": 1}, rollbacks=1)))
     assert value("echo_rl:controller_rollbacks_total") == 4
     assert value("echo_rl:served_total", way="device") == 4 and value("echo_rl:served_total", way="eager:width") == 1
     assert value("echo_rl:controller_swaps_total") == 1
@@ -85,14 +92,14 @@ def test_swaps_fallbacks_and_rollbacks_count_on_over_a_restart(steps):
 
 
 def test_requests_in_the_exposition():
-    host = FakeHost()
-    with client_of(make_app(host, model="m")) as client:
+    engine_client = FakeEngineClient()
+    with client_of(make_app(engine_client, model="m")) as client:
         client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 4})
         client.post("/v1/completions", json={"prompt": "abc", "temperature": -1})
-        host.fail_at = 1
+        engine_client.fail_at = 1
         client.post("/v1/completions", json={"prompt": "abc", "stream": True})
         client.get("/no/such/path")
-        host.step()
+        engine_client.step()
         text = client.get("/metrics").text
     for line in (
         'sglang:prompt_tokens_total{model_name="m"} 6.0',
@@ -111,9 +118,9 @@ def test_requests_in_the_exposition():
 
 
 def test_each_completion_of_a_request_is_one_in_the_exposition():
-    host = FakeHost()
-    host.pause = 0.03
-    app = make_app(host, model="m")
+    engine_client = FakeEngineClient()
+    engine_client.pause = 0.03
+    app = make_app(engine_client, model="m")
     value = Reading(app.state.front.metrics.registry)
     with client_of(app) as client:
         client.post("/v1/completions", json={"prompt": ["abc", "abc"], "n": 2, "max_tokens": 3})
@@ -121,43 +128,28 @@ def test_each_completion_of_a_request_is_one_in_the_exposition():
             assert value(f"sglang:{name}_seconds_count") == 4, name
         assert value("sglang:time_per_output_token_seconds_sum") > 4 * 0.03
         assert value("sglang:num_requests_total") == 4 and value("sglang:num_aborted_requests_total") == 0
-        host.fail_at = 1
+        engine_client.fail_at = 1
         client.post("/v1/completions", json={"prompt": "abc", "n": 3, "max_tokens": 3})
         assert value("sglang:num_requests_total") == 4 and value("sglang:num_aborted_requests_total") == 3
 
 
-@given(st.lists(st.tuples(st.sampled_from([0.01, 0.05, 0.1, 0.3, 1.0, 2.0]), st.integers(1, 4)), max_size=20))
-def test_meters_read_as_prometheus_own(seen):
-    ours, theirs = CollectorRegistry(), CollectorRegistry()
-    meters, of_model = Meters(ours, "m"), {"registry": theirs, "labelnames": ["model_name"]}
-    mine = meters.histogram("t_seconds", "T.", (0.05, 0.1, 1))
-    its = prometheus_client.Histogram("t_seconds", "T.", buckets=(0.05, 0.1, 1), **of_model).labels("m")
-    counter, labelled, gauge = (
-        meters.counter("a_total", "A."),
-        meters.counter("b_total", "B.", "x"),
-        meters.gauge("c", "C."),
-    )
-    theirs_a = prometheus_client.Counter("a_total", "A.", **of_model).labels("m")
-    theirs_b = prometheus_client.Counter("b_total", "B.", ["model_name", "x"], registry=theirs)
-    theirs_c = prometheus_client.Gauge("c", "C.", **of_model).labels("m")
-    for value, count in seen:
-        mine.observe(value, count)
-        for _ in range(count):
-            its.observe(value)
-        counter.add(count)
-        theirs_a.inc(count)
-        labelled.add(count, value)
-        theirs_b.labels("m", str(value)).inc(count)
-        gauge.value = value
-        theirs_c.set(value)
-    assert samples(ours) == samples(theirs)
+def test_tokens_that_come_together_each_count_with_their_share():
+    metrics = Metrics("m", FakeEngineClient())
+    metrics.more_tokens(4, 0.2)
+    metrics.more_tokens(1, 3.0)
+    value = Reading(metrics.registry)
+    assert value("sglang:inter_token_latency_seconds_count") == 5
+    assert value("sglang:inter_token_latency_seconds_sum") == pytest.approx(3.2)
+    assert value("sglang:inter_token_latency_seconds_bucket", le="0.04") == 0
+    assert value("sglang:inter_token_latency_seconds_bucket", le="0.06") == 4
+    assert value("sglang:inter_token_latency_seconds_bucket", le="+Inf") == 5
 
 
-def samples(registry) -> dict[str, float]:
-    lines = [line for line in generate_latest(registry).decode().splitlines() if "_created" not in line]
-    values = (line.rpartition(" ") for line in lines if not line.startswith("#"))
-    kept = {name: round(float(value), 6) for name, _, value in values}
-    return kept | {line: 0.0 for line in lines if line.startswith("# TYPE")}
+def test_servers_of_one_process_count_apart():
+    one, other = (Metrics("m", FakeEngineClient()) for _ in range(2))
+    one.prompt(3)
+    assert Reading(one.registry)("sglang:prompt_tokens_total") == 3
+    assert Reading(other.registry)("sglang:prompt_tokens_total") == 0
 
 
 @pytest.fixture
@@ -179,7 +171,7 @@ def lines():
 
 def test_a_request_is_one_json_line_without_its_text(lines):
     read = lines("json")
-    with client_of(make_app(FakeHost())) as client:
+    with client_of(make_app(FakeEngineClient())) as client:
         reply = client.post("/v1/completions", json={"prompt": SECRET, "max_tokens": 3})
         client.get("/health")
     (line,) = read()
@@ -193,7 +185,7 @@ def test_a_request_is_one_json_line_without_its_text(lines):
 
 def test_errors_are_logged_without_the_input(lines):
     read = lines("json")
-    with client_of(make_app(FakeHost())) as client:
+    with client_of(make_app(FakeEngineClient())) as client:
         client.post("/v1/completions", json={"prompt": "x", "temperature": SECRET})
         client.post("/v1/completions", json={"prompt": [SECRET, 1]}, headers={"Authorization": f"Bearer {SECRET}"})
     assert [json.loads(line)["status"] for line in read()] == [400, 400]
@@ -202,6 +194,6 @@ def test_errors_are_logged_without_the_input(lines):
 
 def test_the_text_form_keeps_to_one_line(lines):
     read = lines("text")
-    logs.admin_action("controller", controller="a\nb")
+    logs.write("admin controller", controller="a\nb")
     (line,) = read()
     assert line.endswith(r'INFO admin controller controller="a\nb"')

@@ -11,23 +11,23 @@ import pytest
 
 from echo_rl.server.api import completion_response
 from echo_rl.server.api.completion_response import Choice, CompletionResponse
-from echo_rl.server.api.openai_format import TextDialect
+from echo_rl.server.api.openai_format import TextFormat
 from echo_rl.server.api.request_stats import KEY, RequestStats
 from echo_rl.server.api.schemas import CompletionRequest
 from tests.conftest import FakeTokenizer
-from tests.server.front_world import FakeHost, client_of, listening, make_app
+from tests.server.front_world import FakeEngineClient, client_of, listening, make_app
 
 HELLO = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
-def host():
-    return FakeHost()
+def engine_client():
+    return FakeEngineClient()
 
 
 @pytest.fixture(scope="module")
-def url(host):
-    with listening(make_app(host)) as url:
+def url(engine_client):
+    with listening(make_app(engine_client)) as url:
         yield url
 
 
@@ -54,12 +54,12 @@ def test_models(client):
         client.models.retrieve("gpt-4")
 
 
-def test_a_chat(client, host):
+def test_a_chat(client, engine_client):
     reply = client.chat.completions.create(model="fake", messages=HELLO, max_tokens=5, temperature=0.0, seed=3)
     (choice,) = reply.choices
     assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", "abcde", "length")
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (5, 5, 10)
-    request = host.requests[reply.id.removeprefix("chatcmpl-") + "-0"]
+    request = engine_client.requests[reply.id.removeprefix("chatcmpl-") + "-0"]
     assert (request.params.temperature, request.params.seed, request.speculate) == (0.0, 3, True)
 
 
@@ -74,10 +74,10 @@ def test_max_completion_tokens_goes_before_max_tokens(client):
     assert reply.choices[0].message.content == "ab"
 
 
-def test_text_parts_are_joined(client, host):
+def test_text_parts_are_joined(client, engine_client):
     parts = [{"type": "text", "text": "he"}, {"type": "text", "text": "y"}]
     reply = client.chat.completions.create(model="fake", messages=[{"role": "user", "content": parts}], max_tokens=1)
-    assert host.requests[reply.id.removeprefix("chatcmpl-") + "-0"].prompt == tuple(map(ord, "hey"))
+    assert engine_client.requests[reply.id.removeprefix("chatcmpl-") + "-0"].prompt == tuple(map(ord, "hey"))
 
 
 def test_a_chat_stream_has_openais_order(url):
@@ -107,7 +107,7 @@ def test_openais_client_reads_the_stream(client):
 
 
 def test_quotes_and_control_characters_survive_a_stream():
-    class Nasty(FakeHost):
+    class Nasty(FakeEngineClient):
         def _output(self, request, i, reason):
             output = super()._output(request, i, reason)
             return type(output)(output.id, output.tokens, '"\\\n\u2028é😀', reason)
@@ -118,11 +118,11 @@ def test_quotes_and_control_characters_survive_a_stream():
     assert first["choices"][0]["text"] == '"\\\n\u2028é😀'
 
 
-def test_several_prompts_and_copies_keep_their_places(client, host):
+def test_several_prompts_and_copies_keep_their_places(client, engine_client):
     reply = client.completions.create(model="fake", prompt=["x", "yy"], n=2, max_tokens=3, seed=10)
     assert [choice.index for choice in reply.choices] == [0, 1, 2, 3]
     assert reply.usage.prompt_tokens == 3 and reply.usage.completion_tokens == 12
-    sent = [host.requests[reply.id.removeprefix("cmpl-") + f"-{i}"] for i in range(4)]
+    sent = [engine_client.requests[reply.id.removeprefix("cmpl-") + f"-{i}"] for i in range(4)]
     assert [(len(r.prompt), r.params.seed) for r in sent] == [(1, 10), (1, 11), (2, 10), (2, 11)]
 
 
@@ -137,26 +137,26 @@ def test_streamed_copies_are_whole_each(url):
 
 
 @pytest.mark.parametrize(("prompt", "ids"), [([7, 8], [(7, 8)]), ([[7], [8, 9]], [(7,), (8, 9)])])
-def test_prompts_as_token_ids(client, host, prompt, ids):
+def test_prompts_as_token_ids(client, engine_client, prompt, ids):
     reply = client.completions.create(model="fake", prompt=prompt, max_tokens=1)
-    sent = [host.requests[reply.id.removeprefix("cmpl-") + f"-{i}"].prompt for i in range(len(ids))]
+    sent = [engine_client.requests[reply.id.removeprefix("cmpl-") + f"-{i}"].prompt for i in range(len(ids))]
     assert sent == ids
 
 
-def test_without_a_seed_every_request_has_another(client, host):
+def test_without_a_seed_every_request_has_another(client, engine_client):
     seeds = set()
     for _ in range(3):
         reply = client.completions.create(model="fake", prompt="x", max_tokens=1)
-        request = host.requests[reply.id.removeprefix("cmpl-") + "-0"]
+        request = engine_client.requests[reply.id.removeprefix("cmpl-") + "-0"]
         assert request.params.temperature == 1.0
         seeds.add(request.params.seed)
     assert len(seeds) == 3
 
 
-def test_extensions_reach_the_engine(client, host):
+def test_extensions_reach_the_engine(client, engine_client):
     more = {"speculation": "off", "top_k": 5, "ignore_eos": True}
     reply = client.completions.create(model="fake", prompt="x", max_tokens=1, stop=["\n", "z"], extra_body=more)
-    request = host.requests[reply.id.removeprefix("cmpl-") + "-0"]
+    request = engine_client.requests[reply.id.removeprefix("cmpl-") + "-0"]
     assert not request.speculate
     assert (request.params.top_k, request.params.ignore_eos, request.params.stop) == (5, True, ("\n", "z"))
 
@@ -269,18 +269,21 @@ def test_what_the_engine_refuses_is_400(url):
 
 
 def test_an_engine_error_before_the_first_token_is_500():
-    host = FakeHost()
-    host.fail_at = 0
-    with client_of(make_app(host)) as client:
+    engine_client = FakeEngineClient()
+    engine_client.fail_at = 0
+    with client_of(make_app(engine_client)) as client:
         for stream in (False, True):
             reply = client.post("/v1/completions", json={"prompt": "x", "stream": stream})
             assert reply.status_code == 500 and reply.json()["error"]["message"] == "the weights are cursed"
 
 
 def test_an_engine_error_in_a_stream_is_an_event_that_openais_client_raises():
-    host = FakeHost()
-    host.fail_at = 2
-    with listening(make_app(host)) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
+    engine_client = FakeEngineClient()
+    engine_client.fail_at = 2
+    with (
+        listening(make_app(engine_client)) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client,
+    ):
         assert events(url, "/v1/completions", prompt="x")[-2]["error"]["code"] == "engine_error"
         stream = client.completions.create(model="fake", prompt="x", stream=True)
         with pytest.raises(openai.APIError, match="cursed"):
@@ -288,7 +291,7 @@ def test_an_engine_error_in_a_stream_is_an_event_that_openais_client_raises():
 
 
 def test_errors_of_ours_do_not_show_their_text(caplog):
-    class Broken(FakeHost):
+    class Broken(FakeEngineClient):
         def submit(self, *requests):
             raise KeyError("/secret/path")
 
@@ -299,18 +302,18 @@ def test_errors_of_ours_do_not_show_their_text(caplog):
 
 
 def test_a_loading_engine_is_503():
-    host = FakeHost()
-    host.ready = False
-    with client_of(make_app(host)) as client:
+    engine_client = FakeEngineClient()
+    engine_client.ready = False
+    with client_of(make_app(engine_client)) as client:
         reply = client.post("/v1/completions", json={"prompt": "x"})
         assert reply.status_code == 503 and int(reply.headers["Retry-After"]) > 0
         assert client.get("/v1/models").json()["data"][0]["max_model_len"] is None
 
 
 def test_an_engine_that_is_dead_for_good_is_not_said_to_load():
-    host = FakeHost()
-    host.ready, host.alive, host.dead = False, False, True
-    with client_of(make_app(host)) as client:
+    engine_client = FakeEngineClient()
+    engine_client.ready, engine_client.alive, engine_client.dead = False, False, True
+    with client_of(make_app(engine_client)) as client:
         for reply in (client.post("/v1/completions", json={"prompt": "x"}), client.get("/health/ready")):
             assert reply.status_code == 503 and reply.json()["error"]["code"] == "dead"
             assert "Retry-After" not in reply.headers
@@ -325,7 +328,7 @@ def test_a_text_to_continue_begins_as_the_model_knows_texts_to_begin(monkeypatch
         return tuple(map(ord, text))
 
     monkeypatch.setattr(FakeTokenizer, "encode", encode)
-    with client_of(make_app(FakeHost())) as client:
+    with client_of(make_app(FakeEngineClient())) as client:
         client.post("/v1/completions", json={"prompt": "abc"})
         client.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 1})
     assert seen == [("abc", True), (HELLO[0]["content"], False)]
@@ -365,9 +368,9 @@ def test_a_reader_that_stopped_is_not_waited_for_at_the_end(monkeypatch):
         async def receive():
             await asyncio.sleep(60.0)
 
-        front = make_app(FakeHost(), request_timeout=0.2).state.front
+        front = make_app(FakeEngineClient(), request_timeout=0.2).state.front
         body = CompletionRequest(prompt="x", max_tokens=4, stream=True)
-        await CompletionResponse(front, body, TextDialect())(
+        await CompletionResponse(front, body, TextFormat())(
             {"type": "http", KEY: RequestStats("x", 0.0)}, receive, send
         )
         assert sent == ["http.response.start", "http.response.body", "http.response.body"]

@@ -9,7 +9,7 @@ from echo_rl.contracts import RequestTree
 from echo_rl.errors import ConfigError
 from echo_rl.server.api.auth import Keys
 from tests.server.front_world import changed, listening, make_app, wait_until
-from tests.server.live_world import LiveWorld, LiveWorldHost
+from tests.server.live_world import LiveWorld, LiveWorldClient
 
 WIDE, PHONE = (1280, 800), (390, 844)
 
@@ -74,17 +74,17 @@ def browser(driver):
 
 
 @pytest.fixture
-def host():
-    return LiveWorldHost(LiveWorld(requests=5))
+def engine_client():
+    return LiveWorldClient(LiveWorld(requests=5))
 
 
 @pytest.fixture
-def url(host):
-    with listening(make_app(host)) as url:
+def url(engine_client):
+    with listening(make_app(engine_client)) as url:
         yield url
 
 
-class StillHost(LiveWorldHost):
+class StillHost(LiveWorldClient):
     """Says the same step again and again, a second of the server later."""
 
     def advance(self):
@@ -92,7 +92,7 @@ class StillHost(LiveWorldHost):
         return [self.step]
 
 
-def test_the_page_shows_what_the_server_does(browser, url, host):
+def test_the_page_shows_what_the_server_does(browser, url, engine_client):
     browser.open(url)
     browser.wait_text("status", "live")
     browser.wait_text("chip", "echo")
@@ -103,20 +103,20 @@ def test_the_page_shows_what_the_server_does(browser, url, host):
     assert browser.count("#depth .bar") >= 2 and "%" in browser["depth"].text
     assert "ms" in browser["phases"].text
     assert "of Kmax" in browser["tree-note"].text
-    assert host.watched == [True]
+    assert engine_client.traced == [True]
 
 
 def test_numbers_and_tree_are_those_of_the_step(browser):
     tree = RequestTree("cmpl-one", (-1, -1, 0, 0, 2, 4), (0, 0, 1, 1, 2, 3), (0, 2), 4)
-    host = StillHost()
+    engine_client = StillHost()
     base = LiveWorld(requests=1).step()
-    host.step = changed(
+    engine_client.step = changed(
         *(base,), batch_size=1, running=1, waiting=7, verified=6, accepted=2, committed=3, budget=8, knee=9, drafted=6,
         kv_used=0.25, reached_by_depth=(1, 1, 1, 0), accepted_by_depth=(1, 1, 0, 0), seconds=0.02, trees=(tree,),
         prefill_tokens=0,
     )  # fmt: skip
-    host.fallbacks = {"exception": 0, "nan": 4, "deadline": 3, "invalid": 0}
-    with listening(make_app(host)) as url:
+    engine_client.fallbacks = {"exception": 0, "nan": 4, "deadline": 3, "invalid": 0}
+    with listening(make_app(engine_client)) as url:
         browser.open(url)
         browser.wait_text("t-mat", "3.00")
         wait_until(lambda: browser["t-nodes"].text == "6.00")
@@ -139,8 +139,8 @@ def test_numbers_and_tree_are_those_of_the_step(browser):
         assert "1 requests, 6 of 8 nodes verified, 2 accepted, 3 tokens" in said
 
 
-def test_plain_steps_are_drawn_as_such(browser, url, host):
-    host.controller = "none"
+def test_plain_steps_are_drawn_as_such(browser, url, engine_client):
+    engine_client.controller = "none"
     browser.open(url)
     wait_until(lambda: "plain" in browser["stage"].text)
     browser.wait_text("t-mat-sub", "plain decoding")
@@ -148,15 +148,15 @@ def test_plain_steps_are_drawn_as_such(browser, url, host):
 
 
 def test_a_plain_step_without_trees_is_a_bare_column(browser):
-    host = StillHost()
-    host.step = changed(LiveWorld(requests=2, controller="none").step(), trees=())
-    with listening(make_app(host)) as url:
+    engine_client = StillHost()
+    engine_client.step = changed(LiveWorld(requests=2, controller="none").step(), trees=())
+    with listening(make_app(engine_client)) as url:
         browser.open(url)
         wait_until(lambda: browser.count(".col .bare") > 0)
         assert "plain" in browser["stage"].text and browser.count(".own") == 0
 
 
-def test_a_controller_is_switched(browser, url, host):
+def test_a_controller_is_switched(browser, url, engine_client):
     browser.open(url)
     browser.wait_text("force", "echo")
     wait_until(lambda: browser.count("#specs option") > 5)
@@ -165,19 +165,19 @@ def test_a_controller_is_switched(browser, url, host):
     browser["spec"].send_keys(Key.ENTER)
     browser.wait_text("switch-answer", "chain:steps=2 decides", "echo")
     browser.wait_text("force", "chain:steps=2")
-    assert host.controller == "chain:steps=2"
+    assert engine_client.controller == "chain:steps=2"
 
 
-def test_a_refusal_is_shown_in_the_servers_words(browser, url, host):
+def test_a_refusal_is_shown_in_the_servers_words(browser, url, engine_client):
     browser.open(url)
     browser.fill("spec", "ppo")
     browser["switch"].find_element(By.TAG_NAME, "button").click()
     browser.wait_text("switch-answer", "the one in force stays")
-    assert "wrong" in browser["switch-answer"].get_attribute("class") and host.controller == "echo"
+    assert "wrong" in browser["switch-answer"].get_attribute("class") and engine_client.controller == "echo"
 
 
-def test_an_experiment_is_started_watched_and_stopped(browser, url, host):
-    host.speed = 8
+def test_an_experiment_is_started_watched_and_stopped(browser, url, engine_client):
+    engine_client.speed = 8
     browser.open(url)
     browser.wait_text("status", "live")
     browser.fill("ab-control", "none")
@@ -185,7 +185,7 @@ def test_an_experiment_is_started_watched_and_stopped(browser, url, host):
     browser.fill("ab-seconds", "0.2")
     browser["ab-form"].find_element(By.TAG_NAME, "button").click()
     browser.wait_text("ab-interval", "95 % interval")
-    assert host.switchback.options.block_seconds == 0.2
+    assert engine_client.switchback.options.block_seconds == 0.2
     browser.wait_text("chip", "none | echo")
     assert not browser["ab-form"].is_displayed() and browser.count(".arm") == 2
     assert browser.count("#ab-plot .mean") == browser.count("#ab-plot .span") == 1
@@ -193,12 +193,12 @@ def test_an_experiment_is_started_watched_and_stopped(browser, url, host):
     browser.wait_text("ab-note", "stopped")
     browser.wait_text("ab-answer", "stopped by hand")
     assert not browser["ab-stop"].is_displayed()
-    ratio = host.experiment.value["ratio"]
+    ratio = engine_client.experiment.value["ratio"]
     browser.wait_text("ab-ratio", f"{ratio['estimate']:.3f}")
 
 
-def test_the_key_opens_the_view_and_stays_in_the_tab(browser, host):
-    with listening(make_app(host, Keys(admin=b"open sesame"))) as url:
+def test_the_key_opens_the_view_and_stays_in_the_tab(browser, engine_client):
+    with listening(make_app(engine_client, Keys(admin=b"open sesame"))) as url:
         browser.open(url)
         wait_until(lambda: browser["gate"].is_displayed())
         browser["gate-key"].send_keys("wrong", Key.ENTER)
@@ -216,26 +216,26 @@ def test_the_key_opens_the_view_and_stays_in_the_tab(browser, host):
         browser.wait_text("status", "live")
 
 
-def test_a_lost_stream_is_opened_again(browser, url, host):
+def test_a_lost_stream_is_opened_again(browser, url, engine_client):
     browser.open(url)
     browser.wait_text("status", "live")
-    host.alive = host.ready = False
+    engine_client.alive = engine_client.ready = False
     wait_until(lambda: "offline" in browser["status"].text or "loading" in browser["status"].text)
-    host.alive = host.ready = True
+    engine_client.alive = engine_client.ready = True
     browser.wait_text("status", "live")
 
 
-def test_an_idle_server_is_shown_as_idle(browser, url, host):
+def test_an_idle_server_is_shown_as_idle(browser, url, engine_client):
     browser.open(url)
     browser.wait_text("status", "live")
-    host.idle = True
+    engine_client.idle = True
     browser.wait_text("status", "idle")
     browser.wait_text("t-batch-sub", "in flight")
     assert browser["t-batch"].text == "0"
 
 
-def test_what_the_server_says_is_text_never_markup(browser, url, host):
-    host.controller = "<img src=x onerror=document.title='taken'>"
+def test_what_the_server_says_is_text_never_markup(browser, url, engine_client):
+    engine_client.controller = "<img src=x onerror=document.title='taken'>"
     browser.open(url)
     browser.wait_text("force", "<img src=x")
     assert browser.driver.title == "ECHO-RL live" and browser.count("#force *, #chip *") == 0

@@ -22,9 +22,9 @@ from echo_rl.server.ui.feed import COUNTERS, MOST_TREES, Feed, add_ragged, encod
 from echo_rl.server.ui.sessions import MOST_SESSIONS, SESSION_SECONDS, Sessions
 from echo_rl.server.ui.stream import Viewers
 from tests.conftest import FakeClock, FakeTokenizer
+from tests.server.engine_clients import tiny_client
 from tests.server.front_world import changed, client_of, listening, make_app, serving, stats, wait_until
-from tests.server.hosts import tiny_host
-from tests.server.live_world import LiveWorld, LiveWorldHost
+from tests.server.live_world import LiveWorld, LiveWorldClient
 
 COUNT = st.integers(0, 50)
 
@@ -147,7 +147,7 @@ def test_unused_tokens_do_not_pile_up():
 # ----------------------------------------------------------------------------- streams
 
 
-async def told(viewers: Viewers, events: int) -> tuple[list[str], list[dict]]:
+async def received(viewers: Viewers, events: int) -> tuple[list[str], list[dict]]:
     """Names and data of a stream's first events; the viewer leaves after them."""
     names, data = [], []
     source = viewers.stream()
@@ -163,76 +163,79 @@ async def told(viewers: Viewers, events: int) -> tuple[list[str], list[dict]]:
 
 
 def test_trees_are_asked_for_from_the_first_viewer_to_the_last():
-    host = LiveWorldHost()
+    engine_client = LiveWorldClient()
 
     async def scene():
-        viewers = Viewers(host)
-        one, two = asyncio.create_task(told(viewers, 2)), asyncio.create_task(told(viewers, 4))
+        viewers = Viewers(engine_client)
+        one, two = asyncio.create_task(received(viewers, 2)), asyncio.create_task(received(viewers, 4))
         await one
-        assert host.watched == [True] and viewers.count == 1
+        assert engine_client.traced == [True] and viewers.count == 1
         await two
-        assert host.watched == [True, False] and viewers.count == 0
-        await told(viewers, 1)
-        assert host.watched == [True, False] * 2
+        assert engine_client.traced == [True, False] and viewers.count == 0
+        await received(viewers, 1)
+        assert engine_client.traced == [True, False] * 2
 
     asyncio.run(scene())
 
 
 def test_a_viewer_that_is_cut_off_leaves_nothing_behind():
-    host = LiveWorldHost()
+    engine_client = LiveWorldClient()
 
     async def scene():
-        viewers = Viewers(host)
-        task = asyncio.create_task(told(viewers, 1000))
+        viewers = Viewers(engine_client)
+        task = asyncio.create_task(received(viewers, 1000))
         await asyncio.sleep(0.2)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await asyncio.sleep(0.05)
-        assert viewers.count == 0 and host.watched == [True, False]
+        assert viewers.count == 0 and engine_client.traced == [True, False]
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(scene())
 
 
 def test_a_stream_greets_and_then_sends_at_most_ten_frames_a_second():
-    host = LiveWorldHost()
+    engine_client = LiveWorldClient()
 
     async def scene():
         start = time.monotonic()
-        names, data = await told(Viewers(host), 6)
+        names, data = await received(Viewers(engine_client), 6)
         assert names == ["hello", *["steps"] * 5]
         assert time.monotonic() - start > 4 * stream.FRAME_SECONDS
         assert data[0]["environment"]["model"] == "smollm2" and data[0]["experiment"] is None
         times = [frame["time"] for frame in data[1:]]
         assert times == sorted(set(times))
-        assert data[1]["in_flight"] == host.in_flight
+        assert data[1]["in_flight"] == engine_client.in_flight
 
     asyncio.run(scene())
 
 
 def test_fallbacks_are_those_over_all_restarts():
-    host = LiveWorldHost()
-    host.restarts, host.fallbacks = 1, {"nan": 20}  # its steps tell those of the core of the moment: none
-    _, data = asyncio.run(told(Viewers(host), 3))
+    engine_client = LiveWorldClient()
+    engine_client.restarts, engine_client.fallbacks = (
+        1,
+        {"nan": 20},
+    )  # its steps tell those of the core of the moment: none
+    _, data = asyncio.run(received(Viewers(engine_client), 3))
     assert [event["fallbacks"] for event in data] == [{"nan": 20}] * 3
 
 
 def test_an_idle_server_still_gives_signs_of_life(monkeypatch):
     monkeypatch.setattr(stream, "IDLE_SECONDS", 0.02)
-    host = LiveWorldHost()
-    host.idle = True
-    _, (_, first, second) = asyncio.run(told(Viewers(host), 3))
+    engine_client = LiveWorldClient()
+    engine_client.idle = True
+    _, (_, first, second) = asyncio.run(received(Viewers(engine_client), 3))
     assert first["steps"] == second["steps"] == 0
     assert second["time"] > first["time"] == pytest.approx(time.time(), abs=60)
 
 
 def test_a_stream_ends_with_its_host():
-    host = LiveWorldHost()
+    engine_client = LiveWorldClient()
 
     async def scene():
-        source = Viewers(host).stream()
+        source = Viewers(engine_client).stream()
         await anext(source)
-        host.alive = False
+        engine_client.alive = False
         async with asyncio.timeout(5):
             async for _ in source:
                 pass
@@ -245,7 +248,7 @@ def test_a_stream_ends_with_its_host():
 
 @pytest.fixture
 def client():
-    with client_of(make_app(LiveWorldHost(), Keys(admin=b"k"))) as client:
+    with client_of(make_app(LiveWorldClient(), Keys(admin=b"k"))) as client:
         yield client
 
 
@@ -292,8 +295,8 @@ def test_the_view_stays_out_of_the_schema(client):
 
 
 def test_a_stream_over_http():
-    host = LiveWorldHost()
-    with listening(make_app(host, Keys(admin=b"k"))) as url, httpx.Client(base_url=url) as client:
+    engine_client = LiveWorldClient()
+    with listening(make_app(engine_client, Keys(admin=b"k"))) as url, httpx.Client(base_url=url) as client:
         key = {"Authorization": "Bearer k"}
         path = "/ui/stream?token=" + client.post("/ui/session", headers=key).json()["token"]
         for target, headers in ((path, {}), ("/ui/events", key)):
@@ -302,14 +305,14 @@ def test_a_stream_over_http():
                 lines = answer.iter_lines()
                 assert next(lines) == "event: hello"
                 assert any(line == "event: steps" for line in lines)
-            wait_until(lambda: host.watched and not host.watched[-1])
+            wait_until(lambda: engine_client.traced and not engine_client.traced[-1])
         assert client.get(path).status_code == 401  # used up
 
 
 def test_a_real_engine_is_watched(tmp_path):
     """Trees of a served request reach the viewer, and add up to what the step verified."""
     with (
-        serving(partial(tiny_host, tmp_path, controller="chain:steps=2"), FakeTokenizer()) as url,
+        serving(partial(tiny_client, tmp_path, controller="chain:steps=2"), FakeTokenizer()) as url,
         httpx.Client(base_url=url, timeout=30) as client,
     ):
         wait_until(lambda: client.get("/health/ready").status_code == 200, 60)
@@ -328,9 +331,9 @@ def test_a_real_engine_is_watched(tmp_path):
 
 
 def test_who_comes_too_early_or_too_late_is_told():
-    host = LiveWorldHost()
-    host.ready, host.ready_info = False, Ready("echo", 1, 1)
-    with client_of(make_app(host)) as client:
+    engine_client = LiveWorldClient()
+    engine_client.ready, engine_client.ready_info = False, Ready("echo", 1, 1)
+    with client_of(make_app(engine_client)) as client:
         early = client.get("/ui/events")
         assert early.status_code == 503 and early.headers["retry-after"]
         assert client.post("/ui/session").json()["ready"] is False
@@ -338,7 +341,7 @@ def test_who_comes_too_early_or_too_late_is_told():
 
 def test_viewers_are_bounded(monkeypatch):
     monkeypatch.setattr(stream, "MOST_VIEWERS", 0)
-    with client_of(make_app(LiveWorldHost())) as client:
+    with client_of(make_app(LiveWorldClient())) as client:
         assert client.get("/ui/events").status_code == 503
 
 
@@ -350,5 +353,5 @@ def test_phases_of_a_frame_are_those_of_a_step():
 
 
 def client_script(name: str) -> str:
-    with client_of(make_app(LiveWorldHost())) as client:
+    with client_of(make_app(LiveWorldClient())) as client:
         return client.get(f"/ui/static/{name}").text

@@ -1,1 +1,1 @@
-"""The HTTP front: routes, what clients may send, what they are answered."""
+"""The HTTP API: routes, the bodies that clients may send, the answers, access, limits and metrics."""

@@ -1,4 +1,4 @@
-"""/admin: the controller in force, A/B experiments, and what the server holds."""
+"""/admin: the active controller, A/B experiments, and what the server holds."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 
 from echo_rl.errors import ConfigError
-from echo_rl.server.api import logs
-from echo_rl.server.api.auth import Guard
-from echo_rl.server.api.choices import Choices, public, public_report
+from echo_rl.server import logs
+from echo_rl.server.api.auth import AuthCheck
+from echo_rl.server.api.controller_catalog import ControllerCatalog
 from echo_rl.server.api.errors import ApiError
 from echo_rl.server.api.front import Front
 from echo_rl.server.api.replies import FAILURES
-from echo_rl.server.core.experiment import ExperimentOptions
+from echo_rl.server.config import ExperimentOptions
+from echo_rl.server.specs import public_report, public_spec
 
 Spec = Annotated[str, Field(min_length=1, max_length=1024, description="As on the command line: name:option=value,...")]
 T = TypeVar("T")
@@ -42,19 +43,19 @@ class Experiment(BaseModel):
         allow_inf_nan=False,
         description="Stop once treatment over control lies wholly below this ratio; 0 never stops.",
     )
-    seed: int = Field(ExperimentOptions.seed, ge=0, lt=2**63, description="Of the order of the arms.")
+    seed: int = Field(ExperimentOptions.seed, ge=0, lt=2**63, description="The seed of the order of the arms.")
 
 
 class ControllerState(BaseModel):
     controller: str
     previous: str | None = None
-    """Who decided before the change."""
+    """The controller before the change."""
 
 
 class Offer(BaseModel):
     name: str
     options: dict[str, Any]
-    """What may be set, with its default."""
+    """The options that may be set, with their defaults."""
     takes_checkpoint: bool
 
 
@@ -84,39 +85,39 @@ class Stats(BaseModel):
     rollbacks: int
     """Times that a new controller failed its trial and the one before it came back."""
     serving: dict[str, int]
-    """How the engine served its steps, by way; empty where it counts nothing."""
+    """Steps by how the engine served them; empty where it counts nothing."""
     environment: dict[str, str]
     core: dict[str, Any]
-    """What the engine's core holds; its ``kv`` is "conserved" or says what is not. Empty while there is no core."""
+    """What the engine core holds; its ``kv`` is "conserved" or says what is not. Empty while there is no core."""
 
 
-def make_router(front: Front, choices: Choices, guard: Guard) -> APIRouter:
-    router = APIRouter(prefix="/admin", dependencies=[Depends(guard)], tags=["Admin"], responses=FAILURES)
-    host = front.host
+def make_router(front: Front, catalog: ControllerCatalog, check: AuthCheck) -> APIRouter:
+    router = APIRouter(prefix="/admin", dependencies=[Depends(check)], tags=["Admin"], responses=FAILURES)
+    client = front.engine_client
 
     @router.get("/controllers")
     async def controllers() -> Offers:
-        """What can be chosen."""
+        """The controllers and checkpoints that can be chosen."""
         offers = [
-            Offer(name=name, options=choices.options(name), takes_checkpoint=choices.takes_checkpoint(name))
-            for name in choices.names()
+            Offer(name=name, options=catalog.options(name), takes_checkpoint=catalog.takes_checkpoint(name))
+            for name in catalog.names()
         ]
-        return Offers(controllers=offers, checkpoints=list(choices.policies()))
+        return Offers(controllers=offers, checkpoints=list(catalog.policies()))
 
     @router.get("/controller")
     async def controller() -> ControllerState:
-        """Who decides."""
-        return ControllerState(controller=public(host.controller))
+        """The active controller."""
+        return ControllerState(controller=public_spec(client.controller))
 
     @router.put("/controller")
     async def set_controller(choice: ControllerChoice) -> ControllerState:
-        """Let another controller decide from the next step on; nothing in flight is lost. Who is unsound is refused."""
-        spec = _spec(choices, choice)
-        previous = host.controller
-        front.engine()
-        await _done(host.set_controller(spec))
-        logs.admin_action("controller", controller=public(spec), previous=public(previous))
-        return ControllerState(controller=public(spec), previous=public(previous))
+        """Let another controller decide from the next step on; nothing in flight is lost. An unsound one is refused."""
+        spec = _spec(catalog, choice)
+        previous = client.controller
+        front.loaded_engine()
+        await _reply(client.set_controller(spec))
+        logs.write("admin controller", controller=public_spec(spec), previous=public_spec(previous))
+        return ControllerState(controller=public_spec(spec), previous=public_spec(previous))
 
     @router.get("/ab")
     async def experiment() -> ExperimentState:
@@ -126,60 +127,60 @@ def make_router(front: Front, choices: Choices, guard: Guard) -> APIRouter:
     @router.post("/ab")
     async def start(body: Experiment) -> ExperimentState:
         """Start an experiment. 409 while another one runs."""
-        control, treatment = _spec(choices, body.control), _spec(choices, body.treatment)
-        front.engine()
-        if host.experiment is not None and host.experiment.state == "running":
+        control, treatment = _spec(catalog, body.control), _spec(catalog, body.treatment)
+        front.loaded_engine()
+        if client.experiment is not None and client.experiment.state == "running":
             raise ApiError(409, "an experiment is running; stop it first", code="experiment_running")
         options = body.model_dump(include={"block_seconds", "blocks", "harm", "seed"})
-        await _done(host.start_experiment(control, treatment, **options))
-        logs.admin_action("ab start", control=public(control), treatment=public(treatment), **options)
+        await _reply(client.start_experiment(ExperimentOptions(control, treatment, **options)))
+        logs.write("admin ab start", control=public_spec(control), treatment=public_spec(treatment), **options)
         return _state(front)
 
     @router.delete("/ab")
     async def stop() -> ExperimentState:
         """End the experiment; its control stays in force. Does nothing where none runs."""
-        front.engine()
-        if host.experiment is not None and host.experiment.state == "running":
-            await _done(host.stop_experiment())
-            logs.admin_action("ab stop")
+        front.loaded_engine()
+        if client.experiment is not None and client.experiment.state == "running":
+            await _reply(client.stop_experiment())
+            logs.write("admin ab stop")
         return _state(front)
 
     @router.get("/stats")
     async def stats() -> Stats:
         """What the server holds."""
-        info = host.ready_info if host.ready else None
+        info = client.ready_info if client.ready else None
         return Stats(
             ready=front.ready,
-            alive=host.alive,
+            alive=client.alive,
             draining=front.draining,
-            in_flight=host.in_flight,
+            in_flight=client.in_flight,
             admitted=front.admission.unfinished,
-            restarts=host.restarts,
-            controller=public(host.controller),
-            fallbacks=host.fallbacks,
-            rollbacks=host.rollbacks,
-            serving=host.serving,
+            restarts=client.restarts,
+            controller=public_spec(client.controller),
+            fallbacks=client.fallbacks,
+            rollbacks=client.rollbacks,
+            serving=client.serving,
             environment=info.environment if info else {},
-            core=public_report(await host.inspect()) if info else {},
+            core=public_report(await client.inspect()) if info else {},
         )
 
     return router
 
 
-def _spec(choices: Choices, choice: str | ControllerChoice) -> str:
-    """Raises `ConfigError`, which the client gets as 400."""
-    return choices.spec(choice) if isinstance(choice, str) else choices.spec(choice.controller, choice.checkpoint)
+def _spec(catalog: ControllerCatalog, choice: str | ControllerChoice) -> str:
+    """Returns the full specification. Raises `ConfigError`, which the client gets as 400."""
+    return catalog.spec(choice) if isinstance(choice, str) else catalog.spec(choice.controller, choice.checkpoint)
 
 
 def _state(front: Front) -> ExperimentState:
-    report = front.host.experiment
+    report = front.engine_client.experiment
     return ExperimentState(
         state=report.state if report else "none", value=public_report(report.value) if report else {}
     )
 
 
-async def _done(work: Awaitable[T]) -> T:
-    """What the core answers. Raises `ApiError` 400 where it refuses, which changes nothing."""
+async def _reply(work: Awaitable[T]) -> T:
+    """Returns the core's reply. Raises `ApiError` 400 where it refuses, which changes nothing."""
     try:
         return await work
     except ConfigError as error:

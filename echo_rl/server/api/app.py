@@ -1,17 +1,18 @@
-"""The HTTP application: one front over one host."""
+"""The HTTP application over one engine client."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
 from echo_rl import __version__
-from echo_rl.server import ui
-from echo_rl.server.api import admin, errors, health, logs, openai
-from echo_rl.server.api.auth import Keys, admin_guard, api_guard
-from echo_rl.server.api.choices import Choices
-from echo_rl.server.api.front import Front, TextCodec
+from echo_rl.server import logs, ui
+from echo_rl.server.api import admin, errors, health, openai
+from echo_rl.server.api.auth import Keys, admin_check, api_check
+from echo_rl.server.api.controller_catalog import ControllerCatalog
+from echo_rl.server.api.front import Front
 from echo_rl.server.api.limits import Admission, BodyLimit
 from echo_rl.server.api.metrics import Metrics
 from echo_rl.server.api.request_stats import RequestStats, RequestStatsMiddleware
@@ -19,41 +20,44 @@ from echo_rl.server.client.engine_client import EngineClient
 from echo_rl.server.config import ServerConfig
 from echo_rl.utils.archives import shipped_checkpoints
 
+if TYPE_CHECKING:
+    from echo_rl.runtime.tokenizer import Tokenizer
+
 QUIET = ("/health", "/health/live", "/health/ready", "/metrics")
-"""Routes that are polled, and so leave no line in the log."""
+"""Routes that are polled and so are not logged."""
 
 
 def create_app(
-    host: EngineClient, tokenizer: TextCodec, config: ServerConfig, keys: Keys | None = None, model: str = "smollm2"
+    engine_client: EngineClient,
+    tokenizer: Tokenizer,
+    config: ServerConfig,
+    keys: Keys | None = None,
+    model: str = "smollm2",
 ) -> FastAPI:
-    """The application; its `Front` is at ``app.state.front``.
+    """Returns the application; its `Front` is at ``app.state.front``.
 
-    `model` is the engine's model (a name or a path). The controller in force now is the server's first, see
-    `Choices`. `config.host` must be the IP address that is really listened on: without an admin key it decides
-    whether there is an /admin at all. Raises `ConfigError` where the keys can't be read.
+    `model` is the engine's model (a name or a path). The controller that is active now is the server's first, see
+    `ControllerCatalog`. `config.host` must be the IP address that is really listened on: without an admin key it
+    decides whether there is an /admin at all. Raises `ConfigError` where the keys can't be read.
     """
     keys = Keys.load(config) if keys is None else keys
     name = config.model_name(model)
-    front = Front(host, tokenizer, config, name, Metrics(name), Admission(config.max_queue))
-    host.on_stats(front.metrics.step)
+    front = Front(engine_client, tokenizer, config, name, Metrics(name, engine_client), Admission(config.max_queue))
     app = FastAPI(title="echo-rl", version=__version__, summary="OpenAI-compatible serving with speculative decoding")
     app.state.front = front
-    for_admin = admin_guard(keys, config.host)
-    app.include_router(openai.make_router(front, api_guard(keys)))
-    choices = Choices(config.checkpoints or shipped_checkpoints(), host.controller)
-    app.include_router(admin.make_router(front, choices, for_admin))
+    require_admin = admin_check(keys, config.host)
+    app.include_router(openai.make_router(front, api_check(keys)))
+    catalog = ControllerCatalog(config.checkpoints or shipped_checkpoints(), engine_client.controller)
+    app.include_router(admin.make_router(front, catalog, require_admin))
     app.include_router(health.make_router(front))
-    app.include_router(ui.make_router(host, for_admin))
+    app.include_router(ui.make_router(engine_client, require_admin))
     errors.install(app)
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
-    app.add_middleware(RequestStatsMiddleware, done=_noting(front))
+    app.add_middleware(RequestStatsMiddleware, done=partial(_request_done, front))
     return app
 
 
-def _noting(front: Front) -> Callable[[RequestStats], None]:
-    def done(trail: RequestStats) -> None:
-        front.metrics.request_done(trail)
-        if trail.route not in QUIET:
-            logs.request_done(trail)
-
-    return done
+def _request_done(front: Front, stats: RequestStats) -> None:
+    front.metrics.request_done(stats)
+    if stats.route not in QUIET:
+        logs.write("request", **stats.log_fields)

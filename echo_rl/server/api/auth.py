@@ -1,4 +1,4 @@
-"""Who may do what: a key for /v1, another one for /admin and the live view."""
+"""Access by keys: one for /v1, another one for /admin and the live view."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from echo_rl.errors import ConfigError
 from echo_rl.server.api.errors import ApiError
 from echo_rl.server.config import ServerConfig
 
-Guard = Callable[..., Awaitable[None]]
-"""A FastAPI dependency that raises `ApiError` for who may not pass. A coroutine: FastAPI runs others in a thread."""
+AuthCheck = Callable[..., Awaitable[None]]
+"""A FastAPI dependency that raises `ApiError` without access. A coroutine, since FastAPI runs others in a thread."""
 
 FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-real-ip")
-"""Headers by which a proxy gives itself away: its peer may be anybody."""
+"""Headers that proxies add: the client behind one may be anybody."""
 
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys that are asked for; None asks for none."""
+    """The keys that the server asks for; None asks for none."""
 
     api: bytes | None = field(default=None, repr=False)
     admin: bytes | None = field(default=None, repr=False)
 
     @classmethod
     def load(cls, config: ServerConfig, environment: Mapping[str, str] = os.environ) -> Keys:
-        """From files, else from the environment. Raises `ConfigError` where a file can't be read or a key is empty."""
+        """Reads them from files, else from the environment. Raises `ConfigError` on an unreadable file or empty key."""
         return cls(
             _key(config.api_key_file, "ECHO_RL_API_KEY", environment),
             _key(config.admin_key_file, "ECHO_RL_ADMIN_KEY", environment),
         )
 
 
-def api_guard(keys: Keys) -> Guard:
-    """Lets those pass who have the API key, or everybody where there is none."""
+def api_check(keys: Keys) -> AuthCheck:
+    """Returns a check for the API key; it passes everybody where there is none."""
     bearer = HTTPBearer(auto_error=False, description="The API key, where the server has one.")
 
     async def check(given: HTTPAuthorizationCredentials | None = Security(bearer)) -> None:  # noqa: B008
@@ -50,8 +50,8 @@ def api_guard(keys: Keys) -> Guard:
     return check
 
 
-def admin_guard(keys: Keys, bound: str) -> Guard:
-    """Lets those pass who have the admin key; without one, who is on this machine, if it listens to itself alone.
+def admin_check(keys: Keys, bound: str) -> AuthCheck:
+    """Returns a check for the admin key; without one it passes this machine, where the server listens to it alone.
 
     `bound` is the address that the server listens on.
     """
@@ -81,7 +81,7 @@ def is_loopback(address: str) -> bool:
 
 
 def _is_local(request: Request) -> bool:
-    """The peer is this machine, by no proxy, and means it: a browser sent here by a foreign page names another host."""
+    """Whether this machine asks, without a proxy and by its own name (a foreign page's browser names another host)."""
     if request.client is None or any(header in request.headers for header in FORWARDED):
         return False
     name = request.url.hostname or ""
@@ -89,7 +89,7 @@ def _is_local(request: Request) -> bool:
 
 
 def _require(key: bytes, given: HTTPAuthorizationCredentials | None) -> None:
-    """Headers arrive decoded as Latin-1, whatever their bytes mean."""
+    """Compares the key with the header, which arrives decoded as Latin-1, whatever its bytes mean."""
     if given is None or not hmac.compare_digest(given.credentials.encode("latin-1"), key):
         raise ApiError(
             401,

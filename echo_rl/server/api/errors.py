@@ -12,16 +12,16 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from echo_rl.errors import EchoError
-from echo_rl.server.client.engine_client import Unavailable
+from echo_rl.server.client.supervisor import Unavailable
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 RETRY_SECONDS = 5
-"""What clients are told to wait while the engine loads or is started again."""
+"""Seconds that clients are asked to wait while the engine loads or is started again."""
 log = logging.getLogger(__name__)
 
 
 class ApiError(HTTPException):
-    """What went wrong with one HTTP request."""
+    """The failure of one HTTP request."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class ApiError(HTTPException):
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """Any error of this package, of FastAPI or of anyone else. Unforeseen ones are logged and don't show their text."""
+    """Converts any error. Unforeseen ones are logged and don't show their text."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestValidationError):
@@ -61,7 +61,7 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def install(app: FastAPI) -> None:
-    """Make every error of this app an OpenAI error object."""
+    """Makes every error of this app an OpenAI error object."""
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response
@@ -71,7 +71,7 @@ def install(app: FastAPI) -> None:
 
 
 def _invalid(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with the body, the path or the query. Never repeats the input."""
+    """Names the first thing that is wrong with the body, the path or the query. Never repeats the input."""
     first = error.errors()[0]
     where = [str(part) for part in first["loc"][1:] if first["type"] != "json_invalid"]
     param = ".".join(where) or None

@@ -1,12 +1,12 @@
-"""What all routes share, and how a client's prompt becomes requests for the engine."""
+"""What all routes share, and how a client's prompts become requests for the engine."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING
 
 from echo_rl.contracts import Request
 from echo_rl.server.api.errors import RETRY_SECONDS, ApiError
@@ -17,32 +17,22 @@ from echo_rl.server.client.engine_client import EngineClient
 from echo_rl.server.config import ServerConfig
 from echo_rl.server.messages import Ready
 
+if TYPE_CHECKING:
+    from echo_rl.runtime.tokenizer import Tokenizer
+
 LONG_PROMPT = 4_096
-"""Characters from which a prompt is tokenised in a thread, so that streams go on meanwhile."""
-T = TypeVar("T")
-
-
-class TextCodec(Protocol):
-    """The part of `runtime.tokenizer.Tokenizer` that the front needs."""
-
-    def encode(self, text: str, special: bool = False) -> tuple[int, ...]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-    def token_bytes(self, token: int) -> bytes: ...
-
-    def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]: ...
+"""Characters beyond which prompts are tokenised in a thread, so that streams go on meanwhile."""
 
 
 @dataclass
 class Front:
-    """One server. `draining` is set once, by whoever shuts it down."""
+    """The state of one API server. `draining` is set once, when it shuts down."""
 
-    host: EngineClient
-    tokenizer: TextCodec
+    engine_client: EngineClient
+    tokenizer: Tokenizer
     config: ServerConfig
     model: str
-    """The name that clients use."""
+    """The name of the model that clients use."""
     metrics: Metrics
     admission: Admission
     draining: bool = False
@@ -50,33 +40,29 @@ class Front:
 
     @property
     def ready(self) -> bool:
-        return self.host.ready and not self.draining
+        return self.engine_client.ready and not self.draining
 
-    def engine(self) -> Ready:
-        """What the loaded engine is. Raises `ApiError` 503 where it serves nothing now."""
+    def loaded_engine(self) -> Ready:
+        """Returns what the loaded engine is. Raises `ApiError` 503 where it serves nothing now."""
         if self.draining:
             raise _unavailable("the server is shutting down", int(self.config.drain_seconds) + 1)
-        info = self.host.ready_info
-        if self.host.dead:
+        info = self.engine_client.ready_info
+        if self.engine_client.dead:
             raise dead_engine()
-        if not self.host.ready or info is None:
+        if not self.engine_client.ready or info is None:
             raise _unavailable("the engine is loading", RETRY_SECONDS)
         return info
 
     def check_model(self, name: str | None) -> None:
+        """Raises `ApiError` 404 unless this is the served model's name, or none."""
         if name is not None and name != self.model:
             raise ApiError(404, f"no such model here; this server has {self.model!r}", "model", "model_not_found")
 
-    async def tokenised(self, size: int, encode: Callable[[], T]) -> T:
-        """What `encode` returns for `size` characters."""
-        return await asyncio.to_thread(encode) if size > LONG_PROMPT else encode()
-
-    def requests(self, id: str, body: Body, prompts: Sequence[tuple[int, ...]], top: int | None) -> list[Request]:
-        """The n completions of each prompt, in the order of their index. Raises `ApiError` 400.
-
-        `top` is how many alternatives to report with every token, None for no log-probabilities.
-        """
-        info = self.engine()
+    async def requests(self, id: str, body: Body) -> list[Request]:
+        """Returns the n completions of each prompt, in the order of their index. Raises `ApiError` 400."""
+        encode = partial(body.encode, self.tokenizer)
+        prompts = await asyncio.to_thread(encode) if body.characters > LONG_PROMPT else encode()
+        info = self.loaded_engine()
         requests: list[Request] = []
         for prompt in prompts:
             if not prompt:
@@ -85,11 +71,11 @@ class Front:
                 raise ApiError(400, f"the prompt holds token ids outside [0, {info.vocab})", "prompt")
             for params in body.params(self._new_tokens(len(prompt), body, info.max_context)):
                 request_id = f"{id}-{len(requests)}"
-                requests.append(Request(request_id, prompt, params, body.speculation != "off", top))
+                requests.append(Request(request_id, prompt, params, body.speculation != "off", body.top_alternatives))
         return requests
 
     def _new_tokens(self, prompt: int, body: Body, context: int) -> int:
-        """Output tokens that a completion may have. Raises `ApiError` 400 where prompt or limit are too long."""
+        """Returns the output tokens that a completion may have. Raises `ApiError` 400 on a prompt or limit too long."""
         longest, most = self.config.max_prompt_tokens, self.config.max_tokens
         if longest is not None and prompt > longest:
             raise ApiError(400, f"the prompt has {prompt} tokens, this server allows {longest}", "prompt")

@@ -23,12 +23,12 @@ def make_router(front: Front) -> APIRouter:
     router = APIRouter(tags=["Operation"])
 
     def state() -> Health:
-        return Health(live=front.host.alive, ready=front.ready, draining=front.draining)
+        return Health(live=front.engine_client.alive, ready=front.ready, draining=front.draining)
 
     @router.get("/health/live", responses=FAILURES)
     async def live() -> Health:
         """503 once the engine is dead for good: start the server again then."""
-        if not front.host.alive:
+        if not front.engine_client.alive:
             raise dead_engine()
         return state()
 
@@ -36,7 +36,7 @@ def make_router(front: Front) -> APIRouter:
     @router.get("/health", responses=FAILURES)
     async def ready() -> Health:
         """503 while the engine loads, or the server shuts down: send no requests then."""
-        if front.host.dead:
+        if front.engine_client.dead:
             raise dead_engine()
         if not front.ready:
             raise ApiError(503, "shutting down" if front.draining else "the engine is loading", code="unavailable")
@@ -45,6 +45,6 @@ def make_router(front: Front) -> APIRouter:
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """Prometheus' text format."""
-        return Response(front.metrics.text(front.host.in_flight, front.host.restarts), media_type=CONTENT_TYPE_LATEST)
+        return Response(front.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return router

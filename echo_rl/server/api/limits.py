@@ -1,4 +1,4 @@
-"""How much is let in: completions at once, and bytes a request."""
+"""The server's bounds: on completions at once, and on the bytes of a request."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from echo_rl.server.api.errors import ApiError
 
 REMEMBERED = 64
+"""Past completions whose rate is measured."""
 LONGEST_WAIT = 60
+"""Most seconds that a client is asked to wait."""
 
 
 class Admission:
-    """Counts unfinished completions against a bound, and knows from past ones when a place will be free."""
+    """Bounds the unfinished completions, and estimates from past ones when a place will be free."""
 
     def __init__(self, bound: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.bound = bound
@@ -27,7 +29,7 @@ class Admission:
 
     @contextmanager
     def enter(self, count: int) -> Iterator[None]:
-        """Hold `count` places. Raises `ApiError` 400 where there never are so many, 429 where not now."""
+        """Holds `count` places. Raises `ApiError` 400 where there never are so many, 429 where not now."""
         if count > self.bound:
             raise ApiError(400, f"one request asks for {count} completions, this server allows {self.bound}", "n")
         if self.unfinished + count > self.bound:
@@ -45,7 +47,7 @@ class Admission:
             self._ends.extend([self._clock()] * count)
 
     def retry_after(self, places: int = 1) -> int:
-        """Whole seconds until so many places should be free, at the rate of the last completions; at least 1."""
+        """Returns the whole seconds, at least 1, until so many places are free at the rate of the last completions."""
         if len(self._ends) < 2:
             return 1
         each = (self._clock() - self._ends[0]) / len(self._ends)
@@ -69,7 +71,7 @@ class BodyLimit:
             return
         read = 0
 
-        async def counted() -> Message:
+        async def receive_counted() -> Message:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
@@ -77,7 +79,7 @@ class BodyLimit:
                 raise self._too_large()
             return message
 
-        await self._app(scope, counted, send)
+        await self._app(scope, receive_counted, send)
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body exceeds {self._limit} bytes", headers={"Connection": "close"})

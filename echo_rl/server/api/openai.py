@@ -6,16 +6,16 @@ from typing import Any
 
 from fastapi import APIRouter, Depends
 
-from echo_rl.server.api.auth import Guard
+from echo_rl.server.api.auth import AuthCheck
 from echo_rl.server.api.completion_response import CompletionResponse
 from echo_rl.server.api.front import Front
-from echo_rl.server.api.openai_format import ChatDialect, TextDialect
+from echo_rl.server.api.openai_format import ChatFormat, TextFormat
 from echo_rl.server.api.replies import FAILURES, ChatReply, CompletionReply, Model, ModelList, completion_responses
 from echo_rl.server.api.schemas import ChatRequest, CompletionRequest
 
 
-def make_router(front: Front, guard: Guard) -> APIRouter:
-    router = APIRouter(prefix="/v1", dependencies=[Depends(guard)], tags=["OpenAI"])
+def make_router(front: Front, check: AuthCheck) -> APIRouter:
+    router = APIRouter(prefix="/v1", dependencies=[Depends(check)], tags=["OpenAI"])
 
     @router.get("/models", responses=FAILURES)
     async def models() -> ModelList:
@@ -31,16 +31,16 @@ def make_router(front: Front, guard: Guard) -> APIRouter:
     @router.post("/completions", response_model=None, responses=completion_responses(CompletionReply))
     async def completions(body: CompletionRequest) -> Any:
         """Continue one or several prompts."""
-        return CompletionResponse(front, body, TextDialect())
+        return CompletionResponse(front, body, TextFormat())
 
     @router.post("/chat/completions", response_model=None, responses=completion_responses(ChatReply))
     async def chat(body: ChatRequest) -> Any:
         """Answer a conversation."""
-        return CompletionResponse(front, body, ChatDialect())
+        return CompletionResponse(front, body, ChatFormat())
 
     return router
 
 
 def _model(front: Front) -> Model:
-    info = front.host.ready_info if front.host.ready else None
+    info = front.engine_client.ready_info if front.engine_client.ready else None
     return Model(id=front.model, created=front.created, max_model_len=info.max_context if info else None)

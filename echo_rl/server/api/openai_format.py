@@ -1,4 +1,4 @@
-"""The two forms in which OpenAI's API gives a completion: text, and a chat's answer. Pure formatting."""
+"""OpenAI's two formats of a completion: text, and a chat's answer. Pure formatting."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from echo_rl.contracts import TokenLogprob
 LEAST_LOGPROB = -9999.0
 """OpenAI's stand-in for minus infinity, which JSON lacks."""
 Spell = Callable[[int], bytes]
-"""What a token stands for."""
+"""Returns the bytes that a token stands for."""
 
 
-class Dialect(Protocol):
-    """How choices look on the wire."""
+class CompletionFormat(Protocol):
+    """How the choices of an answer look on the wire."""
 
     prefix: str
-    """Of completion ids."""
+    """The prefix of completion ids."""
     kind: str
     """The ``object`` of whole answers."""
     chunk_kind: str
     """The ``object`` of chunks."""
     opening: str | None
-    """What a stream says first of each choice."""
+    """The members of the first chunk of each choice; None sends no such chunk."""
     closing: str
-    """What a chunk holds beside a finish reason."""
+    """The members of a chunk beside a finish reason."""
 
     def delta(self, text: str) -> str:
-        """New text of a choice, as members of a JSON object."""
+        """Returns new text of a choice, as members of a JSON object."""
         ...
 
     def choice(self, text: str) -> dict[str, Any]:
-        """The whole text of a choice."""
+        """Returns the whole text of a choice, as members of a JSON object."""
         ...
 
     def logprobs(self, tokens: Sequence[TokenLogprob], spell: Spell, offsets: Sequence[int]) -> dict[str, Any]:
-        """`offsets` are the lengths of the choice's text before each token."""
+        """Returns log-probabilities; `offsets` are the lengths of the choice's text before each token."""
         ...
 
 
-class TextDialect:
-    """/v1/completions."""
+class TextFormat:
+    """The format of /v1/completions."""
 
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
     opening: str | None = None
@@ -69,8 +69,8 @@ class TextDialect:
         }
 
 
-class ChatDialect:
-    """/v1/chat/completions."""
+class ChatFormat:
+    """The format of /v1/chat/completions."""
 
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
     opening: str | None = '"delta":{"role":"assistant","content":"","refusal":null}'
@@ -91,27 +91,27 @@ class ChatDialect:
 
 
 class ChunkWriter:
-    """Server-sent events of one stream, put together from templates: no object is built for a chunk."""
+    """Writes the server-sent events of one stream from templates: no object is built for a chunk."""
 
-    def __init__(self, dialect: Dialect, id: str, created: int, model: str, usage: bool) -> None:
-        self._dialect = dialect
-        names = f'"id":{json.dumps(id)},"object":"{dialect.chunk_kind}","created":{created},"model":{json.dumps(model)}'
+    def __init__(self, form: CompletionFormat, id: str, created: int, model: str, usage: bool) -> None:
+        self._form = form
+        names = f'"id":{json.dumps(id)},"object":"{form.chunk_kind}","created":{created},"model":{json.dumps(model)}'
         self._start = f'data: {{{names},"choices":['
         self._end = '],"usage":null}\n\n' if usage else "]}\n\n"
 
     def opening(self, choices: int) -> bytes:
-        """What comes first, of every choice; empty where the dialect says nothing."""
-        first = self._dialect.opening
+        """Returns the first chunk of every choice; nothing where the format has none."""
+        first = self._form.opening
         return b"".join(self._chunk(i, first) for i in range(choices)) if first else b""
 
     def text(self, index: int, text: str, logprobs: dict[str, Any] | None) -> bytes:
-        return self._chunk(index, self._dialect.delta(text), json.dumps(logprobs) if logprobs else "null")
+        return self._chunk(index, self._form.delta(text), json.dumps(logprobs) if logprobs else "null")
 
     def finish(self, index: int, reason: str) -> bytes:
-        return self._chunk(index, self._dialect.closing, reason=json.dumps(reason))
+        return self._chunk(index, self._form.closing, reason=json.dumps(reason))
 
     def usage(self, usage: dict[str, int]) -> bytes:
-        """The chunk without choices that OpenAI sends last where it is asked to."""
+        """Returns the chunk without choices that OpenAI sends last on request."""
         return f'{self._start}],"usage":{json.dumps(usage)}}}\n\n'.encode()
 
     def _chunk(self, index: int, members: str, logprobs: str = "null", reason: str = "null") -> bytes:
@@ -136,7 +136,7 @@ def _alternative(spell: Spell, token: int, logprob: float) -> dict[str, Any]:
 
 
 def _name(spelled: bytes) -> str:
-    """A token's text; what is no whole character is written as OpenAI does it, ``bytes:\\xe2``."""
+    """Returns a token's text; what is no whole character is written as OpenAI does it, ``bytes:\\xe2``."""
     try:
         return spelled.decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""One HTTP request from its arrival to its last byte: what is logged and measured of it."""
+"""What is logged and measured of one HTTP request, from its arrival to its last byte."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CLIENT_GONE = 499
-"""Status of a request whose client left before the answer."""
+"""Status of a request whose client left before the answer was complete."""
 CUT_OFF = ("cancelled", "error")
 """Finish reasons of completions that were not served to their end."""
-KEY = "echo_rl.trail"
+KEY = "echo_rl.request_stats"
 
 
 @dataclass
 class RequestStats:
-    """Written by whoever serves the request. Times are of `time.perf_counter`, in seconds."""
+    """The statistics of a request, which its response writes. Times are of `time.perf_counter`, in seconds."""
 
     id: str
     started: float
     route: str = "unmatched"
-    """Of the application, not the path that was asked for: few, and free of what clients write."""
+    """The application's route, not the path that was asked for: few, and free of what clients write."""
     status: int | None = None
     streamed: bool = False
     prompt_tokens: int = 0
@@ -31,7 +32,21 @@ class RequestStats:
     first_token: float | None = None
     finished: float | None = None
     finish_reasons: list[str] = field(default_factory=list)
-    """Of every completion, also of those that were cut off."""
+    """Finish reasons of all completions, also of those that were cut off."""
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "route": self.route,
+            "status": self.status,
+            "stream": self.streamed,
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+            "ttft": self.ttft and round(self.ttft, 4),
+            "e2e": self.e2e and round(self.e2e, 4),
+            "finish_reason": ",".join(self.finish_reasons) or None,
+        }
 
     @property
     def ttft(self) -> float | None:
@@ -43,13 +58,13 @@ class RequestStats:
 
 
 def stats_of(scope: Scope) -> RequestStats:
-    """The trail that `RequestStatsMiddleware` gave this request."""
-    trail: RequestStats = scope[KEY]
-    return trail
+    """Returns the statistics that `RequestStatsMiddleware` gave this request."""
+    stats: RequestStats = scope[KEY]
+    return stats
 
 
 class RequestStatsMiddleware:
-    """ASGI middleware, outermost: gives each request its trail and id, and hands it over at its end."""
+    """Outermost ASGI middleware: gives each request its statistics and id, and calls `done` with them at its end."""
 
     def __init__(self, app: ASGIApp, done: Callable[[RequestStats], None]) -> None:
         self._app = app
@@ -59,19 +74,19 @@ class RequestStatsMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        trail = RequestStats(uuid.uuid4().hex, time.perf_counter())
-        scope[KEY] = trail
+        stats = RequestStats(uuid.uuid4().hex, time.perf_counter())
+        scope[KEY] = stats
 
-        async def noted(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                trail.status = trail.status or message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", trail.id.encode())]
+                stats.status = stats.status or message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", stats.id.encode())]
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, receive, send_with_id)
         finally:
-            trail.finished = time.perf_counter()
-            trail.route = getattr(scope.get("route"), "path", trail.route)
-            trail.status = trail.status or 500  # nobody answered: the outermost handler does
-            self._done(trail)
+            stats.finished = time.perf_counter()
+            stats.route = getattr(scope.get("route"), "path", stats.route)
+            stats.status = stats.status or 500  # no answer was begun: the outermost handler gives it
+            self._done(stats)

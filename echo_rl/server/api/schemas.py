@@ -1,10 +1,10 @@
-"""What clients may send to /v1: OpenAI's fields, and a few more. Unknown fields are ignored."""
+"""The bodies that clients may send to /v1: OpenAI's fields, and a few more. Unknown fields are ignored."""
 
 from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -19,13 +19,16 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from echo_rl.contracts import MAX_LOGPROBS, SamplingParams
 
+if TYPE_CHECKING:
+    from echo_rl.runtime.tokenizer import Tokenizer
+
 SEEDS = 2**63
 EVERY_TOKEN = "Of every token, also those of a stop string and of the turn's end, which the text leaves out."
 
 
 @dataclass(frozen=True)
 class Only:
-    """Marks a field of OpenAI's that this server understands in these values alone. null always means absent."""
+    """Marks a field of which this server supports these values alone; null always means absent."""
 
     allowed: tuple[Any, ...] = ()
 
@@ -60,11 +63,11 @@ class StreamOptions(BaseModel):
 
 
 class Sampling(BaseModel):
-    """What both kinds of completion have in common. Defaults are OpenAI's: temperature 1, a random seed."""
+    """The fields of both kinds of completion. Defaults are OpenAI's: temperature 1, a random seed."""
 
     model_config = ConfigDict(extra="ignore")
     default_limit: ClassVar[int | None] = None
-    """Output tokens where the client gives no limit; None is what the context leaves."""
+    """Output tokens where the client gives no limit; None allows what the context leaves."""
 
     model: str | None = Field(None, description="The served model's name; absent means it.")
     n: int | None = Field(1, ge=1, le=128, description="Completions of the prompt; the i-th is drawn with seed + i.")
@@ -84,7 +87,7 @@ class Sampling(BaseModel):
     tool_choice: NoChoice = None
     functions: Empty = None
     response_format: PlainText = None
-    # Of vLLM and SGLang, which change what is drawn: not to be ignored.
+    # Fields of vLLM and SGLang that change what is drawn, so that they must not be ignored.
     repetition_penalty: One = None
     min_p: Zero = None
     min_tokens: Zero = None
@@ -112,7 +115,7 @@ class Sampling(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def params(self, max_new_tokens: int) -> list[SamplingParams]:
-        """How each of the n completions of one prompt is drawn."""
+        """Returns how each of the n completions of one prompt is drawn."""
         seed = secrets.randbits(63) if self.seed is None else self.seed
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return [
@@ -149,10 +152,23 @@ class CompletionRequest(Sampling):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Each prompt, as text or as ids."""
+        """Returns each prompt, as text or as ids."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
+
+    @property
+    def prompt_count(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def characters(self) -> int:
+        """Returns how many characters `encode` tokenises."""
+        return sum(len(prompt) for prompt in self.prompts if isinstance(prompt, str))
+
+    def encode(self, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+        """Returns the tokens of each prompt."""
+        return [tokenizer.encode(p, special=True) if isinstance(p, str) else tuple(p) for p in self.prompts]
 
     @property
     def limit(self) -> int | None:
@@ -176,7 +192,7 @@ class Message(BaseModel):
 
     @property
     def plain(self) -> dict[str, str]:
-        """The turn as chat templates take it."""
+        """Returns the turn as chat templates take it."""
         role = "system" if self.role == "developer" else self.role
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": role, "content": text}
@@ -184,6 +200,8 @@ class Message(BaseModel):
 
 class ChatRequest(Sampling):
     """Answer a conversation."""
+
+    prompt_count: ClassVar[int] = 1
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
@@ -201,8 +219,11 @@ class ChatRequest(Sampling):
         return self
 
     @property
-    def conversation(self) -> list[dict[str, str]]:
-        return [message.plain for message in self.messages]
+    def characters(self) -> int:
+        return sum(len(message.plain["content"]) for message in self.messages)
+
+    def encode(self, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+        return [tokenizer.chat([message.plain for message in self.messages])]
 
     @property
     def limit(self) -> int | None:

@@ -1,1 +1,1 @@
-"""The front's side of the engine process: requests in, outputs out, restarts."""
+"""The API's side of the engine process: requests in, outputs out, restarts."""

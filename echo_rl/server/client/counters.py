@@ -7,23 +7,21 @@ from collections.abc import Mapping
 
 
 class RestartSafeCounter:
-    """The sum over all cores of what each counted last."""
+    """Sums the last counts of every core, where each counts from 0."""
 
     def __init__(self) -> None:
-        self._past: Counter[str] = Counter()  # of cores that are gone
-        self._now: Mapping[str, int] = {}
+        self.current: Mapping[str, int] = {}
+        """The counts of the running core since its start."""
+        self._past: Counter[str] = Counter()  # of the cores before it
 
-    def see(self, counts: Mapping[str, int]) -> None:
-        """The counts of the core that runs, since its start."""
-        self._now = counts
-
-    def begin_anew(self) -> None:
-        """The core is gone: the next one counts from 0."""
-        self._past.update(self._now)
-        self._now = {}
+    def restart(self) -> None:
+        """Keeps the counts of a core that is gone."""
+        self._past.update(self.current)
+        self.current = {}
 
     @property
     def total(self) -> dict[str, int]:
+        """Returns the counts of all cores."""
         total = self._past.copy()
-        total.update(self._now)
+        total.update(self.current)
         return dict(total)

@@ -1,10 +1,10 @@
-"""Which controller a new engine process begins with after a death."""
+"""Chooses the controller that a new engine process starts with."""
 
 from __future__ import annotations
 
 
 class LastGood:
-    """Which controller to start again with: one that has served its trial, not one that may have killed the core."""
+    """Remembers the last controller that served its trial, rather than one that may have ended the core."""
 
     def __init__(self, spec: str, trial_steps: int) -> None:
         self.current = spec
@@ -13,17 +13,18 @@ class LastGood:
         self._trial_steps = trial_steps
         self._steps = 0
 
-    def swapped(self, spec: str) -> None:
+    def replaced_by(self, spec: str) -> None:
+        """Notes that this controller is active from now on."""
         self.current, self._steps = spec, 0
 
-    def stepped(self, spec: str) -> None:
-        """A step under this controller: another one than thought means that the core went back to it."""
+    def on_step(self, spec: str) -> None:
+        """Counts a step under a controller; one other than `current` means that the core went back to it."""
         if spec != self.current:
-            self.swapped(spec)
+            self.replaced_by(spec)
         self._steps += 1
         if self._steps >= self._trial_steps:
             self._proven = spec
 
-    def for_attempt(self, deaths: int) -> str:
-        """The proven one; from the third death in a row on, the one that the server began with."""
-        return self._proven if deaths < 3 else self._first
+    def for_attempt(self, exits: int) -> str:
+        """Returns the proven controller; from the third exit in a row on, the one that the server started with."""
+        return self._proven if exits < 3 else self._first

@@ -1,4 +1,4 @@
-"""One engine core after another: starts it, hears of its death, starts the next. Knows nothing of requests.
+"""Starts the engine core, notices when it exits or hangs, and starts it again. Knows nothing of requests.
 
 Belongs to one asyncio event loop and never blocks it.
 """
@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from echo_rl.errors import ConfigError, EchoError, explain
-from echo_rl.server.core.options import ControllerManagerOptions
+from echo_rl.server.config import ControllerManagerOptions
 from echo_rl.server.core.worker import Factory, ProcessWorker, ThreadWorker, Worker
-from echo_rl.server.ipc import FrontChannel
+from echo_rl.server.ipc import ClientChannel
 from echo_rl.server.messages import Event, Failed, Ready, Stop
 
 WORKERS: dict[str, Callable[..., Worker]] = {"process": ProcessWorker, "thread": ThreadWorker}
@@ -26,78 +26,79 @@ log = logging.getLogger(__name__)
 
 
 class Unavailable(EchoError, RuntimeError):
-    """The engine serves nothing now: it is loading, restarting, shutting down or dead."""
+    """The engine serves nothing now: it is loading, restarting, shutting down or given up."""
 
 
 @dataclass(frozen=True)
 class SupervisorConfig:
     controller: str = "echo"
-    """Decides from the start, as on the command line."""
+    """Specification of the first controller, as on the command line."""
     isolation: Literal["process", "thread"] = "process"
     """Where the engine runs: a crash or a hang in a thread can't be ended, so ``thread`` is for tests and embedding."""
     stall_seconds: float = 60.0
-    """The engine counts as hung when no step ends for so long while work is in flight."""
+    """Seconds without a step, while requests are in flight, after which the engine counts as hung."""
     start_seconds: float = 1800.0
     """Seconds that loading may take (the first start compiles kernels and fetches weights)."""
     command_seconds: float = 150.0
-    """Seconds that an answer of the core may take."""
+    """Seconds that a reply of the core may take."""
     stop_seconds: float = 10.0
     """Seconds that the core has to end when told to."""
     most_restarts: int = 5
-    """Deaths within `restart_window` after which the host gives up."""
+    """Exits within `restart_window` after which the engine is given up."""
     restart_window: float = 600.0
-    """Seconds."""
+    """Seconds in which exits are counted."""
     backoff: float = 0.5
-    """Seconds before the first restart; doubles with every further death within the window."""
+    """Seconds before the first restart; they double with every further exit within the window."""
     switch: ControllerManagerOptions = field(default_factory=ControllerManagerOptions)
+    """How the core treats its controllers."""
 
     def __post_init__(self) -> None:
         if self.isolation not in WORKERS:
             raise ConfigError(f"isolation is '{self.isolation}'; give one of {', '.join(WORKERS)}")
 
 
-class Owner(Protocol):
-    """What a `EngineSupervisor` asks of whom it serves, and tells it."""
+class Listener(Protocol):
+    """What an `EngineSupervisor` needs of the engine client."""
 
     @property
     def busy(self) -> bool:
-        """Whether the core has work, so that its silence means something."""
+        """Whether the core has work, so that it hangs where it takes no step."""
         ...
 
-    def controller_for(self, deaths: int) -> str:
-        """Who decides in the next core, after so many deaths in a row."""
+    def controller_for(self, exits: int) -> str:
+        """Returns the controller that the next core starts with, after so many exits in a row."""
         ...
 
     def on_event(self, event: Event) -> None:
-        """Everything that a core says, but for its birth and its death."""
+        """Takes every event of a core; `Ready` and `Failed` it hands on to `EngineSupervisor.on_event`."""
         ...
 
-    def on_ready(self, ready: Ready) -> None:
-        """A core is loaded."""
+    def on_ready(self, ready: Ready, channel: ClientChannel) -> None:
+        """Is called when a core is loaded that takes commands over `channel`."""
         ...
 
-    def on_death(self, why: str) -> None:
-        """The core is gone, with all that it held."""
+    def on_exit(self, reason: str) -> None:
+        """Is called when the core is gone, with all that it held."""
         ...
 
 
 class EngineSupervisor:
-    """The core of the moment. `state`: ``new``, ``loading`` (again), ``ready``, ``dead`` (given up), ``stopped``."""
+    """Owns the running core. `state`: ``new``, ``loading`` (again), ``ready``, ``dead`` (given up), ``stopped``."""
 
-    def __init__(self, config: SupervisorConfig, factory: Factory, owner: Owner) -> None:
-        self._config, self._factory, self._owner = config, factory, owner
-        self.channel: FrontChannel | None = None
+    def __init__(self, config: SupervisorConfig, factory: Factory, listener: Listener) -> None:
+        self._config, self._factory, self._listener = config, factory, listener
         self.worker: Worker | None = None
         self.state: Literal["new", "loading", "ready", "dead", "stopped"] = "new"
         self.restarts = 0
-        self.retiring = False
-        """Set where a death is the end: nobody needs another core."""
+        self.draining = False
+        """Whether the server shuts down, so that a core which exits is not started again."""
+        self._channel: ClientChannel | None = None
         self._loading: asyncio.Future[Ready] | None = None
-        self._gone = asyncio.Event()  # the core's stream has ended
+        self._closed = asyncio.Event()  # the core's stream has ended
         self._tasks: set[asyncio.Task[None]] = set()
-        self._last_words: str | None = None
-        self._deaths: list[float] = []
-        self._heard = 0.0
+        self._failure: str | None = None  # why the core ends, as far as it or the stall watch has said
+        self._exits: list[float] = []
+        self._last_progress = 0.0
 
     async def start(self, controller: str) -> None:
         """Raises `EchoError` with what was wrong; nothing runs then."""
@@ -109,30 +110,26 @@ class EngineSupervisor:
             raise
 
     async def stop(self) -> None:
-        """Ends the core, for good."""
+        """Ends the core for good."""
         was_ready, self.state = self.state == "ready", "stopped"
         for task in self._tasks:
             task.cancel()
         if was_ready:
-            self.send(Stop())
+            assert self._channel is not None
+            self._channel.send(Stop())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._gone.wait(), self._config.stop_seconds)
-        await self._bury("the server stopped")
-
-    def send(self, command: Any) -> None:
-        """Dropped where there is no core."""
-        if self.channel is not None:
-            self.channel.send(command)
+                await asyncio.wait_for(self._closed.wait(), self._config.stop_seconds)
+        await self._reap("the server stopped")
 
     def note_progress(self) -> None:
-        """The core did something, or was given its first work."""
-        self._heard = time.monotonic()
+        """Notes that the core did something, or was given its first work."""
+        self._last_progress = time.monotonic()
 
-    # ------------------------------------------------------------------------- birth
+    # ------------------------------------------------------------------------- starting
 
     async def _launch(self, controller: str) -> None:
         config = self._config
-        self.state, self._last_words, self._gone = "loading", None, asyncio.Event()
+        self.state, self._failure, self._closed = "loading", None, asyncio.Event()
         self._loading = asyncio.get_running_loop().create_future()
         ours, theirs = socket.socketpair()
         try:
@@ -142,92 +139,89 @@ class EngineSupervisor:
             theirs.close()
             raise
         atexit.register(self.worker.kill)  # before multiprocessing would wait for it
-        channel = self.channel = FrontChannel(self._on_event, lambda: self._on_lost(channel))
+        channel = self._channel = ClientChannel(self._listener.on_event, lambda: self._on_lost(channel))
         await channel.open(ours)
         try:
             ready = await asyncio.wait_for(self._loading, config.start_seconds)
         except TimeoutError:
             raise Unavailable(f"the engine was not loaded within {config.start_seconds:g} s") from None
-        if self._gone.is_set():  # it died the moment that it was loaded
-            raise EchoError(await self._cause())
+        if self._closed.is_set():  # it exited the moment that it was loaded
+            raise EchoError(await self._exit_reason())
         self.state = "ready"
         self.note_progress()
-        self._owner.on_ready(ready)
+        self._listener.on_ready(ready, channel)
 
-    def _on_event(self, event: Event) -> None:
-        if isinstance(event, Ready):
-            if self._loading is not None and not self._loading.done():
-                self._loading.set_result(event)
-        elif isinstance(event, Failed):
-            self._last_words = event.message
-        else:
-            self._owner.on_event(event)
+    def on_event(self, event: Ready | Failed) -> None:
+        if isinstance(event, Failed):
+            self._failure = event.message
+        elif self._loading is not None and not self._loading.done():
+            self._loading.set_result(event)
 
-    async def _tell_why_not(self) -> None:
-        """The core ended while it loaded."""
-        loading, why = self._loading, await self._cause()
+    async def _fail_loading(self) -> None:
+        """The core exited while it loaded."""
+        loading, reason = self._loading, await self._exit_reason()
         if loading is not None and not loading.done():
-            loading.set_exception(EchoError(why))
+            loading.set_exception(EchoError(reason))
 
-    # ------------------------------------------------------------------------- death
+    # ------------------------------------------------------------------------- exits and restarts
 
-    def _on_lost(self, channel: FrontChannel) -> None:
-        if channel is not self.channel:
-            return  # one that was given up before
-        self._gone.set()
+    def _on_lost(self, channel: ClientChannel) -> None:
+        if channel is not self._channel:
+            return  # of a core that was given up before
+        self._closed.set()
         if self._loading is not None and not self._loading.done():
-            self._spawn(self._tell_why_not())
+            self._spawn(self._fail_loading())
         elif self.state == "ready":
             self.state = "loading"
             self._spawn(self._recover())
 
     async def _watch_for_stalls(self) -> None:
-        """A core that takes no step while it has work hangs: its end is hastened."""
+        """Ends a core that takes no step while it has work."""
         stall = self._config.stall_seconds
         while True:
             await asyncio.sleep(stall / 8)
-            silent = time.monotonic() - self._heard
-            if self.state == "ready" and self._owner.busy and silent > stall:
-                self._last_words = f"no step for {silent:.1f} s while requests were in flight"
+            silent = time.monotonic() - self._last_progress
+            if self.state == "ready" and self._listener.busy and silent > stall:
+                self._failure = f"no step for {silent:.1f} s while requests were in flight"
                 self.state = "loading"
                 self._spawn(self._recover())
 
     async def _recover(self) -> None:
-        why = await self._cause()
-        await self._bury(why)
-        while self._may_restart(why):
-            deaths = len(self._deaths)
-            await asyncio.sleep(self._config.backoff * 2.0 ** (deaths - 1))
+        reason = await self._exit_reason()
+        await self._reap(reason)
+        while self._may_restart(reason):
+            exits = len(self._exits)
+            await asyncio.sleep(self._config.backoff * 2.0 ** (exits - 1))
             try:
-                await self._launch(self._owner.controller_for(deaths))
+                await self._launch(self._listener.controller_for(exits))
             except Exception as error:
-                why = explain(error)
-                await self._bury(why)
+                reason = explain(error)
+                await self._reap(reason)
             else:
                 self.restarts += 1
                 log.warning("the engine is back")
                 return
 
-    def _may_restart(self, why: str) -> bool:
-        """Notes a death; whether there was not one too many."""
+    def _may_restart(self, reason: str) -> bool:
+        """Counts an exit and returns whether the core may be started once more."""
         now, config = time.monotonic(), self._config
-        self._deaths = [*(t for t in self._deaths if now - t < config.restart_window), now]
-        log.error("the engine died (%d of %d allowed): %s", len(self._deaths), config.most_restarts, why)
-        if self.retiring or len(self._deaths) > config.most_restarts:
+        self._exits = [*(t for t in self._exits if now - t < config.restart_window), now]
+        log.error("the engine died (%d of %d allowed): %s", len(self._exits), config.most_restarts, reason)
+        if self.draining or len(self._exits) > config.most_restarts:
             self.state = "dead"
-            log.critical("the engine is not restarted: %s", "shutting down" if self.retiring else "it keeps dying")
+            log.critical("the engine is not restarted: %s", "shutting down" if self.draining else "it keeps dying")
             return False
         return True
 
-    async def _cause(self) -> str:
-        """What the core said last, or how it ended."""
-        if self._last_words is None and self.worker is not None:
+    async def _exit_reason(self) -> str:
+        """Returns what the core said last, or how its process ended."""
+        if self._failure is None and self.worker is not None:
             await asyncio.to_thread(self.worker.join, 2.0)
-        return self._last_words or (self.worker.epitaph if self.worker is not None else "it was never started")
+        return self._failure or (self.worker.exit_reason if self.worker is not None else "it was never started")
 
-    async def _bury(self, why: str) -> None:
-        channel, worker, self.channel, self.worker = self.channel, self.worker, None, None
-        self._owner.on_death(why)
+    async def _reap(self, reason: str) -> None:
+        channel, worker, self._channel, self.worker = self._channel, self.worker, None, None
+        self._listener.on_exit(reason)
         if channel is not None:
             channel.close()
         if worker is not None:

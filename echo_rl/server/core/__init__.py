@@ -1,1 +1,1 @@
-"""The engine process: the loop around the engine and who decides in it."""
+"""The engine process: the loop around the engine, and its controllers."""

@@ -1,4 +1,4 @@
-"""The engine's loop: obey what has come, take a step, tell what it did. Knows no HTTP and no transport."""
+"""The engine's loop: handle commands, take a step, send what it brought. Knows no HTTP and no transport."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Protocol
 from echo_rl.contracts import Backend, Request, StepReport
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import EchoError, PlanViolation, RequestError
+from echo_rl.server.config import ControllerManagerOptions
 from echo_rl.server.core.controller_manager import ControllerManager, MakeController
-from echo_rl.server.core.options import ControllerManagerOptions
 from echo_rl.server.guard.validation import Limits
 from echo_rl.server.messages import (
     Cancel,
@@ -26,18 +26,18 @@ from echo_rl.server.messages import (
     StepStats,
     Stop,
     Submit,
-    Watch,
+    TraceTrees,
 )
 from echo_rl.workloads.records import StepRecord
 
 Receive = Callable[[float | None], Sequence[Command]]
-"""The commands that are there; with a timeout waits so many seconds for the first, with None for ever."""
+"""Returns the commands that are there; waits up to so many seconds for the first, with None for ever."""
 Send = Callable[[Event], None]
 
 BUILDING_SECONDS = 0.01
-"""How often an idle core looks whether a new controller is built."""
+"""Seconds between an idle core's checks whether a new controller is built."""
 MOST_VIOLATIONS = 3
-"""Steps in a row that a `PlanViolation` may end before the core gives up."""
+"""Steps in a row that end by a `PlanViolation` after which the core gives up."""
 log = logging.getLogger(__name__)
 
 
@@ -45,6 +45,7 @@ class ServedEngine(Backend, Protocol):
     """An engine that a server can run: `runtime.engine.Engine` is one."""
 
     trace_trees: bool
+    """Whether step reports carry the verified trees."""
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` if KV blocks are not conserved."""
@@ -55,14 +56,14 @@ class ServedEngine(Backend, Protocol):
 class CoreOptions:
     limits: Limits = field(default_factory=Limits)
     profile: CostProfile | None = None
-    """Tells K_max; without it steps report 0."""
+    """The costs that K_max follows from; without them steps report 0."""
     switch: ControllerManagerOptions = field(default_factory=ControllerManagerOptions)
-    ways: Callable[[], dict[str, int]] = dict
-    """How the engine has served its steps so far, counted by way."""
+    serving_counts: Callable[[], dict[str, int]] = dict
+    """Counts the engine's steps so far by how they were served."""
 
 
 class EngineCore:
-    """Owns the engine and whoever decides. One thread runs it, from `run` to its return."""
+    """Owns the engine and its controllers. One thread runs it, from `run` to its return."""
 
     def __init__(
         self, engine: ServedEngine, make_controller: MakeController, spec: str, options: CoreOptions | None = None
@@ -70,49 +71,49 @@ class EngineCore:
         """Raises `ConfigError` where the controller `spec` is not usable."""
         options = options or CoreOptions()
         self._engine = engine
-        self._switch = ControllerManager(make_controller, spec, options.limits, options.switch)
-        self._knee, self._ways = _Knees(options.profile), options.ways
+        self._manager = ControllerManager(make_controller, spec, options.limits, options.switch)
+        self._knee, self._serving_counts = _KneeCache(options.profile), options.serving_counts
         self._in_flight: set[str] = set()
         self._violations = 0
         self._steps = 0
 
     def run(self, receive: Receive, send: Send) -> None:
-        """Serves until `Stop`, then cancels what is in flight. Raises what the engine raises: it is dead then."""
+        """Serves until `Stop`, then cancels what is in flight. Raises what the engine raises, which ends the core."""
         try:
             while True:
-                for command in receive(self._patience()):
+                for command in receive(self._receive_timeout()):
                     if isinstance(command, Stop):
                         self._cancel_all()
                         return
-                    self._obey(command, send)
-                for event in self._switch.poll():
+                    self._handle(command, send)
+                for event in self._manager.poll():
                     send(event)
                 if self._engine.has_work:
                     self._step(send)
         finally:
-            self._switch.close()
+            self._manager.close()
 
-    def _patience(self) -> float | None:
+    def _receive_timeout(self) -> float | None:
         if self._engine.has_work:
             return 0.0
-        return BUILDING_SECONDS if self._switch.building else None
+        return BUILDING_SECONDS if self._manager.building else None
 
     # ------------------------------------------------------------------------- commands
 
-    def _obey(self, command: Command, send: Send) -> None:
+    def _handle(self, command: Command, send: Send) -> None:
         match command:
             case Submit(request):
                 self._add(request, send)
             case Cancel(request_id):
                 self._cancel(request_id)
-            case Watch(trees):
-                self._engine.trace_trees = trees
+            case TraceTrees(enabled):
+                self._engine.trace_trees = enabled
             case Inspect(ticket):
                 send(self._inspect(ticket))
             case Stop():
                 raise AssertionError("run() handles it")
             case _:
-                for event in self._switch.obey(command):
+                for event in self._manager.handle(command):
                     send(event)
 
     def _add(self, request: Request, send: Send) -> None:
@@ -123,7 +124,7 @@ class EngineCore:
             self._in_flight.add(request.id)
         except RequestError as error:
             send(Refused(request.id, str(error)))
-        except Exception:  # nothing of the others is touched yet
+        except Exception:  # the requests in flight are untouched
             log.exception("the engine cannot take a request")
             send(Refused(request.id, "the engine cannot take this request; the server's log says why", unforeseen=True))
 
@@ -143,35 +144,35 @@ class EngineCore:
         except EchoError as error:
             kv = str(error)
         held = {"in_flight": len(self._in_flight), "steps": self._steps, "kv": kv}
-        return Reply(ticket, {**held, **self._switch.describe()})
+        return Reply(ticket, {**held, **self._manager.describe()})
 
     # ------------------------------------------------------------------------- steps
 
     def _step(self, send: Send) -> None:
-        seat, running = self._switch.seat, len(self._in_flight)
+        active, running = self._manager.active, len(self._in_flight)
         began = time.perf_counter()
         try:
-            report = self._engine.step(seat.guard)
+            report = self._engine.step(active.guard)
         except PlanViolation as error:
-            self._survive(error)
+            self._retire_active(error)
             return
         seconds = time.perf_counter() - began
         self._steps, self._violations = self._steps + 1, 0
         self._in_flight.difference_update(output.id for output in report.outputs if output.finish_reason)
         tokens = sum(len(output.tokens) for output in report.outputs)
-        events = self._switch.stepped(tokens, seconds, running - report.load.waiting, report.load.batch_size > 0)
-        spec = seat.spec if self._switch.holds(seat) else self._switch.seat.spec
+        events = self._manager.on_step(tokens, seconds, running - report.load.waiting, report.load.batch_size > 0)
+        spec = active.spec if self._manager.is_active(active) else self._manager.active.spec
         send(Stepped(report.outputs, self._stats(report, spec, running, tokens, seconds)))
         for event in events:
             send(event)
 
-    def _survive(self, error: PlanViolation) -> None:
-        """A decision that the guard should have caught: nothing is committed yet, so the next step can be another's."""
+    def _retire_active(self, error: PlanViolation) -> None:
+        """Retires a controller whose decision passed its guard: nothing is committed, so the fallback can go on."""
         self._violations += 1
         if self._violations >= MOST_VIOLATIONS:
             raise error
         log.error("a decision passed the guard that the engine refuses: %s", error)
-        self._switch.seat.guard.retire("invalid", str(error))
+        self._manager.active.guard.retire("invalid", str(error))
 
     def _stats(self, report: StepReport, spec: str, in_flight: int, tokens: int, seconds: float) -> StepStats:
         load = report.load
@@ -183,15 +184,15 @@ class EngineCore:
             tokens=tokens,
             kv_used=load.kv_used,
             knee=self._knee(load.batch_size, load.mean_context),
-            fallbacks=self._switch.fallbacks,
-            rollbacks=self._switch.rollbacks,
-            serving=self._ways(),
+            fallbacks=self._manager.fallbacks,
+            rollbacks=self._manager.rollbacks,
+            serving=self._serving_counts(),
             trees=report.trees,
         )
 
 
-class _Knees:
-    """K_max by batch size and octave of context, computed once each; 0 without a profile or a batch."""
+class _KneeCache:
+    """Computes K_max once for each batch size and octave of context; 0 without a profile or a batch."""
 
     def __init__(self, profile: CostProfile | None) -> None:
         self._profile = profile

@@ -1,13 +1,13 @@
 """An A/B experiment on live traffic: two controllers take turns over blocks of busy time.
 
-Pure logic: it is told what each step took and brought, and says who decides the next one. A switchback
-design: blocks come in pairs, one of each arm, in an order drawn for every pair, so that drifting load falls
-on both alike; the first steps of a block are left out, since a switch leaves something behind (a
-drafter that must catch up, a controller that must settle). Only seconds in which the engine worked count, so an idle
-server proves nothing.
+Pure logic: it takes what each step took and brought, and says which arm decides the next one. The design is a
+switchback: blocks come in pairs, one of each arm, in an order drawn for every pair, so that drifting load falls on both
+alike; the first steps of a block are left out, since a switch carries over (a drafter must catch up, a controller must
+settle). Only seconds in which the engine worked count, so an idle server proves nothing.
 
 Arms are compared by tokens a request and second. On a server that is always full that is their throughput; on one that
-isn't, throughput is what clients ask for, whoever decides, and how fast each of them is answered tells the arms apart.
+isn't, throughput is what clients ask for under either arm, and how fast each of them is answered tells the arms
+apart.
 """
 
 from __future__ import annotations
@@ -16,67 +16,42 @@ import random
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from echo_rl.errors import ConfigError
+from echo_rl.server.config import ExperimentOptions
 from echo_rl.utils.statistics import Interval, Rate, rate_ratio
 
 CONTROL, TREATMENT = "control", "treatment"
 CARRY_OVER = 2
-"""First steps of a block that don't count."""
+"""First steps of a block, which don't count."""
 PAIRS_FOR_HARM = 3
 """Fewest pairs of blocks whose interval may end an experiment."""
 FALSE_ALARM = 0.05
-"""Chance that equal arms are called harmful, over all the looks of an experiment."""
+"""Chance that equal arms are called harmful, over all the analyses of an experiment."""
 RESAMPLES = 20_000
-"""Of the interval that may end it, whose ends lie far out."""
+"""Bootstrap resamples of the interval that may end an experiment, whose ends lie far out."""
 MOST_DRAWS = 1_000_000
-"""Blocks drawn for an interval, in all: the engine waits for it."""
+"""Most blocks drawn for one interval, since the engine waits for it."""
 RUNNING, DONE, STOPPED, HARM = "running", "done", "stopped", "harm"
 
 
 @dataclass(frozen=True)
-class ExperimentOptions:
-    """Who is compared, for how long, and when to stop early. Raises `ConfigError`."""
-
-    control: str
-    treatment: str
-    block_seconds: float = 20.0
-    """Busy seconds of a block."""
-    blocks: int = 20
-    """Blocks of each arm."""
-    harm: float = 1.0
-    """Stop as soon as the interval of treatment over control lies wholly below this ratio; 0 never stops. The interval
-    is wider than the one that is shown, by as many looks as are taken (Bonferroni)."""
-    seed: int = 0
-    """Of the order of the arms."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.block_seconds < float("inf"):
-            raise ConfigError(f"block_seconds is {self.block_seconds}; give a number above 0")
-        if self.blocks < 1:
-            raise ConfigError(f"blocks is {self.blocks}; give at least 1 of each arm (3 make an interval)")
-        if not 0.0 <= self.harm <= 1.0:
-            raise ConfigError(f"harm is {self.harm}; give a ratio in [0, 1], 0 for never")
-
-
-@dataclass(frozen=True)
 class Block:
-    """What one arm did in its turn."""
+    """What one arm did in one block."""
 
     tokens: int
     seconds: float
-    """In which the engine worked."""
+    """Seconds in which the engine worked."""
     request_seconds: float
-    """The same, once for each request in the batch."""
+    """The same seconds, once for each request in the batch."""
 
 
 class Switchback:
-    """One experiment. `arm` decides the next step; `step` tells what it brought."""
+    """One experiment: `arm` decides the next step, and `step` takes what that brought."""
 
     def __init__(self, options: ExperimentOptions) -> None:
         self.options = options
         self.state = RUNNING
         self.reason: str | None = None
-        """Why it is over."""
+        """Why the experiment is over."""
         self._random = random.Random(options.seed)
         self._order: list[str] = []  # the rest of the pair under way
         self._blocks: dict[str, list[Block]] = {CONTROL: [], TREATMENT: []}
@@ -84,13 +59,13 @@ class Switchback:
 
     @property
     def pairs(self) -> int:
-        """Pairs of blocks that are complete."""
+        """Returns how many pairs of blocks are complete."""
         return min(map(len, self._blocks.values()))
 
     def step(self, tokens: int, seconds: float, running: int = 1) -> bool:
-        """Counts a step of the arm in force; True where it ended a block (`arm` and `state` may differ then).
+        """Counts a step of `arm`; returns whether it ended a block, after which `arm` and `state` may differ.
 
-        `running`: requests in the batch.
+        `running` is the number of requests in the batch.
         """
         if self.state != RUNNING:
             return False
@@ -104,17 +79,17 @@ class Switchback:
             return False
         self._blocks[self.arm].append(Block(self._tokens, self._seconds, self._request_seconds))
         if not self._order:
-            self._judge()
+            self._check_end()
         self._begin_block()
         return True
 
     def stop(self, reason: str, state: str = STOPPED) -> None:
-        """End it from outside; once over it stays as it ended."""
+        """Ends the experiment from outside; one that is over stays as it ended."""
         if self.state == RUNNING:
             self.state, self.reason = state, reason
 
     def interval(self, level: float = 0.95, resamples: int = 2000) -> Interval | None:
-        """Treatment's tokens a request and second over control's, by the complete pairs."""
+        """Returns the ratio of treatment's tokens a request and second to control's, over the complete pairs."""
         treatment, control = (
             [Rate(block.tokens, block.request_seconds) for block in self._blocks[arm][: self.pairs]]
             for arm in (TREATMENT, CONTROL)
@@ -122,7 +97,7 @@ class Switchback:
         return rate_ratio(treatment, control, level, min(resamples, MOST_DRAWS // self.pairs)) if control else None
 
     def report(self) -> dict[str, Any]:
-        """Plain JSON types: arms, rates, ratio with its interval, how it ended."""
+        """Returns arms, rates, the ratio with its interval and how it ended, as plain JSON types."""
         o, ratio = self.options, self.interval()
         return {
             "state": self.state,
@@ -147,10 +122,10 @@ class Switchback:
             self._order = [CONTROL, TREATMENT]
             self._random.shuffle(self._order)
         self.arm = self._order.pop(0)
-        """Who decides: ``control`` or ``treatment``."""
+        """The arm that decides: ``control`` or ``treatment``."""
         self._steps, self._tokens, self._seconds, self._request_seconds = 0, 0, 0.0, 0.0
 
-    def _judge(self) -> None:
+    def _check_end(self) -> None:
         if self._harmful():
             ratio = self.interval()
             assert ratio is not None
@@ -161,8 +136,8 @@ class Switchback:
     def _harmful(self) -> bool:
         if self.pairs < PAIRS_FOR_HARM or not self.options.harm:
             return False
-        looks = max(1, self.options.blocks - PAIRS_FOR_HARM + 1)
-        ratio = self.interval(1.0 - FALSE_ALARM / looks, RESAMPLES)
+        analyses = max(1, self.options.blocks - PAIRS_FOR_HARM + 1)
+        ratio = self.interval(1.0 - FALSE_ALARM / analyses, RESAMPLES)
         return ratio is not None and ratio.side(self.options.harm) < 0
 
 

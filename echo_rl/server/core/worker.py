@@ -1,6 +1,6 @@
-"""Where a core lives: in a process of its own, or in a thread of the front's.
+"""Where an engine core runs: in a process of its own, or in a thread of its client's.
 
-Loads the engine there, then runs the core over a channel. The front imports this without loading torch.
+Loads the engine there, then runs the core over a channel. The client imports this without loading torch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Protocol
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller
 from echo_rl.errors import EchoError, explain
-from echo_rl.server.api import logs
-from echo_rl.server.core.heap import settle
-from echo_rl.server.core.options import ControllerManagerOptions
-from echo_rl.server.core.turns import take_turns
+from echo_rl.server import logs
+from echo_rl.server.config import ControllerManagerOptions
 from echo_rl.server.ipc import CoreChannel
 from echo_rl.server.messages import Failed, Ready, Stop
+from echo_rl.server.process import freeze_gc_heap, use_default_scheduling
 
 if TYPE_CHECKING:
     from echo_rl.runtime.engine import Engine
@@ -52,15 +51,15 @@ Factory = Callable[[ControllerManagerOptions], LoadedEngine]
 """Loads the engine where it will run. For a process it must be picklable: a module's function, or a partial of one."""
 
 
-def live(
+def load_live_engine(
     load: Callable[[EngineConfig], tuple[Engine, dict[str, str]]],
     config: EngineConfig,
     switch: ControllerManagerOptions,
 ) -> LoadedEngine:
-    """A live engine with the controllers of the registry.
+    """Loads a live engine with the controllers of the registry.
 
-    ``partial(live, load_engine, config)`` is a `Factory`. Raises what `load` raises, and `ConfigError` where the
-    machine's cost profile is not readable.
+    ``partial(load_live_engine, load_engine, config)`` is a `Factory`. Raises what `load` raises, and `ConfigError`
+    where the machine's cost profile is not readable.
     """
     from echo_rl.costs.profile import CostProfile
     from echo_rl.server.core.engine_core import CoreOptions
@@ -74,32 +73,35 @@ def live(
         build_controller,
         max_context=min(config.max_context, arch.max_positions),
         vocab=arch.vocab,
-        options=CoreOptions(limits, CostProfile.default(), switch, partial(ways_of, engine)),
+        options=CoreOptions(limits, CostProfile.default(), switch, partial(serving_counts, engine)),
         environment=environment,
     )
 
 
-def logging_as(form: str, factory: Factory, switch: ControllerManagerOptions) -> LoadedEngine:
-    """What `factory` loads, in a process of its own, whose log has this form from now on; see `logs.configure`."""
-    logs.configure(form)
+def with_logging(log_format: str, factory: Factory, switch: ControllerManagerOptions) -> LoadedEngine:
+    """Calls `factory` in a process of its own, after setting up that process's log; see `logs.configure`."""
+    logs.configure(log_format)
     return factory(switch)
 
 
-def ways_of(engine: Engine) -> dict[str, int]:
-    """Steps that the device served by itself (``device``) and that were left to the host, by cause (``eager:CAUSE``),
-    and what became of their bodies (``graphs:replayed``, ...); empty for an engine that serves all on the host."""
+def serving_counts(engine: Engine) -> dict[str, int]:
+    """Counts steps by how they were served.
+
+    ``device`` counts those that the device served by itself, ``eager:CAUSE`` those left to the host, and
+    ``graphs:EVENT`` what became of the device's graphs. Empty for an engine that serves every step on the host.
+    """
     from echo_rl.runtime.step.device.step import DeviceStep
 
     serving = engine.serving
     if not isinstance(serving, DeviceStep):
         return {}
     eager = {f"eager:{cause}": count for cause, count in serving.counts.eager.items()}
-    graphs = {f"graphs:{what}": count for what, count in vars(serving.graphs.counts).items()}
+    graphs = {f"graphs:{event}": count for event, count in vars(serving.graphs.counts).items()}
     return {"device": serving.counts.device, **eager, **graphs}
 
 
 def build_controller(spec: str) -> Controller:
-    """A controller of the registry, as on the command line. Raises `ConfigError`."""
+    """Returns a controller of the registry, given as on the command line. Raises `ConfigError`."""
     from echo_rl.controllers import registry
     from echo_rl.controllers.arm import Arm
 
@@ -108,19 +110,19 @@ def build_controller(spec: str) -> Controller:
 
 
 class Worker(Protocol):
-    """A core that is running somewhere."""
+    """A core that runs somewhere."""
 
     def kill(self) -> None:
-        """End it at once, as far as that is possible; returns immediately."""
+        """Ends it at once, as far as that is possible; returns immediately."""
         ...
 
     def join(self, seconds: float) -> None:
-        """Waits for its end."""
+        """Waits up to so many seconds for its end."""
         ...
 
     @property
-    def epitaph(self) -> str:
-        """What is known of its end when it said nothing itself."""
+    def exit_reason(self) -> str:
+        """Returns how it ended, for where it sent no `Failed`."""
         ...
 
 
@@ -145,7 +147,7 @@ class ProcessWorker:
         return self._process.pid
 
     @property
-    def epitaph(self) -> str:
+    def exit_reason(self) -> str:
         code = self._process.exitcode
         if code is None:
             return "the engine process closed its connection"
@@ -157,77 +159,75 @@ class ProcessWorker:
 class ThreadWorker:
     """A thread of this process; one that hangs is abandoned."""
 
+    exit_reason = "the engine thread ended"
+
     def __init__(self, sock: socket.socket, factory: Factory, spec: str, switch: ControllerManagerOptions) -> None:
-        self._sock = sock
-        self._thread = threading.Thread(
-            target=serve_core, args=(sock, factory, spec, switch), name="engine", daemon=True
-        )
+        self._thread = threading.Thread(target=run_core, args=(sock, factory, spec, switch), name="engine", daemon=True)
         self._thread.start()
 
     def kill(self) -> None:
-        """The core finds its channel closed after the step under way."""
+        """Does nothing: the core finds its channel closed after the step under way."""
 
     def join(self, seconds: float) -> None:
         self._thread.join(seconds)
 
-    @property
-    def epitaph(self) -> str:
-        return "the engine thread ended"
 
-
-def serve_core(
+def run_core(
     sock: socket.socket,
     factory: Factory,
     spec: str,
     switch: ControllerManagerOptions,
-    on_orphaned: Callable[[], None] | None = None,
+    on_lost: Callable[[], None] | None = None,
 ) -> bool:
-    """Loads, says `Ready`, runs the core to its end. False where it failed: the last event is `Failed` then."""
-    channel = CoreChannel(sock, farewell=Stop(), on_lost=on_orphaned)
+    """Loads the engine, sends `Ready` and runs the core to its end.
+
+    Returns False where it failed; the last event is `Failed` then.
+    """
+    channel = CoreChannel(sock, last_command=Stop(), on_lost=on_lost)
     try:
         from echo_rl.server.core.engine_core import EngineCore
 
-        served = factory(switch)
-        core = EngineCore(served.engine, served.make_controller, spec, served.options)
-        channel.send(Ready(spec, served.max_context, served.vocab, served.environment))
+        loaded = factory(switch)
+        core = EngineCore(loaded.engine, loaded.make_controller, spec, loaded.options)
+        channel.send(Ready(spec, loaded.max_context, loaded.vocab, loaded.environment))
         core.run(channel.receive, channel.send)
     except (BrokenPipeError, ConnectionResetError):
-        return True  # the front is gone: nobody to tell
+        return True  # the client is gone: nobody to tell
     except BaseException as error:
-        _tell(channel, error)
+        _send_failure(channel, error)
         return False
     finally:
         channel.close()
     return True
 
 
-def _tell(channel: CoreChannel, error: BaseException) -> None:
+def _send_failure(channel: CoreChannel, error: BaseException) -> None:
     expected = isinstance(error, EchoError)
     log.log(logging.WARNING if expected else logging.ERROR, "the engine ends: %s", error, exc_info=not expected)
     try:
         channel.send(Failed(explain(error)))
     except OSError:
-        log.warning("the front is gone, too")
+        log.warning("the client is gone, too")
 
 
 def _run_process(sock: socket.socket, factory: Factory, spec: str, switch: ControllerManagerOptions) -> None:
-    """Signals that end a server go to the whole group; the front alone decides when the engine stops."""
-    take_turns()
+    """Runs a core as a process. Signals that end a server go to its whole group; the client alone stops the engine."""
+    use_default_scheduling()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    ok = serve_core(sock, partial(_settled, factory), spec, switch, on_orphaned=_die_later)
+    ok = run_core(sock, partial(_with_frozen_heap, factory), spec, switch, on_lost=_exit_soon)
     logging.shutdown()
     os._exit(0 if ok else 1)  # threads that hang (a controller's) must not keep the process
 
 
-def _settled(factory: Factory, switch: ControllerManagerOptions) -> LoadedEngine:
-    served = factory(switch)
-    settle()
-    return served
+def _with_frozen_heap(factory: Factory, switch: ControllerManagerOptions) -> LoadedEngine:
+    loaded = factory(switch)
+    freeze_gc_heap()
+    return loaded
 
 
-def _die_later() -> None:
-    """The parent is gone: end after the step under way, and at all costs."""
+def _exit_soon() -> None:
+    """The parent is gone: the process ends after the step under way, and in any case after `ORPHAN_SECONDS`."""
     timer = threading.Timer(ORPHAN_SECONDS, os._exit, (1,))
     timer.daemon = True
     timer.start()

@@ -1,1 +1,1 @@
-"""What keeps a server going whatever its controllers do."""
+"""The guard around controllers: validation, deadlines, fallbacks and dry runs."""

@@ -1,4 +1,4 @@
-"""A thread that makes calls for somebody who can't afford to wait for them. Knows nothing of controllers."""
+"""A thread that makes calls whose caller can't wait for them. Knows nothing of controllers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a call returned, or the error that it raised."""
+    """The value that a call returned, or the error that it raised."""
 
     value: Any = None
     error: BaseException | None = None
 
     def result(self) -> Any:
-        """The value; raises the error."""
+        """Returns the value, or raises the error."""
         if self.error is not None:
             raise self.error
         return self.value
@@ -28,8 +28,8 @@ class Answer:
 class BackgroundCaller:
     """Makes one call at a time in a daemon thread of its own, which the first call starts.
 
-    A call that never returns keeps nobody: the owner drops this object and the thread ends with the
-    process. One owner only: the methods are not for several threads.
+    A call that never returns holds nothing up: the owner drops this object, and the thread ends with the process. The
+    methods are for one thread, the owner's.
     """
 
     def __init__(self, name: str) -> None:
@@ -41,7 +41,7 @@ class BackgroundCaller:
         """Whether a call's answer is still to be taken."""
 
     def post(self, call: Call) -> None:
-        """Begin a call; the answer of the one before must have been taken."""
+        """Begins a call; the answer of the one before must have been taken."""
         assert not self.busy, "one call at a time"
         self.busy = True
         if self._thread is None:
@@ -51,7 +51,7 @@ class BackgroundCaller:
         self._calls.put(call)
 
     def wait(self, seconds: float) -> Answer | None:
-        """The answer to the call under way, or None if it isn't there after so many seconds (0: look only)."""
+        """Returns the answer to the call under way, or None if it isn't there after so many seconds."""
         try:
             answer = self._answers.get(timeout=seconds) if seconds > 0 else self._answers.get_nowait()
         except Empty:
@@ -60,7 +60,7 @@ class BackgroundCaller:
         return answer
 
     def close(self) -> None:
-        """Let the thread end after the call under way."""
+        """Lets the thread end after the call under way."""
         self._calls.put(None)
 
 

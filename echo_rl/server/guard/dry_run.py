@@ -1,4 +1,4 @@
-"""Tries a controller out on invented steps before real ones depend on it. Needs no engine."""
+"""Runs a controller on synthetic steps before real ones depend on it. Needs no engine."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import torch
 from echo_rl.contracts import Controller, Forest, Frontier, LoadView, PhaseTimes, SpecPlan, StepReport
 from echo_rl.controllers.policy.ppo import Ppo
 from echo_rl.errors import ConfigError
-from echo_rl.server.guard.validation import Limits, check_mask, check_plan, check_selection, cut
+from echo_rl.server.guard.validation import Limits, check_mask, check_plan, check_selection, clamp_plan
 
 BATCHES = (1, 8, 32)
 STEPS = 3
-"""Invented steps at each batch size."""
+"""Synthetic steps at each batch size."""
 
 
 def dry_run(controller: Controller, limits: Limits) -> None:
-    """A few steps at several batch sizes. Raises `ConfigError` on whatever a guard would have to step in for.
+    """Takes a few steps at several batch sizes. Raises `ConfigError` on whatever a guard would catch.
 
-    Leaves the controller with invented experience: try one out, serve with another.
+    The controller has then observed synthetic steps: dry-run one and serve with another.
     """
     try:
         for batch in BATCHES:
@@ -27,7 +27,7 @@ def dry_run(controller: Controller, limits: Limits) -> None:
         raise
     except Exception as error:
         raise ConfigError(
-            f"controller '{controller.name}' failed its rehearsal ({type(error).__name__}: {error})"
+            f"controller '{controller.name}' failed its dry run ({type(error).__name__}: {error})"
         ) from error
     if isinstance(controller, Ppo) and controller.fallbacks:
         raise ConfigError("the policy's numbers are not finite; train again, or use another checkpoint")
@@ -36,7 +36,7 @@ def dry_run(controller: Controller, limits: Limits) -> None:
 def _step(controller: Controller, load: LoadView, limits: Limits) -> None:
     plan = controller.plan(load)
     check_plan(plan, load)
-    plan = cut(plan, limits)
+    plan = clamp_plan(plan, limits)
     verified = 0
     if plan.speculates:
         forest = _forest(load.batch_size, plan)
@@ -52,7 +52,7 @@ def _step(controller: Controller, load: LoadView, limits: Limits) -> None:
 
 
 def _forest(batch: int, plan: SpecPlan) -> Forest:
-    """Levels of `width` nodes, each the child of the node above it."""
+    """Returns levels of `width` nodes, each the child of the node above it."""
     width, depth = plan.width, plan.max_depth
     index = torch.arange(width * depth)
     depths, rank = index // width, index % width
@@ -67,7 +67,7 @@ def _forest(batch: int, plan: SpecPlan) -> Forest:
 
 
 def _report(load: LoadView, plan: SpecPlan, verified: int) -> StepReport:
-    """Every second request accepts a token, where any were verified."""
+    """Returns a report in which every second request accepts a token, where any were verified."""
     batch, reached = load.batch_size, min(load.batch_size, verified)
     accepted = reached // 2
     return StepReport(

@@ -1,4 +1,4 @@
-"""A controller that is rarely needed, and the steps that are kept for it until it is."""
+"""A controller that is rarely asked, and the steps that it observes late."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from echo_rl.contracts import Controller, LoadView, SpecPlan, StepReport
 from echo_rl.wrapping import Wrapping
 
 MOST_REPORTS = 128
-"""Steps that are kept for a controller that observes later."""
+"""Most steps that are kept for a controller that observes late."""
 
 
 class LazyObserver(Wrapping):
-    """A controller that is rarely needed: it is shown the last `MOST_REPORTS` steps when it is, not one by one.
+    """A controller that observes the last `MOST_REPORTS` steps just before it plans, not one by one.
 
-    Following every step costs it more than all checks of a guard together, and what lies further
-    back has no weight in a running estimate.
+    Observing every step costs more than all checks of a guard together, and what lies further back has no weight in a
+    running estimate.
     """
 
     def __init__(self, controller: Controller) -> None:
@@ -23,15 +23,15 @@ class LazyObserver(Wrapping):
         self._reports: deque[StepReport] = deque(maxlen=MOST_REPORTS)
 
     def plan(self, load: LoadView) -> SpecPlan:
-        show(self._reports, self._controller)
+        show_reports(self._reports, self._controller)
         return self._controller.plan(load)
 
     def observe(self, report: StepReport) -> None:
         self._reports.append(report)
 
 
-def show(reports: deque[StepReport], controller: Controller) -> Controller:
-    """Lets it observe them, oldest first, and empties the queue; one that can't be observed is gone all the same."""
+def show_reports(reports: deque[StepReport], controller: Controller) -> Controller:
+    """Lets the controller observe the reports, oldest first; one that raises is dropped all the same."""
     while reports:
         controller.observe(reports.popleft())
     return controller

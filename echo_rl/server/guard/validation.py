@@ -1,4 +1,4 @@
-"""Whether what a controller decided can be carried out: types, shapes, numbers, budgets, whole paths.
+"""Checks whether a controller's decision can be carried out: types, shapes, numbers, budgets, whole paths.
 
 Written for speed: a check costs some microseconds, and copies a few short vectors where the forest lies on
 a GPU. A sound selection can still be a bad one; it can neither break a step nor change a token.
@@ -22,7 +22,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engine can do, beyond what a `LoadView` tells."""
+    """What the engine can do, beyond what a `LoadView` holds."""
 
     expanded: int = 96
     """Most nodes that the drafter expands for one request (`EngineConfig.max_expanded`)."""
@@ -30,7 +30,7 @@ class Limits:
     """Whether there is a drafter; without one nothing speculates."""
 
 
-class Unsound(Exception):
+class UnsoundDecision(Exception):
     """A decision that can't be carried out; `cause` is ``nan`` or ``invalid``."""
 
     def __init__(self, cause: str, message: str) -> None:
@@ -39,7 +39,7 @@ class Unsound(Exception):
 
 
 def check_plan(plan: Any, load: LoadView) -> None:
-    """Raises `Unsound` unless `plan` is a `SpecPlan` of real numbers within what `load` admits."""
+    """Raises `UnsoundDecision` unless `plan` is a `SpecPlan` of real numbers within what `load` admits."""
     if not isinstance(plan, SpecPlan):
         _invalid(f"plan() returned a {type(plan).__name__}, not a SpecPlan")
     most = load.batch_size * load.max_nodes
@@ -52,13 +52,13 @@ def check_plan(plan: Any, load: LoadView) -> None:
     for depth, tau in plan.gates:
         _whole(depth, "gate depth")
         if math.isnan(tau):
-            raise Unsound("nan", f"the plan's gate at depth {depth} is NaN")
+            raise UnsoundDecision("nan", f"the plan's gate at depth {depth} is NaN")
 
 
-def cut(plan: SpecPlan, limits: Limits) -> SpecPlan:
-    """The plan with as wide and deep a tree as the engine can draft. Itself where it fits.
+def clamp_plan(plan: SpecPlan, limits: Limits) -> SpecPlan:
+    """Returns the plan with a tree no wider or deeper than the engine can draft; the plan itself where it fits.
 
-    No controller sees these limits, so passing them is no fault of its.
+    No controller sees these limits, so exceeding them is no fault.
     """
     depth = min(plan.max_depth, 1 + limits.expanded)
     fits = replace(plan, max_depth=depth, width=min(plan.width, limits.expanded)) if plan.speculates else plan
@@ -68,7 +68,7 @@ def cut(plan: SpecPlan, limits: Limits) -> SpecPlan:
 
 
 def check_mask(mask: Any, frontier: Frontier) -> None:
-    """Raises `Unsound` unless `mask` is [B] bool where the frontier is."""
+    """Raises `UnsoundDecision` unless `mask` is [B] bool where the frontier is."""
     if not isinstance(mask, torch.Tensor):
         _invalid(f"extend() returned a {type(mask).__name__}, not a tensor")
     if mask.dtype != torch.bool:
@@ -78,7 +78,7 @@ def check_mask(mask: Any, frontier: Frontier) -> None:
 
 
 def check_selection(selection: Any, forest: Forest, plan: SpecPlan, max_nodes: int) -> None:
-    """Raises `Unsound` unless `selection` is within the budgets and whole: every node's parent comes
+    """Raises `UnsoundDecision` unless `selection` is within the budgets and whole: every node's parent comes
     before it in its own request, one level above, and its token is one that the forest could hold."""
     if not isinstance(selection, Selection):
         _invalid(f"select() returned a {type(selection).__name__}, not a Selection")
@@ -117,7 +117,9 @@ def _whole(value: Any, name: str) -> int:
         return operator.index(value)
     except TypeError:
         nan = isinstance(value, float) and math.isnan(value)
-        raise Unsound("nan" if nan else "invalid", f"the plan's {name} is {value!r}, not a whole number") from None
+        raise UnsoundDecision(
+            "nan" if nan else "invalid", f"the plan's {name} is {value!r}, not a whole number"
+        ) from None
 
 
 def _vector(tensor: Any, name: str) -> Ints:
@@ -133,7 +135,9 @@ def _vector(tensor: Any, name: str) -> Ints:
 
 def _wrong_type(what: str, tensor: torch.Tensor, wanted: str) -> NoReturn:
     nan = tensor.is_floating_point() and bool(tensor.isnan().any())
-    raise Unsound("nan" if nan else "invalid", f"{what} gave {tensor.dtype}{' with NaN' if nan else ''}, not {wanted}")
+    raise UnsoundDecision(
+        "nan" if nan else "invalid", f"{what} gave {tensor.dtype}{' with NaN' if nan else ''}, not {wanted}"
+    )
 
 
 def _shape(tensor: torch.Tensor) -> str:
@@ -141,4 +145,4 @@ def _shape(tensor: torch.Tensor) -> str:
 
 
 def _invalid(message: str) -> NoReturn:
-    raise Unsound("invalid", message)
+    raise UnsoundDecision("invalid", message)

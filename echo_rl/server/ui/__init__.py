@@ -1,7 +1,7 @@
 """The live view: one page at ``/ui`` and its stream of live data.
 
-``app.include_router(make_router(host, guard))`` mounts it. The page and its files hold no data and
-need no key; the stream and what opens it are behind `guard`. Nothing is loaded from elsewhere.
+``app.include_router(make_router(client, check))`` mounts it. The page and its files hold no data and
+need no key; the stream and what opens it are behind `check`. Nothing is loaded from elsewhere.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
 
+from echo_rl.server.client.engine_client import EngineClient
 from echo_rl.server.ui.sessions import SESSION_SECONDS, Sessions
-from echo_rl.server.ui.stream import LiveHost, Viewers
+from echo_rl.server.ui.stream import Viewers
 
-Guard = Callable[..., Any]
-"""A FastAPI dependency that raises `HTTPException` (401, 403) for who may not see what the server does."""
+AuthCheck = Callable[..., Any]
+"""A FastAPI dependency that raises `HTTPException` (401, 403) without access to the live data."""
 
 ASSETS = ("index.html", "style.css", "icon.svg", "app.js", "model.js", "tree.js", "charts.js", "admin.js", "dom.js")
 TYPES = {".html": "text/html", ".css": "text/css", ".svg": "image/svg+xml", ".js": "text/javascript"}
@@ -32,8 +33,8 @@ HEADERS = {
 }
 
 
-def make_router(host: LiveHost, guard: Guard) -> APIRouter:
-    """The routes under ``/ui``; they stay out of the OpenAPI schema, since one of them never ends.
+def make_router(client: EngineClient, check: AuthCheck) -> APIRouter:
+    """Returns the routes under ``/ui``; they stay out of the OpenAPI schema, since one of them never ends.
 
     ``GET /ui`` the page, ``GET /ui/static/{name}`` its files, ``GET /ui/events`` the live data (guarded).
     A browser's EventSource sends no key, so the page asks ``POST /ui/session`` (guarded) for a token and
@@ -41,7 +42,7 @@ def make_router(host: LiveHost, guard: Guard) -> APIRouter:
     """
     router = APIRouter(prefix="/ui", include_in_schema=False)
     assets = {name: Asset(name) for name in ASSETS}
-    sessions, viewers = Sessions(), Viewers(host)
+    sessions, viewers = Sessions(), Viewers(client)
 
     @router.get("")
     async def page(request: Request) -> Response:
@@ -53,26 +54,26 @@ def make_router(host: LiveHost, guard: Guard) -> APIRouter:
             raise HTTPException(404, "the live view has no such file")
         return assets[name].response(request)
 
-    @router.post("/session", dependencies=[Depends(guard)])
+    @router.post("/session", dependencies=[Depends(check)])
     async def session(response: Response) -> dict[str, Any]:
         response.headers["Cache-Control"] = "no-store"
-        return {"token": sessions.issue(), "expires_in": SESSION_SECONDS, "ready": host.ready}
+        return {"token": sessions.issue(), "expires_in": SESSION_SECONDS, "ready": client.ready}
 
-    @router.get("/events", dependencies=[Depends(guard)])
+    @router.get("/events", dependencies=[Depends(check)])
     async def events() -> Response:
-        return open_stream(host, viewers)
+        return open_stream(client, viewers)
 
     @router.get("/stream")
     async def by_token(token: str = "") -> Response:
         if not sessions.redeem(token):
             raise HTTPException(401, "the stream's token is used up or expired; POST /ui/session gives a new one")
-        return open_stream(host, viewers)
+        return open_stream(client, viewers)
 
     return router
 
 
 class Asset:
-    """A file of the page, read once; a browser that has it is told so."""
+    """A file of the page, read once; a browser that has it already gets 304."""
 
     def __init__(self, name: str) -> None:
         self._body = (files(__name__) / "static" / name).read_bytes()
@@ -86,9 +87,9 @@ class Asset:
         return Response(self._body, media_type=self._type, headers=headers)
 
 
-def open_stream(host: LiveHost, viewers: Viewers) -> Response:
-    """Raises `HTTPException` 503 where there is nothing to see or nobody else fits."""
-    if not host.ready:
+def open_stream(client: EngineClient, viewers: Viewers) -> Response:
+    """Raises `HTTPException` 503 where the server is not ready or there are too many viewers."""
+    if not client.ready:
         raise HTTPException(503, "the server is not ready", {"Retry-After": "2"})
     if viewers.full:
         raise HTTPException(503, f"{viewers.count} viewers are connected already", {"Retry-After": "10"})

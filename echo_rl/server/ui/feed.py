@@ -1,4 +1,4 @@
-"""What the live view is told: a server's steps, summed between frames. Pure: no clock, no server, no HTTP."""
+"""The frames of the live view: a server's steps, summed between them. Pure: no clock, no server, no HTTP."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from itertools import zip_longest
 from typing import Any
 
 from echo_rl.contracts import PhaseTimes, RequestTree
-from echo_rl.server.api.choices import public, public_report
 from echo_rl.server.messages import ExperimentReport, StepStats
+from echo_rl.server.specs import public_report, public_spec
 from echo_rl.workloads.metrics import PHASES
 
 MOST_TREES = 32
-"""Requests whose trees a frame carries at most; the page has no room for more."""
+"""Most requests whose trees a frame carries; the page has no room for more."""
 
 COUNTERS = ("prefill_tokens", "budget", "depth", "width", "drafted", "verified", "accepted")
 """Fields of `StepRecord` that a frame sums over its steps."""
@@ -24,21 +24,21 @@ Event = tuple[str, dict[str, Any]]
 
 
 class Feed:
-    """Gathers what a server sends until the next frame is due; memory does not grow with what is gathered."""
+    """Gathers updates until the next frame is due; memory does not grow with their number."""
 
     def __init__(self) -> None:
         self._experiment: ExperimentReport | None = None
         self._clear()
 
     def add(self, item: StepStats | ExperimentReport) -> None:
-        """A newer report of an experiment replaces the one that was not yet taken."""
+        """Adds an update; a newer report of an experiment replaces the one that was not yet taken."""
         if isinstance(item, ExperimentReport):
             self._experiment = item
         else:
             self._add_step(item)
 
     def take(self) -> list[Event]:
-        """The events of one frame: ``steps`` always, also where there were none, and ``experiment`` where it has news.
+        """Returns the events of one frame: always ``steps``, and ``experiment`` where there is a new report.
 
         Counters of ``steps`` are sums over its steps, and so is ``requests`` (decoding requests); ``step`` is
         the last one of them that decoded, with its trees. Times are seconds.
@@ -86,7 +86,7 @@ class Feed:
             "time": last.step.end,
             "steps": self._steps,
             "seconds": self._seconds,
-            "controller": public(last.controller),
+            "controller": public_spec(last.controller),
             "batch": last.batch,
             "running": last.running,
             "waiting": last.step.waiting,
@@ -102,7 +102,7 @@ class Feed:
 
 
 def step_data(stats: StepStats) -> dict[str, Any]:
-    """One step by itself, as the picture of the super-tree needs it."""
+    """Returns one step by itself, as the picture of the super-tree needs it."""
     names = ("budget", "depth", "width", "verified", "accepted")
     return {name: getattr(stats.step, name) for name in names} | {
         "time": stats.step.end,
@@ -114,7 +114,7 @@ def step_data(stats: StepStats) -> dict[str, Any]:
 
 
 def tree_data(tree: RequestTree) -> dict[str, Any]:
-    """Depths are left out: they follow from the parents, which precede their children."""
+    """Returns a tree without depths, which follow from the parents: these precede their children."""
     return {
         "id": tree.id,
         "parents": tree.parents,
@@ -124,7 +124,7 @@ def tree_data(tree: RequestTree) -> dict[str, Any]:
 
 
 def experiment_data(report: ExperimentReport) -> dict[str, Any]:
-    """The report in one piece, without folders."""
+    """Returns the report without folders."""
     return {**public_report(report.value), "state": report.state}
 
 
@@ -133,12 +133,12 @@ def phases(times: PhaseTimes) -> dict[str, float]:
 
 
 def add_ragged(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
-    """The sum by index; the shorter one counts as zero beyond its end."""
+    """Returns the sum by index; the shorter one counts as zero beyond its end."""
     return tuple(a + b for a, b in zip_longest(left, right, fillvalue=0))
 
 
 def encode(event: Event) -> bytes:
-    """One server-sent event on the wire. A number that JSON lacks (NaN, infinity) becomes null."""
+    """Returns a server-sent event as it is sent. A number that JSON lacks (NaN, infinity) becomes null."""
     name, data = event
     text = json.dumps(finite(data), separators=(",", ":"), allow_nan=False)
     return f"event: {name}\ndata: {text}\n\n".encode()

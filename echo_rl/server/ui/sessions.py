@@ -15,7 +15,7 @@ class Sessions:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._expiry: dict[str, float] = {}  # token -> end of its life, oldest first
+        self._expiry: dict[str, float] = {}  # token -> when it expires, oldest first
 
     def issue(self) -> str:
         now = self._clock()
@@ -27,5 +27,5 @@ class Sessions:
         return token
 
     def redeem(self, token: str) -> bool:
-        """Whether the token was good; it is not any more."""
+        """Returns whether the token was good; it can be used only once."""
         return self._expiry.pop(token, float("-inf")) > self._clock()

@@ -29,9 +29,9 @@ from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.policy.network import Policy
 from echo_rl.controllers.policy.ppo import Ppo, PpoOptions
 from echo_rl.controllers.selection import global_top_k, pack
-from echo_rl.server.guard.guarded import EVERYTHING, MOST_FAULTS, PATIENCE, Guarded, kept_aside
+from echo_rl.server.guard.guarded import ALL_METHODS, HANG_DEADLINES, MOST_FAULTS, Guarded, threaded_methods
 from echo_rl.server.guard.lazy_observer import MOST_REPORTS, LazyObserver
-from echo_rl.server.guard.validation import Limits, Unsound, check_plan, check_selection, cut
+from echo_rl.server.guard.validation import Limits, UnsoundDecision, check_plan, check_selection, clamp_plan
 from tests import tiny
 from tests.controllers.conftest import forest_of, load_of
 from tests.controllers.policy.test_policy import random_policy
@@ -61,19 +61,19 @@ class Scripted(BaseController):
 
     def plan(self, load):
         self._node_cap = load.max_nodes
-        return self._say("plan", lambda: GOOD)
+        return self._answer("plan", lambda: GOOD)
 
     def extend(self, frontier, plan):
-        return self._say("extend", lambda: super(Scripted, self).extend(frontier, plan))
+        return self._answer("extend", lambda: super(Scripted, self).extend(frontier, plan))
 
     def select(self, forest, plan):
-        return self._say("select", lambda: super(Scripted, self).select(forest, plan))
+        return self._answer("select", lambda: super(Scripted, self).select(forest, plan))
 
     def observe(self, report):
         self.observed.append(report)
-        self._say("observe", lambda: None)
+        self._answer("observe", lambda: None)
 
-    def _say(self, what, default):
+    def _answer(self, what, default):
         answer = self.answers.get(what, default)
         if isinstance(answer, Exception):
             raise answer
@@ -117,10 +117,10 @@ OWN = (GOOD, [True, False], 4)
 ALL_OTHER = (SpecPlan(budget=2, max_depth=1, width=1), [False, False], 1)
 
 
-@pytest.mark.parametrize("aside", [frozenset(), EVERYTHING], ids=["inline", "aside"])
-def test_a_sound_controller_decides_everything(aside):
+@pytest.mark.parametrize("aside", [frozenset(), ALL_METHODS], ids=["inline", "aside"])
+def test_a_sound_controller_decides_everything(threaded):
     inner, other = Scripted(), Other()
-    guard = Guarded(inner, other, deadline=5.0, aside=aside)
+    guard = Guarded(inner, other, deadline=5.0, threaded=threaded)
     assert step(guard) == OWN
     assert step(guard) == OWN
     guard.plan(LOAD)
@@ -160,10 +160,10 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("aside", [frozenset(), EVERYTHING], ids=["inline", "aside"])
+@pytest.mark.parametrize("aside", [frozenset(), ALL_METHODS], ids=["inline", "aside"])
 @pytest.mark.parametrize(("method", "answer", "cause"), FAULTS, ids=lambda value: str(value)[:30])
-def test_the_fallback_takes_a_faulty_decision_over(method, answer, cause, aside):
-    guard = Guarded(Scripted(**{method: answer}), Other(), deadline=5.0, aside=aside)
+def test_the_fallback_takes_a_faulty_decision_over(method, answer, cause, threaded):
+    guard = Guarded(Scripted(**{method: answer}), Other(), deadline=5.0, threaded=threaded)
     plan, mask, size = step(guard)
     if method == "plan":
         assert (plan, mask, size) == ALL_OTHER, "whoever plans a step finishes it"
@@ -178,7 +178,7 @@ def test_the_fallback_takes_a_faulty_decision_over(method, answer, cause, aside)
 def test_the_selection_of_the_fault_cases_is_sound_as_such():
     assert selected().counts.tolist() == [2, 2], "the cases above were written for this one"
     check_selection(selected(), FOREST, GOOD, 64)
-    with pytest.raises(Unsound, match="may have 0 to 1"):
+    with pytest.raises(UnsoundDecision, match="may have 0 to 1"):
         check_selection(selected(), FOREST, GOOD, 1)
 
 
@@ -193,11 +193,11 @@ def test_every_pick_of_a_rule_is_sound_and_no_damage_passes(forest, budget, data
     at = data.draw(st.integers(0, selection.size - 1))
     depths = selection.depths.clone()
     depths[at] += data.draw(st.sampled_from([-1, 1]))
-    with pytest.raises(Unsound):
+    with pytest.raises(UnsoundDecision):
         check_selection(replace(selection, depths=depths), forest, plan, max_nodes=30)
     parents = selection.parents.clone()
     parents[at] = data.draw(st.integers(at, at + 3))
-    with pytest.raises(Unsound):
+    with pytest.raises(UnsoundDecision):
         check_selection(replace(selection, parents=parents), forest, plan, max_nodes=30)
 
 
@@ -211,7 +211,7 @@ def held():
 
 @pytest.mark.parametrize("method", ["plan", "extend", "select"])
 def test_a_slow_decision_is_not_waited_for(method, held):
-    guard = Guarded(Scripted(**{method: held.wait}), Other(), deadline=0.05, aside=EVERYTHING)
+    guard = Guarded(Scripted(**{method: held.wait}), Other(), deadline=0.05, threaded=ALL_METHODS)
     began = time.monotonic()
     step(guard)
     assert time.monotonic() - began >= 0.05
@@ -221,7 +221,7 @@ def test_a_slow_decision_is_not_waited_for(method, held):
 
 def test_a_controller_that_was_late_decides_again_when_it_is_back(held):
     inner = Scripted(plan=held.wait)
-    guard = Guarded(inner, Other(), deadline=0.1, aside=EVERYTHING)
+    guard = Guarded(inner, Other(), deadline=0.1, threaded=ALL_METHODS)
     assert step(guard) == ALL_OTHER
     assert step(guard) == ALL_OTHER, "still out: the fallback decides without waiting"
     assert guard.overdue
@@ -239,9 +239,9 @@ def test_a_controller_that_was_late_decides_again_when_it_is_back(held):
 
 def test_a_hang_retires_the_controller_for_good(caplog, held):
     inner = Scripted(select=held.wait)
-    guard = Guarded(inner, Other(), deadline=0.2, aside=EVERYTHING)
+    guard = Guarded(inner, Other(), deadline=0.2, threaded=ALL_METHODS)
     step(guard)
-    time.sleep(PATIENCE * 0.2)
+    time.sleep(HANG_DEADLINES * 0.2)
     began = time.monotonic()
     for _ in range(50):
         assert step(guard) == ALL_OTHER
@@ -252,7 +252,7 @@ def test_a_hang_retires_the_controller_for_good(caplog, held):
 
 
 def test_a_slow_rule_of_this_package_is_counted_though_it_can_t_be_interrupted():
-    guard = Guarded(Scripted(plan=lambda: time.sleep(0.03) or GOOD), Other(), deadline=0.01, aside=frozenset())
+    guard = Guarded(Scripted(plan=lambda: time.sleep(0.03) or GOOD), Other(), deadline=0.01, threaded=frozenset())
     assert step(guard) == ALL_OTHER
     assert guard.fallbacks["deadline"] == 1
 
@@ -286,7 +286,7 @@ def test_steps_that_only_prefill_forgive_nothing():
 
 def test_a_failing_observe_is_a_fault_of_the_controller_alone():
     inner, other = Scripted(observe=ValueError("no")), Other()
-    guard = Guarded(inner, other, NO_HURRY, aside=frozenset())
+    guard = Guarded(inner, other, NO_HURRY, threaded=frozenset())
     assert step(guard) == OWN
     assert guard.fallbacks["exception"] == 1 and len(other.observed) == 1
 
@@ -294,7 +294,7 @@ def test_a_failing_observe_is_a_fault_of_the_controller_alone():
 def test_a_fallback_that_must_select_is_shown_the_load_first(make_profile):
     plan = SpecPlan(budget=2, max_depth=2, width=2)
     inner = Scripted(plan=plan, select=ValueError("no"))
-    guard = Guarded(inner, make("echo", profile=make_profile()), NO_HURRY, aside=frozenset())
+    guard = Guarded(inner, make("echo", profile=make_profile()), NO_HURRY, threaded=frozenset())
     guard.plan(load_of(2, max_nodes=1))
     assert guard.select(FOREST, plan).counts.tolist() == [1, 1], (
         "the likeliest two are of one request, which may have one"
@@ -315,7 +315,7 @@ def test_where_the_fallback_fails_too_nothing_is_speculated():
         select = extend
 
     assert Guarded(Scripted(plan=None), Broken(), NO_HURRY).plan(LOAD) == AUTOREGRESSIVE
-    plan, mask, size = step(Guarded(Bad(), Broken(), NO_HURRY, aside=frozenset()))
+    plan, mask, size = step(Guarded(Bad(), Broken(), NO_HURRY, threaded=frozenset()))
     assert (plan, mask, size) == (GOOD, [True, True], 0)
 
 
@@ -339,7 +339,7 @@ def test_without_a_drafter_nobody_is_asked():
 def test_a_tree_is_cut_to_what_the_engine_can_draft(depth, width, nested, expanded):
     plan = SpecPlan(8, depth, width, nested=nested)
     limits = Limits(expanded)
-    fits = cut(plan, limits)
+    fits = clamp_plan(plan, limits)
     check_plan(fits, LOAD)
     assert fits.expanded <= expanded and fits.width <= expanded
     if plan.expanded <= expanded and width <= expanded:
@@ -362,9 +362,9 @@ def test_a_policy_whose_numbers_fail_is_retired(repeat, make_profile):
 
 
 def test_only_what_is_learned_or_foreign_is_kept_aside(make_profile):
-    assert kept_aside(make("echo")) == kept_aside(make("none")) == frozenset()
-    assert kept_aside(Ppo(PpoOptions(random_policy(), make_profile()))) == {"plan"}
-    assert kept_aside(Scripted()) == EVERYTHING
+    assert threaded_methods(make("echo")) == threaded_methods(make("none")) == frozenset()
+    assert threaded_methods(Ppo(PpoOptions(random_policy(), make_profile()))) == {"plan"}
+    assert threaded_methods(Scripted()) == ALL_METHODS
 
 
 class Saboteur(BaseController):
@@ -422,7 +422,7 @@ def test_no_sabotage_breaks_a_step_or_changes_a_token(seed, guarded_engine, monk
     ]
     plain = _tokens(guarded_engine, make("none"), todo)
     limits = Limits(guarded_engine.config.max_expanded)
-    guard = Guarded(Saboteur(seed), make("echo", nodes=3), NO_HURRY, limits, aside=frozenset())
+    guard = Guarded(Saboteur(seed), make("echo", nodes=3), NO_HURRY, limits, threaded=frozenset())
     assert _tokens(guarded_engine, guard, todo) == plain
     assert guarded_engine.block_manager.used_share == 0.0
     assert all(guard.fallbacks[cause] for cause in ("exception", "invalid")), "hardly anything went wrong"

@@ -1,4 +1,4 @@
-"""One line per request and per admin action, as JSON or as text. Never prompts, outputs or keys."""
+"""The log of the server's processes: one line a record, as JSON or as text. Never prompts, outputs or keys."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ import sys
 import time
 from typing import Any, TextIO
 
-from echo_rl.server.api.request_stats import RequestStats
-
 log = logging.getLogger(__name__)
 FIELDS = "fields"
-"""Attribute of a log record that holds what was measured."""
+"""The attribute of a log record that holds what was measured."""
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: ``time``, ``level``, ``logger``, ``message`` and the record's fields."""
+    """Writes one JSON object a line: ``time``, ``level``, ``logger``, ``message`` and the record's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -32,7 +30,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """The same for people: time, level, message, ``field=value``. Fields are escaped, so a line stays one line."""
+    """Writes time, level, message and ``field=value``. Fields are escaped, so that a line stays one line."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
@@ -42,39 +40,16 @@ class TextFormatter(logging.Formatter):
         return " ".join([super().formatMessage(record), *(f"{k}={json.dumps(v)}" for k, v in fields.items())])
 
 
-def configure(form: str, stream: TextIO | None = None) -> None:
-    """Send this package's log to `stream` (stderr by default), in the given form. For processes that only serve."""
+def configure(log_format: str, stream: TextIO | None = None) -> None:
+    """Sends this package's log to `stream` (stderr by default) as ``json`` or ``text``; for a serving process."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("echo_rl").setLevel(logging.INFO)
 
 
-def request_done(trail: RequestStats) -> None:
-    """The line of a finished request."""
-    write(
-        "request",
-        id=trail.id,
-        route=trail.route,
-        status=trail.status,
-        stream=trail.streamed,
-        prompt_tokens=trail.prompt_tokens,
-        output_tokens=trail.output_tokens,
-        ttft=_rounded(trail.ttft),
-        e2e=_rounded(trail.e2e),
-        finish_reason=",".join(trail.finish_reasons) or None,
-    )
-
-
-def admin_action(action: str, **what: Any) -> None:
-    write(f"admin {action}", **what)
-
-
 def write(message: str, **fields: Any) -> None:
+    """Logs a message with what was measured."""
     log.info(message, extra={FIELDS: fields})
-
-
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 4)

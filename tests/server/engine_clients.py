@@ -1,4 +1,4 @@
-"""Hosts for tests of the server: in a thread, over the fake engine or a tiny real one."""
+"""Engine clients for tests of the server: in a thread, over the fake engine or a tiny real one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller, Request, RequestOutput, SamplingParams, StepReport
 from echo_rl.server.client.engine_client import EngineClient, SupervisorConfig
+from echo_rl.server.config import ControllerManagerOptions
 from echo_rl.server.core.engine_core import CoreOptions
-from echo_rl.server.core.options import ControllerManagerOptions
-from echo_rl.server.core.worker import LoadedEngine, build_controller, live
+from echo_rl.server.core.worker import LoadedEngine, build_controller, load_live_engine
 from tests import tiny
 from tests.conftest import FakeEngine
 
@@ -57,7 +57,9 @@ def serve_fake(switch: ControllerManagerOptions, step_seconds: float = 0.002) ->
 
 def serve_tiny(root: Path, switch: ControllerManagerOptions, **settings: Any) -> LoadedEngine:
     """A factory of a tiny real engine, whose model files go to `root`."""
-    return live(partial(_tiny_engine, root=root, settings=settings), EngineConfig(**{**LIMITS, **settings}), switch)
+    return load_live_engine(
+        partial(_tiny_engine, root=root, settings=settings), EngineConfig(**{**LIMITS, **settings}), switch
+    )
 
 
 LIMITS: dict[str, Any] = {"kv_tokens": 4096, "max_context": 256, "max_nodes": 24, "max_expanded": 40}
@@ -67,7 +69,7 @@ def _tiny_engine(config: EngineConfig, root: Path, settings: dict[str, Any]) -> 
     return tiny.engine(root, **settings), {"model": "tiny"}
 
 
-def fake_host(step_seconds: float = 0.002, **config: Any) -> EngineClient:
+def fake_client(step_seconds: float = 0.002, **config: Any) -> EngineClient:
     """Settings are `SupervisorConfig`'s; in a thread unless they say otherwise."""
     return EngineClient(
         SupervisorConfig(**{"controller": "none", "isolation": "thread", **config}),
@@ -75,20 +77,20 @@ def fake_host(step_seconds: float = 0.002, **config: Any) -> EngineClient:
     )
 
 
-def tiny_host(root: Path, engine: dict[str, Any] | None = None, **config: Any) -> EngineClient:
+def tiny_client(root: Path, engine: dict[str, Any] | None = None, **config: Any) -> EngineClient:
     """Over a tiny random model; `engine` are settings of `EngineConfig`, the others `SupervisorConfig`'s."""
     factory = partial(serve_tiny, root, **(engine or {}))
     return EngineClient(SupervisorConfig(**{"controller": "echo", "isolation": "thread", **config}), factory)
 
 
 @asynccontextmanager
-async def running(host: EngineClient) -> AsyncIterator[EngineClient]:
+async def running(client: EngineClient) -> AsyncIterator[EngineClient]:
     """Started within, stopped after."""
-    await host.start()
+    await client.start()
     try:
-        yield host
+        yield client
     finally:
-        await host.stop()
+        await client.stop()
 
 
 def request_of(text: str, name: str | None = None, max_new_tokens: int = 8, **sampling: Any) -> Request:
@@ -97,9 +99,9 @@ def request_of(text: str, name: str | None = None, max_new_tokens: int = 8, **sa
     return Request(name or f"request {text}", tuple(map(ord, text)), params)
 
 
-async def collect(host: EngineClient, request: Request) -> list[RequestOutput]:
+async def collect(client: EngineClient, request: Request) -> list[RequestOutput]:
     """All outputs of a request."""
-    async with aclosing(host.submit(request)) as outputs:
+    async with aclosing(client.submit(request)) as outputs:
         return [output async for output in outputs]
 
 

@@ -1,4 +1,4 @@
-"""What may be put in force over HTTP: a controller with plain options, and an operator's checkpoint by its name.
+"""The controllers that clients may choose: those with plain options, and an operator's checkpoint by its name.
 
 No text of a request ever becomes a path: options that name files are refused, and a checkpoint is looked
 up among the folders that are there.
@@ -6,7 +6,6 @@ up among the folders that are there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,25 @@ from echo_rl.controllers import registry
 from echo_rl.controllers.arm import Arm
 from echo_rl.controllers.policy.network import read_manifest
 from echo_rl.errors import ConfigError, PolicyError
+from echo_rl.server.specs import public_spec
 
-SPECS = ("controller", "previous", "control", "treatment")
-"""Where reports hold a controller's spec."""
 NEEDS_A_RECORDING = ("oracle",)
-"""Controllers that know the future and so can't serve."""
+"""Controllers that need a recording of the future and so can't serve."""
 
 
 @dataclass(frozen=True)
-class Choices:
-    """What this server offers."""
+class ControllerCatalog:
+    """The controllers and checkpoints that this server offers."""
 
     checkpoints: Path
     first: str
-    """The spec that the server began with."""
+    """Specification of the controller that the server started with."""
 
     def names(self) -> tuple[str, ...]:
         return tuple(name for name in registry.names() if name not in NEEDS_A_RECORDING)
 
     def options(self, name: str) -> dict[str, Any]:
-        """The options that may be set, with their defaults."""
+        """Returns the options that may be set, with their defaults."""
         family = fields(registry.CONTROLLERS[name].options)
         return {field.name: field.default for field in family if _is_plain(field.type)}
 
@@ -42,7 +40,7 @@ class Choices:
         return any(field.name == "path" for field in fields(registry.CONTROLLERS[name].options))
 
     def policies(self) -> tuple[str, ...]:
-        """Names of the folders that hold a policy."""
+        """Returns the names of the folders that hold a policy."""
         try:
             folders = sorted(self.checkpoints.iterdir())
         except OSError:
@@ -50,14 +48,14 @@ class Choices:
         return tuple(folder.name for folder in folders if folder.is_dir() and _holds_policy(folder))
 
     def spec(self, text: str, checkpoint: str | None = None) -> str:
-        """The spec to hand to the engine. What is shown of one (`public`) means that very one.
+        """Returns the specification for the engine; what `public_spec` shows of one is taken for that very one.
 
         Raises `ConfigError` on whatever is not offered.
         """
         if checkpoint is None:
-            if text == public(self.first):
+            if text == public_spec(self.first):
                 return self.first
-            text, checkpoint = _apart(text)
+            text, checkpoint = _split_policy(text)
         arm = Arm.parse(text)
         if arm.controller not in self.names():
             raise ConfigError(f"no controller of that name can be chosen; known: {', '.join(self.names())}")
@@ -73,7 +71,7 @@ class Choices:
             raise ConfigError(f"{arm.controller} takes no checkpoint")
         folder = self._folder(checkpoint)
         spec = f"{text},path={folder}" if arm.options else f"{arm.controller}:path={folder}"
-        if public(spec) != public(self.first):
+        if public_spec(spec) != public_spec(self.first):
             return spec
         if Path(str(Arm.parse(self.first).options["path"])).resolve() != folder.resolve():
             raise ConfigError(
@@ -91,8 +89,8 @@ class Choices:
         return folder
 
 
-def _apart(text: str) -> tuple[str, str | None]:
-    """A spec without its policy, and the name of that: ``checkpoint=NAME`` or, as it is shown, ``path=NAME``."""
+def _split_policy(text: str) -> tuple[str, str | None]:
+    """Returns a specification without its policy, and that policy's name: ``checkpoint=NAME`` or ``path=NAME``."""
     head, _, tail = text.partition(":")
     options = tail.split(",")
     policy = next((option for option in options if option.startswith(("checkpoint=", "path="))), None)
@@ -102,21 +100,8 @@ def _apart(text: str) -> tuple[str, str | None]:
     return f"{head}:{','.join(options)}" if options else head, policy.partition("=")[2]
 
 
-def public(spec: str) -> str:
-    """A spec without folders: of every path only its last part."""
-    head, colon, tail = spec.partition(":")
-    return head + colon + ",".join(map(_last_part, tail.split(",")))
-
-
-def public_report(value: Mapping[str, Any]) -> dict[str, Any]:
-    """What an experiment or a core says of itself, its specs without folders."""
-    shown = {key: public(value[key]) for key in SPECS if isinstance(value.get(key), str)}
-    inner = {key: public_report(item) for key, item in value.items() if isinstance(item, Mapping)}
-    return {**value, **inner, **shown}
-
-
 def _is_plain(annotation: Any) -> bool:
-    """Whether an option is a number or a switch; what is a text or a record may name a file."""
+    """Whether an option is a number or a Boolean; a text or a record may name a file."""
     return str(annotation).removesuffix(" | None") in ("int", "float", "bool")
 
 
@@ -126,11 +111,6 @@ def _holds_policy(folder: Path) -> bool:
     except PolicyError:
         return False
     return True
-
-
-def _last_part(item: str) -> str:
-    key, equals, value = item.partition("=")
-    return key + equals + value.rpartition("/")[2]
 
 
 def _listed(names: Any) -> str:
