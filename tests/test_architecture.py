@@ -34,6 +34,17 @@ ROOMS = (
 """Lowest first; rooms of one line may import each other."""
 RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
 SEPARATE = {"runtime", "env", "controllers"}
+SERVER_ROOMS = {
+    "base": set(),
+    "guard": {"base"},
+    "core": {"base", "guard"},
+    "client": {"base", "core"},
+    "ui": {"base", "client"},
+    "api": {"base", "client", "ui"},
+    "serve": {"base", "core", "client", "api"},
+}
+"""The rooms of the server, and those that each imports; ``base`` are the files that every room reads."""
+SERVER_BASE = {"config", "messages", "ipc", "logs", "process", "specs"}
 TORCH_FREE = (
     *("contracts", "errors", "config", "utils.archives", "utils.files", "utils.statistics"),
     *(
@@ -47,6 +58,7 @@ TORCH_FREE = (
     ),
     *("workloads.driver", "workloads.metrics", "workloads.records", "workloads.datasets"),
     *("wrapping", "experiments.plan", "experiments.report.bench", "experiments.load"),
+    *("server.config", "server.client.engine_client", "server.core.worker"),
 )
 
 
@@ -104,6 +116,18 @@ def test_imports_point_downwards(path):
     for target in echo_parts(path):
         assert RANK[target] <= RANK[part], f"{part} must not import {target}"
         assert not ({part, target} <= SEPARATE and part != target), f"{part} and {target} meet in contracts only"
+
+
+def server_room(name: str) -> str:
+    return "base" if name in SERVER_BASE else name
+
+
+@pytest.mark.parametrize("path", sources("echo_rl/server"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_of_the_server_import_one_way(path):
+    room = server_room(path.relative_to(ROOT / "echo_rl/server").parts[0].removesuffix(".py"))
+    dotted = (name.split(".") for name in imports(path) if name.startswith("echo_rl.server."))
+    imported = {server_room(names[2]) for names in dotted} - {room}
+    assert imported <= SERVER_ROOMS.get(room, set()), f"the server's {room} must not import {imported}"
 
 
 def test_kernels_are_used_by_the_runtime_alone():
