@@ -99,9 +99,14 @@ class Ppo(CalibratedSelection):
         self._probing = False  # the step in progress is a probe of plain decoding
         self._plans: dict[tuple[Action, int], SpecPlan] = {}
 
+    @property
+    def decision_steps(self) -> int:
+        """Returns the decoding steps that one decision stands for."""
+        return self.policy.repeat
+
     def propose(self, load: LoadView) -> SpecPlan:
         if not self._left:
-            self._action, self._left = self._decide(load), self.policy.repeat
+            self._action, self._left = self._decide(load), self.decision_steps
         self._left -= 1
         self._probing = self._action is not None and self._plain_probe.due(load, PLAIN_PROBE_AFTER)  # ECHO has its own
         if self._probing:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from echo_rl.contracts import Controller, Forest, Frontier, LoadView, PhaseTimes, SpecPlan, StepReport
-from echo_rl.controllers.policy.ppo import Ppo
 from echo_rl.errors import ConfigError
+from echo_rl.server.guard.guarded import LearnedController
 from echo_rl.server.guard.validation import Limits, check_mask, check_plan, check_selection, clamp_plan
 
 BATCHES = (1, 8, 32)
@@ -29,7 +29,7 @@ def dry_run(controller: Controller, limits: Limits) -> None:
         raise ConfigError(
             f"controller '{controller.name}' failed its dry run ({type(error).__name__}: {error})"
         ) from error
-    if isinstance(controller, Ppo) and controller.fallbacks:
+    if isinstance(controller, LearnedController) and controller.fallbacks:
         raise ConfigError("the policy's numbers are not finite; train again, or use another checkpoint")
 
 

@@ -11,13 +11,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from echo_rl.contracts import AUTOREGRESSIVE, Controller, Forest, Frontier, LoadView, Selection, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.policy.ppo import Ppo
 from echo_rl.server.guard.background_caller import BackgroundCaller
 from echo_rl.server.guard.lazy_observer import MOST_REPORTS, show_reports
 from echo_rl.server.guard.validation import Limits, UnsoundDecision, check_mask, check_plan, check_selection, clamp_plan
@@ -32,13 +31,29 @@ ALL_METHODS = frozenset({"plan", "extend", "select"})
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
+class LearnedController(Controller, Protocol):
+    """A controller whose plan is a model's, and a rule's where the model's numbers are unusable.
+
+    Its gates and selection are rules of this package. `controllers.policy.ppo.Ppo` is one.
+    """
+
+    fallbacks: int
+    """Decisions that the rule took."""
+
+    @property
+    def decision_steps(self) -> int:
+        """Returns the decoding steps that one decision stands for."""
+        ...
+
+
 def threaded_methods(controller: Controller) -> frozenset[str]:
     """Returns the methods of a controller that run in a thread of its own.
 
     These are none of an analytic rule of this package; only the plan of a learned policy, whose gates and selection are
     ECHO's; and all of anything else.
     """
-    if isinstance(controller, Ppo):
+    if isinstance(controller, LearnedController):
         return frozenset({"plan"})
     own = isinstance(controller, BaseController) and type(controller).__module__.startswith("echo_rl.controllers.")
     return frozenset() if own else ALL_METHODS
@@ -79,7 +94,7 @@ class Guarded:
         self._retiring_cause = "invalid"
         self._logged: set[str] = set()
         self._consecutive_faults = 0
-        self._policy = controller if isinstance(controller, Ppo) else None
+        self._policy = controller if isinstance(controller, LearnedController) else None
         self._seen_policy_fallbacks = 0  # its fallbacks that are counted already
         self._faulty_policy_steps = 0  # steps that its last fallback still decides
         self._load: LoadView | None = None
@@ -230,7 +245,7 @@ class Guarded:
     def _check_policy_fallbacks(self) -> None:
         """Counts a fault where the policy's numbers were unusable and ECHO decided, though that decision is sound."""
         if self._policy is not None and self._policy.fallbacks > self._seen_policy_fallbacks:
-            self._seen_policy_fallbacks, self._faulty_policy_steps = self._policy.fallbacks, self._policy.policy.repeat
+            self._seen_policy_fallbacks, self._faulty_policy_steps = self._policy.fallbacks, self._policy.decision_steps
             self._fault("nan", "the policy's numbers were unusable; ECHO decided")
 
     def _fault(self, cause: str, message: str) -> None:
@@ -239,7 +254,7 @@ class Guarded:
         self._consecutive_faults += 1
         self._log_once(cause, message)
         if self._consecutive_faults >= MOST_FAULTS:
-            self.retire(cause, f"{self._streak} faults in a row, the last: {message}")
+            self.retire(cause, f"{self._consecutive_faults} faults in a row, the last: {message}")
 
     # ------------------------------------------------------------------------- falling back
 

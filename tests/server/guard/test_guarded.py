@@ -117,7 +117,7 @@ OWN = (GOOD, [True, False], 4)
 ALL_OTHER = (SpecPlan(budget=2, max_depth=1, width=1), [False, False], 1)
 
 
-@pytest.mark.parametrize("aside", [frozenset(), ALL_METHODS], ids=["inline", "aside"])
+@pytest.mark.parametrize("threaded", [frozenset(), ALL_METHODS], ids=["inline", "threaded"])
 def test_a_sound_controller_decides_everything(threaded):
     inner, other = Scripted(), Other()
     guard = Guarded(inner, other, deadline=5.0, threaded=threaded)
@@ -160,7 +160,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("aside", [frozenset(), ALL_METHODS], ids=["inline", "aside"])
+@pytest.mark.parametrize("threaded", [frozenset(), ALL_METHODS], ids=["inline", "threaded"])
 @pytest.mark.parametrize(("method", "answer", "cause"), FAULTS, ids=lambda value: str(value)[:30])
 def test_the_fallback_takes_a_faulty_decision_over(method, answer, cause, threaded):
     guard = Guarded(Scripted(**{method: answer}), Other(), deadline=5.0, threaded=threaded)
