@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
@@ -16,12 +16,6 @@ from echo_rl.costs.files import calibrated
 from echo_rl.costs.roofline.hardware import Assumptions
 from echo_rl.costs.roofline.timing import Dtype
 from echo_rl.errors import ConfigError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from echo_rl.controllers.echo.gates import GateCalibration
-    from echo_rl.costs.profile import CostProfile
 
 OUT = calibrated("")
 
@@ -47,6 +41,7 @@ class Cost:
 
         from echo_rl.calibrate import figures
         from echo_rl.calibrate.live import measured_profile
+        from echo_rl.calibrate.tables import knee_table
         from echo_rl.runtime.environment import load_engine
 
         console = Console()
@@ -79,6 +74,7 @@ class Gates:
 
         from echo_rl.calibrate import figures
         from echo_rl.calibrate.live import calibrate_gates, calibration_prompts
+        from echo_rl.calibrate.tables import gate_table
         from echo_rl.runtime.engine import Engine
 
         console = Console()
@@ -109,12 +105,13 @@ class Roofline:
     tp: int = 1
     """GPUs that share the model."""
     dtype: Dtype = "bfloat16"
-    """Of the weights and of the arithmetic; the KV cache stays bf16."""
+    """The format of the weights and of the arithmetic; the KV cache stays bf16."""
     assumed: Annotated[Assumptions, tyro.conf.arg(name="")] = field(default_factory=Assumptions)
 
     def run(self) -> int:
         from rich.console import Console
 
+        from echo_rl.calibrate.tables import knee_table
         from echo_rl.costs.roofline.surface import modelled_profile, roofline
 
         if self.out.resolve() == calibrated("profile.json").resolve():
@@ -133,35 +130,3 @@ AnyCommand = (
     | Annotated[Gates, tyro.conf.subcommand("gates")]
     | Annotated[Roofline, tyro.conf.subcommand("roofline")]
 )
-
-
-def gate_table(gates: GateCalibration) -> Table:
-    """One row a depth; the chosen (sparse) depths are marked."""
-    from rich.table import Table
-
-    table = Table(title="gates: best-path confidence, accepted against rejected (* chosen)")
-    for column in ("depth", "paths", "AUC", "tau", "false truncation", "false extension"):
-        table.add_column(column, justify="right")
-    for gate in gates.depths:
-        rates = (gate.false_truncation, gate.false_extension)
-        shares = [f"{100 * r.value:.1f} % [{100 * r.low:.1f}, {100 * r.high:.1f}]" if r else "" for r in rates]
-        area = f"{gate.auc.value:.3f} [{gate.auc.low:.3f}, {gate.auc.high:.3f}]" if gate.auc else ""
-        mark = "*" if gate.depth in gates.chosen else ""
-        table.add_row(f"{gate.depth}{mark}", str(gate.samples), area, f"{gate.tau:.3f}", *shares)
-    return table
-
-
-def knee_table(profile: CostProfile) -> Table:
-    """K_max, ECHO's own cost model fitted, and the cost of plain decoding at every measured batch size."""
-    from rich.table import Table
-
-    threads = "" if profile.modelled else f", {profile.threads} threads"
-    table = Table(title=f"cost of a pass on {profile.device} {profile.dtype}{threads}")
-    for column in ("batch", "plain pass", "K_max", "free nodes", "gamma", "pass with K_max"):
-        table.add_column(column, justify="right")
-    for batch in profile.batches:
-        knee, hinge = profile.knee(batch), profile.hinge(batch)
-        plain, full = profile.ar_seconds(batch), profile.verify_seconds(batch, batch + knee)
-        times = (f"{1e3 * plain:.1f} ms", str(knee), str(hinge.k_max), f"{hinge.gamma:.4f}", f"{1e3 * full:.1f} ms")
-        table.add_row(str(batch), *times)
-    return table

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -41,13 +40,11 @@ class Synthesize:
     target: Annotated[TargetOptions, tyro.conf.arg(name="")] = TargetOptions()
 
     def run(self) -> int:
-        from echo_rl.cli.live_drafting import EngineGenerator
-        from echo_rl.drafting.synthesize import SMOLLM2_CHAT, synthesize
+        from echo_rl.drafting.live import synthesize_on
         from echo_rl.runtime.engine import Engine
 
         engine = Engine.load(EngineConfig(drafter=None, **asdict(self.target)))
-        complete = EngineGenerator(engine, self.concurrency)
-        paths = synthesize(self.options, SMOLLM2_CHAT, lambda text: list(engine.tokenizer.encode(text)), complete)
+        paths = synthesize_on(engine, self.options, self.concurrency)
         print(f"{len(paths)} shards in {self.options.out}")
         return 0
 
@@ -63,20 +60,11 @@ class Train:
     """The target, as for ``generate``."""
 
     def run(self) -> int:
-        from echo_rl.cli.live_drafting import features_of, target_parts
-        from echo_rl.drafting.features import cache_features
-        from echo_rl.drafting.train import check, train
-        from echo_rl.runtime.models.architecture import read_architecture
+        from echo_rl.drafting.live import train_for
         from echo_rl.runtime.models.default_model import resolve_model
-        from echo_rl.utils.result_store import digest
 
-        folder: Path = resolve_model(self.model)
-        parts, options = target_parts(folder), self.options
-        check(options, self.taps, parts, read_architecture(folder).layers)
-        model = digest(folder / "config.json", *sorted(folder.glob("*.safetensors")))
-        cache_features(options.data, options.features, features_of(folder, self.taps), self.taps, model)
-        run = train(options, parts)
-        print(f"{options.out}: chain MAT {max(point['chain_mat'] for point in run.curve):.2f}")
+        run = train_for(resolve_model(self.model), self.options, self.taps)
+        print(f"{self.options.out}: chain MAT {max(point['chain_mat'] for point in run.curve):.2f}")
         return 0
 
 

@@ -15,7 +15,6 @@ from echo_rl.errors import RequestError
 
 if TYPE_CHECKING:
     from echo_rl.runtime.engine import Engine
-    from echo_rl.workloads.driver import RunRecord
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Generate:
         from echo_rl.controllers.arm import Arm
         from echo_rl.runtime.engine import Engine
         from echo_rl.workloads.driver import serve
+        from echo_rl.workloads.metrics import speed_line
 
         arm = Arm.parse(self.controller)
         controller = registry.make(arm.controller, **arm.options)
@@ -45,7 +45,7 @@ class Generate:
         request = Request("generate", self._ids(engine, prompt), self.sampling)
         record = serve(engine, controller, [request], concurrency=1, on_output=_show)
         print(flush=True)
-        print(_speed(record), file=sys.stderr)
+        print(speed_line(record), file=sys.stderr)
         error = record.requests[0].error
         if error is not None:
             raise RequestError(error)
@@ -72,14 +72,3 @@ def read_prompt(argument: str | None) -> str:
 
 def _show(output: RequestOutput) -> None:
     print(output.text, end="", flush=True)
-
-
-def _speed(record: RunRecord) -> str:
-    from echo_rl.workloads import metrics
-
-    mat = metrics.mean_accepted_tokens(record.steps)
-    first = metrics.ttft(record.requests[0])
-    parts = [f"{record.output_tokens} tokens", f"{metrics.tokens_per_second(record):.1f} tokens/s"]
-    parts += [f"MAT {mat:.2f}"] if mat is not None else []
-    parts += [f"first token after {first:.2f} s"] if first is not None else []
-    return ", ".join(parts)

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from rich.table import Table
-
-    from echo_rl.integrations.sglang.doctor import Row
 
 
 @dataclass(frozen=True)
@@ -26,29 +19,14 @@ class Doctor:
     def run(self) -> int:
         from rich.console import Console
 
-        from echo_rl.integrations.sglang.doctor import examine
+        from echo_rl.integrations.sglang.doctor import examine, table
 
         rows = examine(str(self.config) if self.config else None)
         console = Console()
-        console.print(findings(rows))
+        console.print(table(rows))
         wrong = sum(not row.ok for row in rows)
         console.print(f"{wrong} of {len(rows)} checks failed." if wrong else f"All {len(rows)} checks passed.")
         return 1 if wrong else 0
-
-
-def findings(rows: Sequence[Row]) -> Table:
-    """One row a check."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    view = Table(title="SGLang plugin", title_justify="left")
-    view.add_column("check", overflow="fold")
-    view.add_column("")
-    view.add_column("found", overflow="fold")
-    for row in rows:
-        mark = "[green]ok[/green]" if row.ok else "[bold red]no[/bold red]"
-        view.add_row(escape(row.what), mark, escape(row.detail))
-    return view
 
 
 @dataclass(frozen=True)

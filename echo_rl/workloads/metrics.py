@@ -200,3 +200,12 @@ def summary(record: RunRecord, slo: SLO | None = None) -> dict[str, object]:
         "latency": {name: asdict(value) if value else None for name, value in latencies.items()},
         "goodput": goodput(record, slo) if slo else None,
     }
+
+
+def speed_line(record: RunRecord) -> str:
+    """Tokens, throughput, MAT and the first request's TTFT in one line, without those that do not exist."""
+    mat, first = mean_accepted_tokens(record.steps), ttft(record.requests[0])
+    parts = [f"{record.output_tokens} tokens", f"{tokens_per_second(record):.1f} tokens/s"]
+    parts += [f"MAT {mat:.2f}"] if mat is not None else []
+    parts += [f"first token after {first:.2f} s"] if first is not None else []
+    return ", ".join(parts)

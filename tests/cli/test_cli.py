@@ -283,7 +283,7 @@ def test_drafter_train_refuses_before_it_runs_the_target(tiny_model, tmp_path, c
     Conversations.of(talk).save(tmp_path / "data" / "shard_0000.npz")
     folders = [f for name in ("data", "features", "out") for f in (f"--{name}", str(tmp_path / name))]
     sizes = ["--kv-heads", "4", "--draft-vocab", "64", "--taps", "0", "1", "2", "--model", str(tmp_path / "target")]
-    monkeypatch.setattr("echo_rl.drafting.features.cache_features", None)
+    monkeypatch.setattr("echo_rl.drafting.live.cache_features", None)
     assert main(["drafter", "train", *folders, *sizes, *more]) == 2
     (line,) = lines(capsys.readouterr().err)
     assert message in line
@@ -301,17 +301,3 @@ def test_a_drafter_is_trained_from_conversations(tiny_model, tmp_path, capsys):
     assert "chain MAT" in capsys.readouterr().out
     arguments = ["generate", "hi", "--max-new-tokens", "4", *tiny_model, "--drafter", str(tmp_path / "out")]
     assert main(arguments) == 0
-
-
-def test_the_engine_generator_completes_tokens_and_drops_the_stop(tiny_model, tmp_path):
-    from echo_rl.cli.live_drafting import EngineGenerator
-    from echo_rl.errors import ConfigError
-    from tests import tiny
-
-    complete = EngineGenerator(tiny.engine(tmp_path), concurrency=2)
-    prompts = [[70, 71], [70, 71], [72]]
-    made = complete(prompts, 1.0, 6, [0])
-    assert made == complete(prompts, 1.0, 6, [0])
-    assert [len(tokens) for tokens in made] == [6, 6, 6] and made[0] != made[1]
-    with pytest.raises(ConfigError, match="does not stop at"):
-        complete(prompts, 1.0, 6, [5])

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+
+from rich.markup import escape
+from rich.table import Table
 
 from echo_rl.errors import EchoError
 from echo_rl.integrations.sglang.contract import RECORDED, ROOT, check, installed_version
@@ -58,3 +62,15 @@ def _configuration(path: str | None) -> tuple[Row, str | None]:
     except EchoError as error:
         return Row("configuration", False, str(error)), None
     return Row("configuration", True, f"{path}: mode {config.mode}, controller {config.controller}"), config.mode
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """One row a check, for a terminal."""
+    view = Table(title="SGLang plugin", title_justify="left")
+    view.add_column("check", overflow="fold")
+    view.add_column("")
+    view.add_column("found", overflow="fold")
+    for row in rows:
+        mark = "[green]ok[/green]" if row.ok else "[bold red]no[/bold red]"
+        view.add_row(escape(row.what), mark, escape(row.detail))
+    return view

@@ -1,4 +1,4 @@
-"""Hands the live engine and a model folder to `echo_rl.drafting`, which knows neither."""
+"""Hands the live engine and a model's folder to the rest of this room, which knows neither."""
 
 from __future__ import annotations
 
@@ -12,13 +12,36 @@ from torch import Tensor
 
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.controllers import registry
+from echo_rl.drafting.features import cache_features
+from echo_rl.drafting.synthesize import SMOLLM2_CHAT, SynthesizeConfig, synthesize
+from echo_rl.drafting.train import Run, check, train
+from echo_rl.drafting.train_config import TrainConfig
 from echo_rl.drafting.warm_start import TargetParts
 from echo_rl.errors import ConfigError, WeightsError
 from echo_rl.runtime.device import resolve
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.models.architecture import read_architecture
 from echo_rl.runtime.models.checkpoint import read_tensors
+from echo_rl.utils.result_store import digest
 from echo_rl.workloads.driver import serve
+
+
+def synthesize_on(engine: Engine, options: SynthesizeConfig, concurrency: int) -> list[Path]:
+    """Lets the engine's SmolLM2 write the conversations; returns the shards. Raises what `synthesize` raises."""
+    complete = EngineGenerator(engine, concurrency)
+    return synthesize(options, SMOLLM2_CHAT, lambda text: list(engine.tokenizer.encode(text)), complete)
+
+
+def train_for(folder: Path, options: TrainConfig, taps: tuple[int, ...]) -> Run:
+    """Trains a drafter for the model in `folder`, whose features are computed first where they are absent.
+
+    Raises `ConfigError` before anything runs where the options don't fit the model.
+    """
+    parts = target_parts(folder)
+    check(options, taps, parts, read_architecture(folder).layers)
+    model = digest(folder / "config.json", *sorted(folder.glob("*.safetensors")))
+    cache_features(options.data, options.features, features_of(folder, taps), taps, model)
+    return train(options, parts)
 
 
 class EngineGenerator:
