@@ -29,7 +29,7 @@ settings.load_profile("patient")
 
 
 class FakeClock:
-    """A clock that only moves when told."""
+    """A clock that moves only when it is set."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -158,7 +158,7 @@ def make_engine() -> Callable[..., FakeEngine]:
 
 @pytest.fixture
 def make_controller() -> Callable[..., FakeController]:
-    """Looks like `registry.make`: ``none``, ``chain`` and ``echo`` with a `gain` option."""
+    """Stands in for `registry.make`: ``none``, ``chain`` and ``echo`` with a `gain` option."""
 
     def make(name: str, **options: Any) -> FakeController:
         return FakeController(name, options.get("gain", {"none": 0, "chain": 1, "echo": 3}[name]))

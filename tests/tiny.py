@@ -20,7 +20,7 @@ COMMON = range(65, 89)
 
 
 def device() -> str:
-    """Where tiny engines run: ``ECHO_RL_TEST_DEVICE``, by default the CPU whatever the machine has."""
+    """The device that tiny engines run on: ``ECHO_RL_TEST_DEVICE``, by default the CPU whatever the machine has."""
     return os.environ.get("ECHO_RL_TEST_DEVICE", "cpu")
 
 

@@ -67,7 +67,7 @@ def play(
     """Serve a workload; yields each of `steps` steps with decoding requests, and the controller's plan for it.
 
     `learn` sees the other steps; `change` may put another plan in place of the controller's. Plans deeper or
-    wider than the trace are cut to it. Raises what the backend and `workload.parse` raise.
+    wider than the trace are cut to it. Raises what the backend and `arrivals.parse` raise.
     """
     backend = ReplayBackend(world.trace, world.costs, ReplayOptions(noise=world.noise), seed)
     server = WorkloadSession(backend, controller, world.trace.requests(), backend.clock, backend.idle)

@@ -116,7 +116,7 @@ class _Table:
     def contest(self, positions: Ints, scores: Floats, verified: int) -> Bools:
         """[b, 2, D] whether the path's node is verified, and whether any is, where equal scores ([b, M]) compete.
 
-        They go to the earlier node, then to the earlier request, as in `controllers.picking`.
+        They go to the earlier node, then to the earlier request, as in `controllers.selection`.
         """
         picked = np.zeros(scores.size, dtype=bool)
         picked[np.argsort(-scores.T, axis=None, kind="stable")[:verified]] = True

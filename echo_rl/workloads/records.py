@@ -101,7 +101,7 @@ class RunRecord:
 
     @property
     def request_seconds(self) -> float:
-        """Seconds in flight, summed over requests, cut ones included: what all users together waited."""
+        """Seconds in flight, summed over requests, cut ones included: the time that all users together waited."""
         return sum(request.finish - request.arrival for request in self.requests)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which rules a backend may decide for, and that a server's guard passes it on only where it may."""
+"""Tests which rules a backend may decide for, and that a server's guard passes it on only where it may."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_warm_start_beats_random_weights_at_once(world: TrainConfig, parts: Targ
 def test_goes_on_from_a_trained_drafter(
     world: TrainConfig, parts: TargetParts, tmp_path: Path, vocabulary: int
 ) -> None:
-    """At once as good as that one; tokens that it couldn't say don't start from nothing."""
+    """The new one is as good at once; tokens that it couldn't say don't start from nothing."""
     trained = train(replace(world, updates=90, evaluate_every=90, lr=2e-2), parts)
     config = replace(world, out=str(tmp_path / "on"), start=world.out, draft_vocab=vocabulary)
     found, before = Run(config, parts).measure(), trained.measure()
@@ -150,7 +150,7 @@ def test_a_damaged_state_is_named(world: TrainConfig, parts: TargetParts, keep: 
 
 
 def test_a_state_of_no_known_conversations_does_not_resume(world: TrainConfig, parts: TargetParts) -> None:
-    """As earlier releases saved it."""
+    """Earlier releases saved such states."""
     train(world, parts)
     state = torch.load(Path(world.out) / STATE_FILE, weights_only=True)
     torch.save({key: value for key, value in state.items() if key != "data"}, Path(world.out) / STATE_FILE)

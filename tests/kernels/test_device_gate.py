@@ -73,7 +73,7 @@ def close(actual: Level, expected: Level) -> None:
 @settings(max_examples=25)
 @both
 def test_grows_what_the_runtime_grows(ops: DeviceOps, seed, batch, front, width):
-    """Against `forest.grow`'s level, which only sees the requests still alive, and the controllers' gate."""
+    """The level equals `growing.grow`'s, which only sees the requests still alive, and the controllers' gate."""
     g = torch.Generator().manual_seed(seed)
     alive = torch.rand(batch, generator=g) < 0.7
     alive[0] = True

@@ -91,7 +91,7 @@ def test_decides_what_the_runtime_decides(ops: DeviceOps, seed, asked, depth, wi
 
 
 def filtered(logits: Tensor, rows: TreeRows, params: list[SamplingParams]) -> Tensor:
-    """What the device is given: logits with the tokens that top-k and top-p drop at -inf."""
+    """The input of the device: logits with the tokens that top-k and top-p drop at -inf."""
     of_row = [params[max(owner, 0)] for owner in rows.owner.tolist()]
     noisy = torch.tensor([p.temperature > 0 for p in of_row])
     scaled = logits / torch.tensor([[p.temperature or 1.0] for p in of_row])

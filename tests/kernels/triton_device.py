@@ -1,4 +1,4 @@
-"""Where the Triton kernels run in tests: on a GPU where there is one, else interpreted on the CPU."""
+"""The device that Triton kernels run on in tests: on a GPU where there is one, else interpreted on the CPU."""
 
 from __future__ import annotations
 

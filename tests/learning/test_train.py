@@ -189,7 +189,7 @@ def test_a_run_leaves_a_policy_that_serves(config, world):
         "closed:1",
         "closed:4",
     ]
-    assert not {"table", "features", "trace"} & trained["config"].keys()  # told elsewhere
+    assert not {"table", "features", "trace"} & trained["config"].keys()  # said elsewhere
     assert trained["config"]["learner.seed"] == 0 and trained["cloned"]["demonstrations"] == 40
     assert trained["steps"] in (0, 64, 128) and manifest["repeat"] == 2 and "commit" in manifest
     policy = Policy.load(done.policy)

@@ -23,7 +23,8 @@ def byte_level() -> Tokenizer:
 
 
 def sentencepiece() -> Tokenizer:
-    """As Llama 2 has it: words begin with a mark, rare characters are bytes, a text's first space is dropped."""
+    """A tokenizer like Llama 2's: words begin with a mark, rare characters are bytes, a text's first space is
+    dropped."""
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in BYTES), "▁", "a", "b", ".", "▁a", "▁b"]
     merges = [("▁", "a"), ("▁", "b")]
     fast = FastTokenizer(
@@ -107,7 +108,7 @@ def test_stop_strings_hold_back_what_precedes_an_unfinished_character(text, stop
 
 
 def test_special_tokens_around_a_plain_prompt_come_where_they_are_asked_for():
-    """As Llama has them; a conversation's template writes its own."""
+    """Llama's tokenizer has them; a conversation's template writes its own."""
     tokenizer = byte_level()
     first = tokenizer._fast.get_vocab_size()
     tokenizer._fast.add_special_tokens(["<s>"])

@@ -16,14 +16,14 @@ MIXED = Workload("mixed", (Phase(3.0, rate=4.0, suites=("a", "b")), Phase(2.0, r
 
 
 def collect(workload: Workload, times: list[float], seed: int = 0) -> list[list[str]]:
-    """What each look brings, nothing ever being in flight."""
+    """The arrivals due at each of the times, nothing ever being in flight."""
     arrivals = Arrivals(workload, seed)
     return [arrivals.due(now, 0) for now in times]
 
 
 def arrival_times(workload: Workload, until: float, seed: int = 0, step: float = 1 / 64) -> list[float]:
-    looks = [i * step for i in range(int(until / step) + 1)]
-    return [now for now, got in zip(looks, collect(workload, looks, seed), strict=True) for _ in got]
+    times = [i * step for i in range(int(until / step) + 1)]
+    return [now for now, got in zip(times, collect(workload, times, seed), strict=True) for _ in got]
 
 
 def test_a_closed_load_is_topped_up_to_its_concurrency():
@@ -42,10 +42,10 @@ def test_poisson_arrivals_come_at_the_rate_with_exponential_gaps():
 
 
 @given(st.lists(st.floats(0.0, 40.0), min_size=1, max_size=30), st.integers(0, 5))
-def test_open_arrivals_do_not_depend_on_when_one_looks(looks, seed):
-    looks = sorted(looks)
-    (at_once,) = collect(MIXED, [looks[-1]], seed)
-    assert list(chain(*collect(MIXED, looks, seed))) == at_once
+def test_open_arrivals_do_not_depend_on_when_they_are_asked_for(times, seed):
+    times = sorted(times)
+    (at_once,) = collect(MIXED, [times[-1]], seed)
+    assert list(chain(*collect(MIXED, times, seed))) == at_once
 
 
 def test_seeds_decide_the_arrivals():

@@ -119,7 +119,7 @@ class Eagle3Options:
 class Eagle3(BaseController):
     """EAGLE-3's dynamic tree (arXiv 2503.01840): expand `top_k` nodes a level, verify each request's best `total`.
 
-    It looks at one request at a time and is blind to the batch.
+    It considers one request at a time and is blind to the batch.
     """
 
     name = "eagle3"

@@ -141,7 +141,7 @@ class EchoFixed(Echo):
 
 
 class EchoUnscheduled(Echo):
-    """Ablation of ECHO: the same budget split evenly; what a truncated request saves stays with it."""
+    """Ablation of ECHO: the same budget split evenly; nodes that a truncated request saves stay with it."""
 
     name = "echo_unscheduled"
     scheduled = False

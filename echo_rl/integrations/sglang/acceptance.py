@@ -16,7 +16,7 @@ import torch
 from echo_rl.contracts import Controller, Forest, Frontier, SpecPlan
 
 PRIOR = 0.6
-"""Chance of acceptance that an unseen depth starts from (the reference hit rate of `controllers.shapes`)."""
+"""Chance of acceptance that an unseen depth starts from (the reference hit rate of `controllers.tree_shapes`)."""
 PRIOR_REQUESTS = 8.0
 """Weight of the prior, in observed requests."""
 

@@ -73,7 +73,7 @@ class Steering:
 
     Budgets are strict: a shape is only taken where its nodes over the whole batch fit the plan's budget.
     `top_k` is SGLang's children a node: 1 asks the controller's `extend` and `select` for a chain
-    (`survival.chain_nodes`), above 1 the plan alone decides and its gates run on the device.
+    (`acceptance.chain_nodes`), above 1 the plan alone decides and its gates run on the device.
     """
 
     def __init__(

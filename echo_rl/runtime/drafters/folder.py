@@ -2,7 +2,7 @@
 
 Knows the published EAGLE-3 layout (``config.json`` + ``model.safetensors``) and checks every name and
 shape on the way in and out, because the engines that read this layout skip unknown names silently.
-How other makers write the layout is known to `drafter_variants`. Knows nothing about how the drafter is run
+How other makers write the layout is known to `variants`. Knows nothing about how the drafter is run
 (`echo_rl.runtime.drafters.eagle3`) or trained (`echo_rl.drafting`).
 
 The model, for a token pair at position i:

@@ -103,8 +103,8 @@ def test_adaspec_asks_the_likeliest_requests_only_where_rows_cost(asked, make_pr
     adaspec, plan = asked(profile=make_profile(free_rows=6, per_row=2e-3, level=0.1e-3))
     frontier = level(0, [0.95], [0.3], [0.2])
     assert adaspec.extend(frontier, plan).tolist() == [True, False, False]
-    dead = replace(frontier, alive=torch.tensor([False, True, True]))
-    assert not adaspec.extend(dead, plan)[0]
+    stopped = replace(frontier, alive=torch.tensor([False, True, True]))
+    assert not adaspec.extend(stopped, plan)[0]
 
 
 def test_adaspec_forgets_the_step_before(asked):
@@ -128,8 +128,8 @@ def test_adaspec_slo_bounds_the_step(make_profile):
     free, bound = (AdaSpec(AdaSpecOptions(profile=profile, slo=slo)) for slo in (None, 19e-3))
     longest = {a: max(r.times.total for r in ForestWorld(profile, 0.95).run(a, 2, 100)) for a in (free, bound)}
     assert longest[bound] <= 19e-3 + 1e-9 < longest[free]
-    hopeless = AdaSpec(AdaSpecOptions(profile=profile, slo=1e-3))  # plain decoding takes 15 ms
-    assert ForestWorld(profile, 0.95).run(hopeless, 2, 50)[-1].plan.speculates
+    too_slow = AdaSpec(AdaSpecOptions(profile=profile, slo=1e-3))  # plain decoding takes 15 ms
+    assert ForestWorld(profile, 0.95).run(too_slow, 2, 50)[-1].plan.speculates
     tight = AdaSpec(AdaSpecOptions(profile=profile, slo=15.2e-3))
     assert not any(r.plan.speculates for r in ForestWorld(profile, 0.95).run(tight, 2, 200))
 

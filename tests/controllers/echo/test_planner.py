@@ -138,7 +138,7 @@ def test_noise_does_not_make_it_flap(make_profile, make_world, run):
 
 
 def test_adaptive_budget_is_close_to_the_best_fixed_one(make_profile, make_world, run):
-    """Against every fixed shape that the same controller could have used, in the same world."""
+    """Compare with every fixed shape that the same controller could have used, in the same world."""
 
     def rate(controller, batch):
         world = make_world(make_profile(), hit=0.65)

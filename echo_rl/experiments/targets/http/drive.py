@@ -1,4 +1,4 @@
-"""Sends a workload to a server and records what came back, when. The async counterpart of `loop.drive`."""
+"""Sends a workload to a server and records what came back, when. The async counterpart of `driver.drive`."""
 
 from __future__ import annotations
 
