@@ -37,7 +37,7 @@ Point = tuple[str, int, int, int]
 
 @dataclass(frozen=True)
 class Machine:
-    """What a profile is a profile of."""
+    """The machine and model that a profile is of."""
 
     device: str
     dtype: str
@@ -218,6 +218,6 @@ def _resume(path: Path | None, identity: Mapping[str, object]) -> dict[Point, li
 
 
 def _identity(machine: Machine, grid: Grid, environment: Mapping[str, str]) -> dict[str, object]:
-    """What must be equal to continue a measurement, in JSON's own types; the repetitions may grow."""
+    """Everything that must be equal to continue a measurement, in JSON's own types; the repetitions may grow."""
     axes = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(grid).items() if key != "repeats"}
     return {"machine": asdict(machine), "grid": axes, "environment": dict(environment)}

@@ -43,7 +43,7 @@ class Replays:
         self.usual(False)
 
     def usual(self, prompts: bool) -> bool:
-        """Of the step since the last call; one with `prompts` verifies as launched."""
+        """True where the step since the last call was served as usual; one with `prompts` verifies as launched."""
         counts = self._graphs.counts
         plain, captured = counts.plain - self._seen[0], counts.captured - self._seen[1]
         self._seen = (counts.plain, counts.captured)
@@ -76,7 +76,8 @@ class DevicePasses(Probe):
         return self._times(batch, SpecPlan(batch * width, depth, width), context).draft
 
     def _times(self, batch: int, plan: SpecPlan, context: int) -> PhaseTimes:
-        """Of the first run that is served as usual. Raises `ConfigError` where the device can't serve the plan."""
+        """The times of the first run that is served as usual. Raises `ConfigError` where the device can't serve the
+        plan."""
         for _ in range(RUNS):
             served, times = self._step.counts.device, self._run(batch, plan, context)
             if self._step.counts.device == served:
@@ -100,12 +101,12 @@ class DevicePasses(Probe):
 
 
 def passes(engine: Engine) -> Probe:
-    """What times the engine's passes in the way that it serves."""
+    """The probe that times the engine's passes in the way that it serves."""
     return DevicePasses(engine) if isinstance(engine.serving, DeviceStep) else Probe(engine)
 
 
 def usual(engine: Engine) -> Usual:
-    """Which of the engine's live steps a profile may rest on."""
+    """The test of which live steps of the engine a profile may rest on."""
     return Replays(engine.serving).of if isinstance(engine.serving, DeviceStep) else every_step
 
 

@@ -34,7 +34,7 @@ class GateObservation:
     confidence: float
     """Probability of the request's best path at this depth, in [0, 1]."""
     accepted: bool
-    """Whether the target's own tokens follow that path to this depth."""
+    """True where the target's own tokens follow that path to this depth."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ class Sample:
 
 
 Usual = Callable[[StepReport], bool]
-"""Whether a step was served as most are, and not, say, while a graph was captured. Asked once a step, in order."""
+"""Tells whether a step was served as most are, and not, say, while a graph was captured. Asked once a step, in
+order."""
 
 
 def every_step(report: StepReport) -> bool:
@@ -128,7 +129,7 @@ def predicted(profile: CostProfile, samples: Sequence[Sample]) -> Phases:
 
 
 def _work(samples: Sequence[Sample]) -> Work:
-    """What the steps did."""
+    """The work of the steps, as a replay charges it."""
     reports = [s.report for s in samples]
     drafting = np.zeros((len(reports), max([1, *(len(r.drafting) for r in reports)])))
     for row, report in zip(drafting, reports, strict=True):

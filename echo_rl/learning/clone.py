@@ -30,7 +30,7 @@ FLOOR = 4
 
 @dataclass(frozen=True)
 class CloneOptions:
-    """How the policy is started from ECHO."""
+    """The settings by which the policy is started from ECHO."""
 
     steps: int = 18_000
     """Serving steps that are watched, over all machines and workloads; 0 starts from random weights."""
@@ -55,12 +55,12 @@ class CloneOptions:
 
 @dataclass(frozen=True)
 class Scene:
-    """Under what a controller is watched, as the policy will serve."""
+    """The conditions under which a controller is watched, as the policy will serve."""
 
     worlds: Sequence[World]
     """The machines."""
     profile: CostProfile
-    """What the observations take for their costs until steps were timed."""
+    """The costs that observations start from until steps were timed."""
     table: ActionTable
     gates: Gates
     workloads: Sequence[str]
@@ -133,7 +133,7 @@ def clone(policy: ActorCriticPolicy, shown: Demonstrations, options: CloneOption
 
 
 def agreement(policy: ActorCriticPolicy, shown: Demonstrations) -> tuple[float, ...]:
-    """For each knob, the share of demonstrations in which it matters whose choice the policy finds likeliest."""
+    """The share, for each knob, of the demonstrations in which it matters whose choice the policy finds likeliest."""
     with torch.no_grad():
         said = [part.argmax(1).cpu().numpy() for part in _logits(policy, torch.as_tensor(shown.observations))]
     counts = _matters(shown.actions)

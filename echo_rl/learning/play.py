@@ -35,7 +35,7 @@ class World:
 
 @dataclass(frozen=True)
 class Speed:
-    """What some steps brought.
+    """The tokens that some steps brought and the time they took.
 
     `plain_seconds` is the time of plain serving that the steps replaced, see `timing.Plain`; the first tokens of
     prompts, which nobody speculates for, are in `tokens` alone.

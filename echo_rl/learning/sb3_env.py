@@ -69,6 +69,6 @@ class Sb3VecEnv(VecEnv):
 
 
 def _of(infos: dict[str, Any], index: int) -> dict[str, Any]:
-    """What an environment's info has, as plain numbers and texts."""
+    """One environment's info, as plain numbers and texts."""
     names = [name for name in infos if not name.startswith("_") and infos[f"_{name}"][index]]
     return {name: infos[name].item(index) for name in names}

@@ -57,7 +57,7 @@ class Engine:
         eos = frozenset(target.arch.eos)
         self.scheduler = Scheduler(self.block_manager, config.max_batch_size, config.prefill_chunk, eos)
         self.serving: Step = EagerStep(self.runner, config.max_nodes)
-        """How a planned batch is served, chosen once."""
+        """The implementation that serves planned batches, chosen once."""
         device = self.runner.device
         if config.step == "device" or (config.step == "auto" and device.type == "cuda" and backend(device) == "triton"):
             self.serving = DeviceStep(self.runner, config, self.serving)
@@ -65,7 +65,7 @@ class Engine:
         self._arrived: list[str] = []  # request ids since the last step
         self._prepared: Prepared | None = None
         self.trace_trees = False
-        """Whether reports carry the verified trees."""
+        """True where reports carry the verified trees."""
         self._max_context = min(config.max_context, target.arch.max_positions)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""A loaded engine and what its timings depend on."""
+"""Loads an engine and describes what its timings depend on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load_engine(config: EngineConfig) -> tuple[Engine, dict[str, str]]:
 
 
 def environment_of(config: EngineConfig) -> dict[str, str]:
-    """What the timings of such an engine depend on, told without loading it.
+    """Everything that the timings of such an engine depend on, found without loading it.
 
     Raises `ConfigError` for a device or format that isn't here, `WeightsError` for a drafter that isn't.
     """
@@ -41,6 +41,6 @@ def environment_of(config: EngineConfig) -> dict[str, str]:
 
 def _settings(config: EngineConfig) -> str:
     """The settings that aren't the default's, in words; without those that an environment gives as they came out."""
-    told = ("model", "drafter", "device", "dtype", "threads")
-    own = {name: value for name, value in vars(config).items() if name not in told}
+    named = ("model", "drafter", "device", "dtype", "threads")
+    own = {name: value for name, value in vars(config).items() if name not in named}
     return ", ".join(f"{k} {v}" for k, v in own.items() if v != getattr(EngineConfig, k)) or "default"

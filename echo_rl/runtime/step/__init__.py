@@ -1,1 +1,1 @@
-"""What happens to a batch between its plan and its commit: on the host (`eager`) or on the device (`device`)."""
+"""Serves a batch between its plan and its commit: on the host (`eager`) or on the device (`device`)."""

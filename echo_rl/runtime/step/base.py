@@ -1,4 +1,4 @@
-"""What happens to a batch between its plan and its commit, and the implementation that the host drives.
+"""The protocol by which a batch is served between its plan and its commit, and the records of it.
 
 `EagerStep` asks the controller level by level and reads back what it needs; `device.step.DeviceStep` does
 the same work without reading anything before the end. Both leave the same cache and the same report.
@@ -47,16 +47,16 @@ class Clock:
 
 @dataclass(frozen=True)
 class DraftStats:
-    """What the drafter did, in numbers. B drafting requests."""
+    """The drafter's work in numbers. B drafting requests."""
 
     drafted: int
-    """Nodes proposed."""
+    """Nodes that it proposed."""
     drafting: tuple[int, ...]
-    """At index d: requests that drafted depth d."""
+    """Requests that drafted depth d, at index d."""
     confidence: tuple[float, ...]
     """[B] probability of each request's likeliest first token."""
     levels: tuple[int, ...]
-    """[B] levels drafted."""
+    """[B] levels that each request drafted."""
 
     @classmethod
     def of(cls, forest: Forest) -> DraftStats:
@@ -67,13 +67,13 @@ class DraftStats:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did. Q requests that got a token, R of them decoding."""
+    """The result of a step. Q requests that got a token, R of them decoding."""
 
     verdict: Verdict
     selection: Selection
-    """Of the R decoding requests; those that didn't draft have no node."""
+    """The verified nodes of the R decoding requests; those that didn't draft have none."""
     draft: DraftStats | None
-    """What the drafter did; None in a plain step."""
+    """The drafter's work; None in a plain step."""
 
 
 class Step(Protocol):

@@ -1,4 +1,4 @@
-"""What the rest of the system is told of a served step. Holds no state."""
+"""Makes the report of a served step for the rest of the system. Holds no state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def report_of(
     times: PhaseTimes,
     trees: tuple[RequestTree, ...],
 ) -> StepReport:
-    """What the step is reported as."""
+    """The report of a step."""
     verdict, selection, draft = result.verdict, result.selection, result.draft
     paths = verdict.accepted[: load.batch_size]
     depths = selection.depths.tolist()
@@ -40,7 +40,7 @@ def report_of(
 
 
 def verified_trees(batch: Batch, result: StepResult) -> tuple[RequestTree, ...]:
-    """What was verified for each drafting request, for showing it."""
+    """The nodes that were verified for each drafting request, to be shown."""
     if result.draft is None:
         return tuple(RequestTree(s.id, (), (), (), 0) for s in batch.drafting)
     selection = result.selection

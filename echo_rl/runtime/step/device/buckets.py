@@ -21,7 +21,7 @@ class Bucket:
     width: int
     """Nodes expanded a level, as planned; 0 in a plain step."""
     filtered: bool
-    """Whether somebody's top-k or top-p is at work."""
+    """True where some request filters by top-k or top-p."""
 
     @property
     def rows(self) -> int:
@@ -29,12 +29,12 @@ class Bucket:
 
     @property
     def draft_key(self) -> tuple[object, ...]:
-        """What the draft's graph depends on."""
+        """The key of the draft's graph: all that it depends on."""
         return "draft", self.requests, self.nodes, self.depth, self.width
 
     @property
     def verify_key(self) -> tuple[object, ...]:
-        """What the verification's graph depends on."""
+        """The key of the verification's graph: all that it depends on."""
         return "verify", self.requests, self.nodes, self.depth, self.filtered
 
 
@@ -56,7 +56,8 @@ class Buckets:
         self.nodes = ladder(8, max(8, max_batch * max_nodes), 4)
 
     def of(self, decodes: int, drafting: int, plan: DevicePlan, filtered: bool) -> Bucket:
-        """For `decodes` requests of which `drafting` may speculate. Steps of prompts alone have one padding request."""
+        """The bucket for `decodes` requests of which `drafting` may speculate. Steps of prompts alone have one padding
+        request."""
         requests = self.requests[bisect_left(self.requests, decodes)]
         if not plan.budget:
             return Bucket(requests, 0, 0, 0, filtered)

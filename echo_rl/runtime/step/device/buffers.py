@@ -1,4 +1,4 @@
-"""What crosses between host and device: pinned twins sent ahead, one landing a step, and the device's own clock.
+"""Buffers between host and device: pinned copies sent ahead, one landing a step, and the device's own clock.
 
 Every wait for the device is in `Landing.read`, which counts it.
 """
@@ -35,7 +35,7 @@ class Landing:
         self._event = torch.cuda.Event() if device.type == "cuda" else None
         self._twin = torch.zeros(capacity, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.waits = 0
-        """How often the host waited for the device."""
+        """Number of times that the host waited for the device."""
 
     def read(self, results: Tensor) -> np.ndarray:
         """results [n] int32 -> the same on the host, valid until the next call."""

@@ -25,7 +25,7 @@ NOTHING = float("-inf")
 
 @dataclass(frozen=True)
 class DeviceDraftStats:
-    """What the drafter did, still on the device."""
+    """The drafter's work in numbers, still on the device."""
 
     drafted: Tensor  # [1] int32 nodes proposed
     drafting: Tensor  # [D] int32 requests that drafted each depth
@@ -145,7 +145,7 @@ def _front(level: Level, states: Tensor, mask: Tensor, first: int) -> Front:
 
 
 def _stats(levels: list[Level], alive: list[Tensor]) -> DeviceDraftStats:
-    """`alive` [B] a level: who drafted it."""
+    """The numbers of the drafted levels; `alive` [B] a level says which requests drafted it."""
     drafted = torch.stack([(level.scores > NOTHING).sum() for level in levels]).sum(0, keepdim=True)
     by_depth = torch.stack(alive)  # [D, B]
     return DeviceDraftStats(

@@ -32,10 +32,10 @@ Capture = Callable[[Body], tuple[Replayable, Tensor]]
 
 @dataclass
 class GraphCounts:
-    """How bodies were run."""
+    """Counts of the ways in which bodies were run."""
 
     plain: int = 0
-    """Called as they are: the first of each key, and everything where the device has no graphs."""
+    """Bodies called as they are: the first of each key, and everything where the device has no graphs."""
     captured: int = 0
     replayed: int = 0
     dropped: int = 0
@@ -98,5 +98,6 @@ class CudaCapture:
 
 
 def capture_for(device: torch.device) -> Capture | None:
-    """What captures on this device, None where nothing does: the reference kernels read results back as they go."""
+    """The function that captures on this device, None where nothing does: the reference kernels read results back as
+    they go."""
     return CudaCapture() if device.type == "cuda" and backend(device) == "triton" else None

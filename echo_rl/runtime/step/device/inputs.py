@@ -1,4 +1,4 @@
-"""What the host knows before a step, sent to the device ahead of it into buffers that never move.
+"""Sends what the host knows before a step to the device ahead of it, into buffers that never move.
 
 The host's part of a step ends here: sequences and plans become numbers; what comes after reads tensors.
 """
@@ -28,7 +28,7 @@ NEVER = float("inf")
 
 @dataclass(frozen=True)
 class Drawing:
-    """How requests draw their next token. R requests."""
+    """The parameters by which requests draw their next token. R requests."""
 
     keys: DrawKeys
     top_k: Tensor  # [R] int64, the vocabulary's size and more: all
@@ -123,7 +123,7 @@ class Inputs:
             mirror.send()
 
     def send_pairs(self, sequences: Seq[Sequence]) -> Pairs:
-        """What the drafter must catch up with before it drafts for these requests."""
+        """The pairs that the drafter must catch up with before it drafts for these requests."""
         spans = [(s, s.draft_len, s.kv_len - 1) for s in sequences if s.draft_len < s.kv_len - 1]
         tokens = [t for s, begin, end in spans for t in s.tokens[begin + 1 : end + 1]]
         places = [(s, np.arange(begin, end)) for s, begin, end in spans]
@@ -172,7 +172,7 @@ class Inputs:
 
 
 def filters(params: SamplingParams) -> bool:
-    """Whether top-k or top-p can change what is drawn: the plain argmax passes every filter."""
+    """True where top-k or top-p can change what is drawn: the plain argmax passes every filter."""
     return params.drawn_at > 0 and (params.top_k > 0 or params.top_p < 1.0)
 
 

@@ -1,4 +1,4 @@
-"""What a step leaves on the device, as one int32 vector, and that vector read as the host's records."""
+"""Packs what a step leaves on the device into one int32 vector, and reads that vector as the host's records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def joined(*parts: Tensor) -> Tensor:
 
 
 def pack_draft(stats: DeviceDraftStats) -> Tensor:
-    """[1 + D + 2 B]"""
+    """[1 + D + 2 B] int32: the drafter's numbers one after the other."""
     return joined(stats.drafted, stats.drafting, stats.levels, stats.confidence)
 
 
@@ -46,7 +46,7 @@ def step_size(bucket: Bucket, prompts: int) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What of a bucket is real."""
+    """The part of a bucket that is real requests."""
 
     decodes: int
     drafting: int

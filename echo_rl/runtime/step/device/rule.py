@@ -1,4 +1,4 @@
-"""Which steps the device may decide by itself, and the numbers that it decides by."""
+"""Decides which steps the device may decide by itself, and gives the numbers that it decides by."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class DevicePlan:
     thresholds: tuple[float, ...]
     """[depth] least probability of a best path that goes on; 0 where the plan has no gate."""
     powers: tuple[float, ...]
-    """[depth] what path probabilities are raised to before nodes are compared."""
+    """[depth] the power that path probabilities are raised to before nodes are compared."""
     log_floor: float
     """Least log-probability, after the power, of a node to verify; -inf for none."""
 

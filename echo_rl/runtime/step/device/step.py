@@ -33,12 +33,12 @@ from echo_rl.runtime.step.device.verification import Verification, single_rows
 
 @dataclass
 class StepCounts:
-    """How steps were served."""
+    """Counts of the ways in which steps were served."""
 
     device: int = 0
     eager: Counter[str] = field(default_factory=Counter)
-    """By cause: ``controller`` (gates or selection of its own), ``logprobs``, ``nested``, ``width``, ``drafter``
-    (there is none)."""
+    """Steps that the host decided, by cause: ``controller`` (gates or selection of its own), ``logprobs``, ``nested``,
+    ``width``, ``drafter`` (there is none)."""
 
 
 class DeviceStep:

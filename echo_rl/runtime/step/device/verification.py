@@ -27,7 +27,7 @@ class Verification:
         self._decisions = decisions
 
     def run(self, given: Given, rows: TreeRows, prompts: Prompts | None, bucket: Bucket) -> tuple[Walk, Walk | None]:
-        """What was accepted of the trees, and the first tokens of the prompts that end."""
+        """The walks that accept nodes of the trees, and those that draw the first tokens of prompts that end."""
         hidden = self._forward(given, rows, prompts)
         count = len(rows.tokens)
         walk = self._walk(hidden[:count], rows, given.drawing, bucket)
