@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     {"contracts", "errors", "config"},
-    {"utils", "wrapping"},
+    {"utils"},
     {"costs"},
     {"codec"},
     {"workloads"},
@@ -57,7 +57,7 @@ TORCH_FREE = (
         "codec",
     ),
     *("workloads.driver", "workloads.metrics", "workloads.records", "workloads.datasets"),
-    *("wrapping", "experiments.plan", "experiments.report.bench", "experiments.load"),
+    *("experiments.plan", "experiments.report.bench", "experiments.load"),
     *("server.config", "server.client.engine_client", "server.core.worker"),
 )
 

@@ -16,11 +16,11 @@ from typing import Any, NoReturn
 
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller, LoadView, Request, SamplingParams, SpecPlan
+from echo_rl.controllers.wrappers.base import Wrapping
 from echo_rl.runtime.environment import load_engine
 from echo_rl.server.client.engine_client import EngineClient, SupervisorConfig
 from echo_rl.server.config import ControllerManagerOptions
 from echo_rl.server.core.worker import LoadedEngine, build_controller, load_live_engine
-from echo_rl.wrapping import Wrapping
 
 SOUND_PLANS = 12
 """Plans before the fault: more than a rehearsal asks for."""

@@ -6,10 +6,10 @@ import pytest
 
 from echo_rl.contracts import LoadView, SpecPlan
 from echo_rl.controllers import make
+from echo_rl.controllers.wrappers.base import Wrapping
 from echo_rl.controllers.wrappers.fitted import Fitted
 from echo_rl.controllers.wrappers.timed import Timed
 from echo_rl.server.guard.guarded import Guarded
-from echo_rl.wrapping import Wrapping
 from tests import tiny
 from tests.controllers.conftest import load_of
 from tests.runtime.driving import requests, run

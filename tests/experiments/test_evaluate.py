@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_rl.controllers import registry
+from echo_rl.controllers.wrappers.base import Wrapping
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
@@ -20,7 +21,6 @@ from echo_rl.errors import ConfigError, PolicyError, TraceError, UnknownControll
 from echo_rl.experiments.arms import made_of
 from echo_rl.experiments.evaluate import EvalConfig, Replayer, best_fixed, evaluate, halving
 from echo_rl.experiments.rank import HINDSIGHT, Block, mean_speedup, report
-from echo_rl.wrapping import Wrapping
 from tests.policies import constant_policy
 from tests.profiles import hinge_profile
 from tests.recorded import random_trace

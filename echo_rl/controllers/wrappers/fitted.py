@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from echo_rl.contracts import Controller, LoadView, SpecPlan
-from echo_rl.wrapping import Wrapping
+from echo_rl.controllers.wrappers.base import Wrapping
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from echo_rl.contracts import Controller, Forest, Frontier, LoadView, Selection, SpecPlan, StepReport
-from echo_rl.wrapping import Wrapping
+from echo_rl.controllers.wrappers.base import Wrapping
 
 if TYPE_CHECKING:
     from torch import Tensor

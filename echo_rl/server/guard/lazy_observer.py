@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from echo_rl.contracts import Controller, LoadView, SpecPlan, StepReport
-from echo_rl.wrapping import Wrapping
+from echo_rl.controllers.wrappers.base import Wrapping
 
 MOST_REPORTS = 128
 """Most steps that are kept for a controller that observes late."""
