@@ -1,4 +1,4 @@
-"""Engine settings: one frozen record, each default stated once, unknown keys refused."""
+"""Holds the engine's settings: one frozen record, each default stated once, unknown keys refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The records and protocols at which the runtime, the environment and the controllers meet.
+"""Defines the records and protocols at which the runtime, the environment and the controllers meet.
 
 Importing this module needs no torch: tensors appear in annotations only. Every record is frozen and
 is written by exactly one stage of a step, so a half-filled object cannot exist.

@@ -1,4 +1,4 @@
-"""Typed errors. Each message says what is wrong and what to do about it."""
+"""Defines the typed errors. Each message says what is wrong and what to do about it."""
 
 
 class EchoError(Exception):

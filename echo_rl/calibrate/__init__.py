@@ -1,1 +1,1 @@
-"""Measurements that controllers run on: a machine's cost surface (`cost`) and a drafter's gates (`gates`)."""
+"""Measures what controllers run on: a machine's cost surface (`cost`) and a drafter's gates (`gates`)."""

@@ -1,4 +1,4 @@
-"""Actions and the plans that they stand for."""
+"""Turns actions into the plans that they stand for."""
 
 from __future__ import annotations
 

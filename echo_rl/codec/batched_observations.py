@@ -1,4 +1,4 @@
-"""Observations of many servers at once (lanes, [E] arrays), and the running statistics behind them."""
+"""Encodes observations of many servers at once (lanes, [E] arrays) and keeps the running statistics behind them."""
 
 from __future__ import annotations
 

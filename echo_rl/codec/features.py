@@ -1,4 +1,4 @@
-"""The entries of an observation: what each means, its bounds, and the running averages that some are made of."""
+"""Lists the entries of an observation: their meaning, their bounds, and the running averages that some are made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Observations of the one server that a controller serves, in plain floats: a few numbers don't pay for arrays."""
+"""Encodes observations of the one server that a controller serves, in plain floats: few numbers don't pay for
+arrays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decision rules behind one interface, `echo_rl.contracts.Controller`; made by name with `make`."""
+"""Holds decision rules behind one interface, `echo_rl.contracts.Controller`; made by name with `make`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The default rules that every controller shares. The functions that select nodes of a forest are in `selection`."""
+"""Gives every controller the default rules that it shares with the others. The functions that select nodes of a forest
+are in `selection`."""
 
 from __future__ import annotations
 

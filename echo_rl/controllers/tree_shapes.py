@@ -1,4 +1,4 @@
-"""Tree shapes: the trees that a budget affords, and the accepted nodes expected of a tree of a given size.
+"""Finds the trees that a budget affords, and the accepted nodes expected of a tree of a given size.
 
 The *rank model* stands behind both: a node's r-th child (r = 0 best) is the target's token with
 probability ``p * (1 - p)**r``. It is only a prior over shapes: `acceptance` corrects its yields by

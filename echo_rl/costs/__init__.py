@@ -1,1 +1,1 @@
-"""The costs of a step on one machine: measured profiles, their interpolation and their correction in service."""
+"""Tells what a step costs on one machine: measured profiles, their interpolation and their correction in service."""

@@ -1,4 +1,4 @@
-"""`CostCorrector` and its curve for many servers at once (lanes, [E] arrays)."""
+"""Corrects cost profiles as `CostCorrector` does, for many servers at once (lanes, [E] arrays)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cost profiles over arrays: the same numbers as `CostProfile`'s methods, for many loads at once.
+"""Interpolates cost profiles over arrays: the same numbers as `CostProfile`'s methods, for many loads at once.
 
 Knows nothing of controllers, observations or replay. All times are seconds; arrays broadcast.
 """

@@ -1,4 +1,4 @@
-"""`LoadView` and `StepReport` of many servers at once: one lane a server, [E] arrays."""
+"""Holds `LoadView` and `StepReport` of many servers at once: one lane a server, [E] arrays."""
 
 from __future__ import annotations
 

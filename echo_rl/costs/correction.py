@@ -1,4 +1,4 @@
-"""Corrections of a cost profile by what steps really took.
+"""Corrects a cost profile by what steps really took.
 
 A profile that was measured in another hour or on another machine is wrong in level and in shape: where
 arithmetic is slower than it says but memory isn't, large passes cost twice what it predicts and small ones

@@ -1,4 +1,4 @@
-"""Numbers on a grid of three axes: their checks, monotone linear interpolation, and the convex curve under points."""
+"""Interpolates numbers on a grid of three axes, checks them, and finds the convex curve under points."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cost of a step on one machine: a measured surface, interpolated.
+"""Tells what a step costs on one machine: a measured surface, interpolated.
 
 Pure data and arithmetic: it knows nothing of tensors, models or how the numbers were measured
 (`echo_rl.calibrate.cost` measures them). Times are seconds, contexts are committed tokens a request.

@@ -1,4 +1,4 @@
-"""Packing of conversations into training batches, and the labels of every unrolled step.
+"""Packs conversations into training batches, and gives the labels of every unrolled step.
 
 Row i of a conversation stands for the drafter call whose newest true feature is at position i: step s of the
 unroll predicts token i + 2 + s. Only answer positions are rows; the prompt still gives attention keys.

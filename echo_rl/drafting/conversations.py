@@ -1,4 +1,4 @@
-"""Conversations as token shards on disk, and the choice of the draft vocabulary from them.
+"""Keeps conversations as token shards on disk, and chooses the draft vocabulary from them.
 
 A shard is one ``.npz`` with ``tokens`` (all conversations end to end), ``offsets`` [n + 1], ``starts`` [n] (index
 *within* each conversation of the first token of the assistant's answer) and ``greedy`` [n]. Knows no tokenizer.

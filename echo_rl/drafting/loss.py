@@ -1,4 +1,4 @@
-"""Soft labels from the target and the cross-entropy that fits them.
+"""Makes soft labels from the target and the cross-entropy that fits them.
 
 The labels mix the target's distribution over the draft vocabulary (renormalised) with its argmax: the first gives the
 tree its calibrated scores, the second is what greedy decoding accepts. The output layer dominates the cost of

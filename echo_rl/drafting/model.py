@@ -1,4 +1,4 @@
-"""The trainable drafter and its unrolled forward pass (EAGLE-3's training-time test).
+"""Defines the trainable drafter and its unrolled forward pass (EAGLE-3's training-time test).
 
 Step 0 reads true features. Step s >= 1 reads the drafter's own hidden state of step s - 1, as it will have to at
 serving time. A row's query at step s (position i + s) attends to the true-feature keys at positions <= i and to its

@@ -1,4 +1,4 @@
-"""Self-generated training conversations: the target writes a user turn, then answers it.
+"""Generates training conversations: the target writes a user turn, then answers it.
 
 A drafter has to imitate its target on the target's own text, so no outside data is needed: an opened user turn is
 continued at temperature 1, which yields a question; the answer is mostly greedy, as it will be when serving. A seeded

@@ -1,4 +1,4 @@
-"""Training of a drafter from cached features: ``train(config, parts)`` writes an EAGLE-3 folder.
+"""Trains a drafter from cached features: ``train(config, parts)`` writes an EAGLE-3 folder.
 
 Matrices are trained with Muon, norms and the output layer with AdamW; masters are float32, compute is in the
 config's precision. A run is a pure function of its config, data and `TargetParts`: interrupted and resumed, it

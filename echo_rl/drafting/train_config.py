@@ -1,4 +1,4 @@
-"""The settings of a drafter's training."""
+"""Holds the settings of a drafter's training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A closed-form start for the drafter, which saves it most of its first thousand updates.
+"""Starts the drafter in closed form, which saves it most of its first thousand updates.
 
 Ridge regression from (features at i, embedding of token i + 1) to the target's last hidden state at i + 1 gives the
 best linear drafter. It is written into the architecture exactly: the feature part is ``fc``; the embedding part is

@@ -1,1 +1,1 @@
-"""The pieces of training a policy: demonstrations, cloning, PPO, callbacks, export. Put together by `train`."""
+"""Trains policies: demonstrations, cloning, PPO, callbacks, export. Put together by `train`."""

@@ -1,4 +1,4 @@
-"""Callbacks between PPO's updates: schedules, scalars for TensorBoard, evaluation, saved states, a progress bar.
+"""Acts between PPO's updates: schedules, scalars for TensorBoard, evaluation, saved states, a progress bar.
 
 An *update* is one rollout and the training on it; they are counted over the whole run, resumes included.
 """

@@ -1,4 +1,4 @@
-"""Behaviour cloning: a policy starts out as a copy of an analytic controller.
+"""Clones behaviour: a policy starts out as a copy of an analytic controller.
 
 Shapes: N demonstrations, F features.
 """

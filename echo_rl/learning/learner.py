@@ -1,4 +1,4 @@
-"""PPO (Stable-Baselines3) on any `VecEnv` with the codec's spaces, in a folder that a rerun continues.
+"""Runs PPO (Stable-Baselines3) on any `VecEnv` with the codec's spaces, in a folder that a rerun continues.
 
 Knows nothing of traces, workloads or how a policy is scored.
 """

@@ -1,4 +1,4 @@
-"""Any controller on replayed servers: its steps one by one, and how fast they were.
+"""Plays any controller on replayed servers: its steps one by one, and how fast they were.
 
 The one way in which learned and analytic controllers are measured against each other during
 training: same requests, arrivals and seeds, the serving interface, simulated time.

@@ -1,4 +1,4 @@
-"""Any Gymnasium vector environment as Stable-Baselines3 takes it."""
+"""Wraps any Gymnasium vector environment as Stable-Baselines3 takes it."""
 
 from __future__ import annotations
 

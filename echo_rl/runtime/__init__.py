@@ -1,1 +1,1 @@
-"""The serving loop: sequences, paged KV, target, drafter, super-tree verification. Knows no controller by name."""
+"""Serves requests: sequences, paged KV, target, drafter, super-tree verification. Knows no controller by name."""

@@ -1,4 +1,4 @@
-"""Paged KV bookkeeping: the request that owns each block. Holds no tensor.
+"""Keeps the books of the paged KV cache: the request that owns each block. Holds no tensor.
 
 Admission reserves a request's worst case (prompt, all its new tokens, and the headroom that a tree
 under verification needs), so a running request never waits for memory and is never preempted.

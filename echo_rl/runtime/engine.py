@@ -1,4 +1,5 @@
-"""The live backend. `prepare` schedules a step; `execute` drafts, selects, verifies, accepts and commits it."""
+"""Serves requests on the live backend. `prepare` schedules a step; `execute` drafts, selects, verifies, accepts and
+commits it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Top-k and top-p over rows with settings of their own, without asking how many rows filter."""
+"""Filters rows by top-k and top-p with settings of their own, without asking how many rows filter."""
 
 from __future__ import annotations
 

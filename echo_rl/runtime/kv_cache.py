@@ -1,4 +1,5 @@
-"""The tensors behind the paged cache. Rows are *slots*; which request owns a slot is the block manager's business."""
+"""Holds the tensors behind the paged cache. Rows are *slots*; which request owns a slot is the block manager's
+business."""
 
 from __future__ import annotations
 

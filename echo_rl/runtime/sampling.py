@@ -1,4 +1,4 @@
-"""Position-keyed coupled sampling: the token at a position depends on (logits, seed, position) alone.
+"""Samples by position-keyed coupling: the token at a position depends on (logits, seed, position) alone.
 
 token = argmax(filtered logits / T + Gumbel(seed, position)), T = 0 being the plain argmax. Whoever
 proposes tokens has no influence, which makes verification lossless by construction (see `verification.accept`).

@@ -1,4 +1,4 @@
-"""Continuous batching in plain Python: chooses each step's requests and commits verdicts to them. Holds no tensor."""
+"""Batches continuously in plain Python: chooses each step's requests and commits verdicts to them. Holds no tensor."""
 
 from __future__ import annotations
 

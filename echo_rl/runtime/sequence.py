@@ -1,4 +1,4 @@
-"""One request while it is served. Counters are derived from the token list wherever they can be."""
+"""Holds one request while it is served. Counters are derived from the token list wherever they can be."""
 
 from __future__ import annotations
 

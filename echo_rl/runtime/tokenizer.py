@@ -1,4 +1,4 @@
-"""Text to ids and back, and the chat template. Knows nothing about the model."""
+"""Turns text into ids and back, and renders the chat template. Knows nothing about the model."""
 
 from __future__ import annotations
 

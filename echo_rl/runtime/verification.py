@@ -1,4 +1,4 @@
-"""Flattened super-tree verification: one row a token, whole batch in one pass, no padding; then `accept`.
+"""Verifies the flattened super-tree: one row a token, whole batch in one pass, no padding; then `accept`.
 
 Row order: for each decoding request its root and its selected nodes, then each prompt chunk. The rows are
 laid out on the host, whose dictionary of children decides what is accepted.

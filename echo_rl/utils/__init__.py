@@ -1,1 +1,1 @@
-"""Helpers that every package may use: files replaced whole, stores that are resumed, statistics, plotting."""
+"""Helps every package: files replaced whole, stores that are resumed, statistics, plotting."""

@@ -1,4 +1,5 @@
-"""The cache folder and the shipped checkpoints; archives of published packages, fetched and never installed or run."""
+"""Finds the cache folder and the shipped checkpoints; fetches archives of published packages, never installed or
+run."""
 
 from __future__ import annotations
 

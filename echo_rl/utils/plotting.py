@@ -1,4 +1,4 @@
-"""The style of every plot. Colours are Okabe and Ito's, distinct under every kind of colour vision."""
+"""Sets the style of every plot. Colours are Okabe and Ito's, distinct under every kind of colour vision."""
 
 from __future__ import annotations
 

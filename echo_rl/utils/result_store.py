@@ -1,4 +1,4 @@
-"""Results that survive an interruption: what is measured, and each finished result as a line of JSON.
+"""Keeps results through an interruption: what is measured, and each finished result as a line of JSON.
 
 An interrupted experiment goes on where it stopped, and its results are never mixed with another's.
 """

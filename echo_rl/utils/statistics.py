@@ -1,4 +1,4 @@
-"""Rates and ratios with bootstrap intervals over blocks, and the agreement of two rankings.
+"""Computes rates and ratios with bootstrap intervals over blocks, and the agreement of two rankings.
 
 Knows nothing of where an amount comes from. Arms are compared block by block, so noise that both share cancels.
 """

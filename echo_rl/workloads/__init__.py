@@ -1,1 +1,1 @@
-"""The load on a backend and its results: arrivals, datasets, the driver, records and metrics."""
+"""Loads a backend and records its results: arrivals, datasets, the driver, records and metrics."""

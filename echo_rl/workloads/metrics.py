@@ -1,4 +1,4 @@
-"""Pure functions from a `RunRecord` to the numbers that are reported.
+"""Computes the numbers that are reported from a `RunRecord`, in pure functions.
 
 Conventions. *MAT* is committed tokens per decoding request and step, so plain decoding has 1.00.
 *ITL* spreads the gap before a step's tokens evenly over them, as serving benchmarks do, so its mean

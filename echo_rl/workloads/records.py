@@ -1,4 +1,4 @@
-"""The record of a run: its requests and its steps, as plain data that survives JSON.
+"""Records a run: its requests and its steps, as plain data that survives JSON.
 
 All times are seconds since the run began.
 """

@@ -1,4 +1,4 @@
-"""Requests out of prompts: chat messages through the tokenizer of the engine that will serve them."""
+"""Makes requests out of prompts: chat messages through the tokenizer of the engine that will serve them."""
 
 from __future__ import annotations
 

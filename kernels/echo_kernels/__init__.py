@@ -1,4 +1,4 @@
-"""The runtime's numeric operations behind one switch.
+"""Offers the runtime's numeric operations behind one switch.
 
     from echo_kernels import ops_for
     ops = ops_for("cpu")              # chosen once

@@ -1,4 +1,4 @@
-"""Argument checks shared by the operations. Each passes silently or raises; messages are built on failure only."""
+"""Checks arguments for the operations. Each passes silently or raises; messages are built on failure only."""
 
 from __future__ import annotations
 

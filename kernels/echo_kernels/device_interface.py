@@ -1,4 +1,4 @@
-"""The records of the device-side decisions and the protocol that every backend of them follows.
+"""Defines the records of the device-side decisions and the protocol that every backend of them follows.
 
 These operations keep a step's decisions on the device: sizes are fixed in advance, what varies
 (counts, budgets, thresholds) stays in tensors, so no call waits for the device and a step can be

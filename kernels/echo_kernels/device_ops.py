@@ -1,4 +1,4 @@
-"""The checked device-side decisions: each validates shapes and dtypes, then calls its backend.
+"""Checks the device-side decisions: each validates shapes and dtypes, then calls its backend.
 
 The checks raise ValueError (shapes, sizes) and TypeError (dtypes) and never read a tensor's
 content, so no call waits for the device. Records and shapes: `echo_kernels.device_interface`.

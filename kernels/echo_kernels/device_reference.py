@@ -1,4 +1,4 @@
-"""The device-side decisions in plain torch and Python, on any device: the specification.
+"""Specifies the device-side decisions in plain torch and Python, on any device.
 
 Written to be read, not to be fast: it loops and reads values back. `echo_kernels.device_ops`
 documents the operations and checks the arguments before they arrive here.

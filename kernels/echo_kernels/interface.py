@@ -1,4 +1,4 @@
-"""The protocol that every backend follows: the unchecked operations, with identical meaning.
+"""Defines the protocol that every backend follows: the unchecked operations, with identical meaning.
 
 `echo_kernels.reference` is the specification; `echo_kernels.ops.Ops` documents each operation and
 checks its arguments before it calls one of these.

@@ -1,4 +1,4 @@
-"""The checked operations: each validates shapes and dtypes, then calls its backend.
+"""Checks the operations: each validates shapes and dtypes, then calls its backend.
 
 The checks raise ValueError (shapes, values that cost nothing to read) and TypeError (dtypes), and
 read no tensor's content: an index that points outside a cache raises IndexError from a CPU backend,

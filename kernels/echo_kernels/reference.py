@@ -1,4 +1,4 @@
-"""The operations in plain torch, on any device and floating dtype: the specification.
+"""Specifies the operations in plain torch, on any device and floating dtype.
 
 Written to be read, not to be fast. Knows nothing of other backends; `echo_kernels.ops` checks the
 arguments before they arrive here.

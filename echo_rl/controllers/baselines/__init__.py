@@ -1,1 +1,1 @@
-"""Published rivals and fixed plans."""
+"""Holds published rivals and fixed plans."""

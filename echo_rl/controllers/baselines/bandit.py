@@ -1,4 +1,4 @@
-"""Bandits over a few ready-made shapes, one for each size of batch: no model of acceptance or cost.
+"""Plays bandits over a few ready-made shapes, one for each size of batch: no model of acceptance or cost.
 
 Source: BanditSpec (arXiv 2505.15141: UCB and EXP3 over configurations) and Nightjar (arXiv 2512.22420: the batch
 size as context, no speculation among the arms, switching costs). Only steps that don't prefill teach anything.

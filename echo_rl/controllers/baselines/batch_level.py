@@ -1,4 +1,4 @@
-"""Chains whose verified length is decided over the batch: TETRIS, SGLang's adaptive steps, DSpark."""
+"""Decides the verified length of chains over the batch: TETRIS, SGLang's adaptive steps, DSpark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trees whose growth and size follow what the machine charges for them: SMART, CAST, EVICT.
+"""Grows and sizes trees by what the machine charges for them: SMART, CAST, EVICT.
 
 All read the machine's `CostProfile`. Where a paper considers one request, the batch's cost of giving
 every request as many nodes stands in for its cost. Where a rule compares one node's benefit with its

@@ -1,4 +1,4 @@
-"""Trees that a request's own confidence shapes: EAGLE-2, Dynamic Depth Decoding, TALON, OPT-Tree.
+"""Shapes trees by a request's own confidence: EAGLE-2, Dynamic Depth Decoding, TALON, OPT-Tree.
 
 Each is EAGLE's tree (`fixed.Eagle3`: expand the likeliest `top_k` of a level, pool their children,
 verify the best `total`) with one more rule. They consider one request at a time and know nothing of

@@ -1,4 +1,4 @@
-"""Expected tokens a second: what the rules that weigh a step's yield against its time have in common.
+"""Maximises expected tokens a second: the base of rules that weigh a step's yield against its time.
 
 The time of a step is the machine's profile scaled by what steps really took (`StepTimePredictor`), its yield
 the drafter's own confidence corrected by what was accepted (`YieldCurve`). `DraftingSwitch` decides whether to

@@ -1,4 +1,4 @@
-"""Controllers whose decision never changes: plain decoding, a chain, a fixed tree, EAGLE-3's tree."""
+"""Holds controllers whose decision never changes: plain decoding, a chain, a fixed tree, EAGLE-3's tree."""
 
 from __future__ import annotations
 

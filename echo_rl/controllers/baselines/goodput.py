@@ -1,4 +1,4 @@
-"""Speculation by estimated goodput: SmartSpec's length for the whole batch, AdaSpec's stopping rule level by level.
+"""Speculates by estimated goodput: SmartSpec's length for the whole batch, AdaSpec's stopping rule level by level.
 
 Source: SmartSpec / TurboSpec (arXiv 2406.14066), AdaSpec / SpecServe (arXiv 2503.05096). Both compare
 expected tokens a second; their yields and step times are in `efficiency`.

@@ -1,4 +1,4 @@
-"""An upper bound for replays: a selection that knows what the target will accept."""
+"""Bounds replays from above: a selection that knows what the target will accept."""
 
 from __future__ import annotations
 

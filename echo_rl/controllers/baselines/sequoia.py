@@ -1,4 +1,4 @@
-"""Sequoia: a fixed tree, sized by what the machine charges for it at each batch size. Sees no drafter's scores."""
+"""Sizes Sequoia's fixed tree by what the machine charges for it at each batch size. Sees no drafter's scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ECHO: sparse gates, a batch-wide node budget under the knee, and the freed budget moved where it pays.
+"""Decides by ECHO: sparse gates, a batch-wide node budget under the knee, and freed budget moved where it pays.
 
 Source: ECHO (arXiv 2604.09603). Three decisions: `plan` sets the step's budget and shape
 (`planner`), `extend` stops unlikely requests at the sparse gates, `select` spends the budget.

@@ -1,4 +1,4 @@
-"""The gates of a drafter: the depths at which its confidence is checked, and the confidence asked for.
+"""Holds a drafter's gates: the depths at which its confidence is checked, and the confidence asked for.
 
 Holds the record and its file format; `echo_rl.calibrate.gates` measures one. A gate at depth d (0 = the
 root's children) lets a request keep drafting iff its best path's probability is at least tau.

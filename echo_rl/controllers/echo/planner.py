@@ -1,4 +1,4 @@
-"""ECHO's budget decision: how many nodes to verify in a step, how deep and how wide to draft for them.
+"""Plans ECHO's budget: the nodes to verify in a step, and the depth and width to draft for them.
 
 Compares a small ladder of budgets by predicted tokens a second, never past the profile's knee
 K_max(B), and answers "none" where plain decoding is predicted to be as fast. Knows nothing of

@@ -1,1 +1,1 @@
-"""Learned policies: plans from a network, and the network as plain arrays."""
+"""Holds learned policies: plans from a network, and the network as plain arrays."""

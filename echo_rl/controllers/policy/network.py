@@ -1,4 +1,4 @@
-"""A learned policy as plain arrays: a small MLP from an observation to one choice a knob, and its folder.
+"""Holds a learned policy as plain arrays: a small MLP from an observation to one choice a knob, and its folder.
 
 A folder holds ``model.safetensors`` and ``manifest.json`` (what the policy is bound to, how it was
 trained, the weights' sha256). Needs numpy and safetensors alone.

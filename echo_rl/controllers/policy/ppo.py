@@ -1,4 +1,4 @@
-"""ECHO with its plan from elsewhere: set from outside (`Steered`), or by a learned policy (`Ppo`).
+"""Runs ECHO with its plan from elsewhere: set from outside (`Steered`), or by a learned policy (`Ppo`).
 
 Gates and scheduler stay ECHO's; only the knobs are learned. Imports no training library.
 """

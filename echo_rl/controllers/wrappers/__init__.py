@@ -1,1 +1,1 @@
-"""Controllers around other controllers."""
+"""Wraps controllers in other controllers."""

@@ -1,4 +1,4 @@
-"""Plans cut to what a backend can serve."""
+"""Cuts plans to what a backend can serve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accelerators by their published figures, and what of those figures real kernels are assumed to reach.
+"""Lists accelerators by their published figures, and the shares of these that real kernels are assumed to reach.
 
 Published (dense, per GPU):
 

@@ -1,4 +1,4 @@
-"""Sizes of the modelled targets and of their EAGLE-3 drafters.
+"""Lists the sizes of the modelled targets and of their EAGLE-3 drafters.
 
 Targets: the published ``config.json`` of meta-llama/Llama-3.1-8B-Instruct, meta-llama/Llama-3.3-70B-Instruct and
 Qwen/Qwen3-235B-A22B. Drafters: that of yuhuili/EAGLE3-LLaMA3.1-Instruct-8B, and SpecForge's configurations

@@ -1,4 +1,4 @@
-"""A roofline put on a grid as a `CostProfile`, labelled as modelled in every place that names the machine."""
+"""Puts a roofline on a grid as a `CostProfile`, labelled as modelled in every place that names the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The roofline: seconds of a verify pass and of drafting on one node, from what they compute and what they move.
+"""Models the seconds of a verify pass and of drafting on one node, from what they compute and what they move.
 
 Each operation takes the longer of its arithmetic and its memory traffic; a pass is the sum of its operations, of its
 collectives and of a fixed time a kernel. Nothing overlaps, caches hold nothing from one operation to the next, and all

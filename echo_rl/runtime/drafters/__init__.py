@@ -1,1 +1,1 @@
-"""Drafters, a file a family, and the loop that grows their trees."""
+"""Holds the drafters, a file a family, and the loop that grows their trees."""

@@ -1,4 +1,4 @@
-"""The EAGLE-3 drafter over flattened rows: one decoder layer that reads target features.
+"""Runs the EAGLE-3 drafter over flattened rows: one decoder layer that reads target features.
 
 Row i takes the pair (feature of token i, embedding of token i + 1) and predicts token i + 2. Below
 the committed tokens the feature is the target's (`project`ed taps); in the tree it is the drafter's

@@ -1,4 +1,4 @@
-"""The EAGLE-3 drafter as data: its configuration, its tensors, and the folder both live in.
+"""Reads and writes the EAGLE-3 drafter as data: its configuration, its tensors, and the folder both live in.
 
 Knows the published EAGLE-3 layout (``config.json`` + ``model.safetensors``) and checks every name and
 shape on the way in and out, because the engines that read this layout skip unknown names silently.

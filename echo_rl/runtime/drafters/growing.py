@@ -1,4 +1,4 @@
-"""Tree growth: the drafter proposes level by level for the whole batch, gates stop unlikely requests.
+"""Grows trees: the drafter proposes level by level for the whole batch, gates stop unlikely requests.
 
 Each level expands the `width` best candidates of the level before and pools all their children
 (EAGLE-2's dynamic tree). Requests that a gate stopped keep the candidates they have. A *nested*

@@ -1,1 +1,1 @@
-"""Target models and the formats that their folders come in."""
+"""Loads target models and the formats that their folders come in."""

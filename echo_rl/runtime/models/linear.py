@@ -1,4 +1,4 @@
-"""A weight matrix, laid out once for its device's products.
+"""Lays a weight matrix out once for its device's products.
 
 Reading the weights is what a pass of few rows spends its time on, and the layout decides how fast they
 stream. On a CPU in bf16 that is the kernels' panels, else oneDNN's blocks, whichever suits the processor;

@@ -1,4 +1,4 @@
-"""The target model over flattened rows: every linear layer sees one [N, hidden] activation.
+"""Runs the target model over flattened rows: every linear layer sees one [N, hidden] activation.
 
 Knows nothing about requests, trees or sampling: an `AttentionView` tells attention which rows see which.
 """

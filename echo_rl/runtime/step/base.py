@@ -1,4 +1,4 @@
-"""The protocol by which a batch is served between its plan and its commit, and the records of it.
+"""Defines the protocol by which a batch is served between its plan and its commit, and the records of it.
 
 `EagerStep` asks the controller level by level and reads back what it needs; `device.step.DeviceStep` does
 the same work without reading anything before the end. Both leave the same cache and the same report.

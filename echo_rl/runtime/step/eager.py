@@ -1,4 +1,4 @@
-"""The step that the host drives: it asks the controller level by level and reads back what it needs."""
+"""Serves a step that the host drives: it asks the controller level by level and reads back what it needs."""
 
 from __future__ import annotations
 

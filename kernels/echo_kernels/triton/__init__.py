@@ -1,4 +1,4 @@
-"""The operations as Triton kernels, for CUDA and ROCm devices: an `echo_kernels.interface.Implementation`.
+"""Implements the operations as Triton kernels, for CUDA and ROCm: an `echo_kernels.interface.Implementation`.
 
 Nothing here waits for the device: grids come from shapes, ragged lengths are read by the kernels.
 Indices are therefore not checked; a slot, page or position outside its tensor is undefined behaviour.

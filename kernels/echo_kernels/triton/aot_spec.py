@@ -1,4 +1,4 @@
-"""The specification by which a kernel is compiled ahead of time, as plain data.
+"""Defines the specification by which a kernel is compiled ahead of time, as plain data.
 
 Each kernel module exports ``AOT``, a tuple of these, one for every specialisation worth checking;
 `echo_kernels.aot` compiles them for the targets it knows.

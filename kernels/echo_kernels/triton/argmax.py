@@ -1,4 +1,4 @@
-"""The likeliest token of some rows, without a copy of the logits: one program a row."""
+"""Finds the likeliest token of some rows, without a copy of the logits: one program a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paged, ragged attention under a tree mask: cuts the work into programs and launches them.
+"""Launches paged, ragged attention under a tree mask, cut into programs.
 
 The host never learns a length: grids are upper bounds. Under one plan a request's bits do not depend
 on the rest of the batch. The plan itself follows the batch, so another batch may round otherwise.

@@ -1,4 +1,4 @@
-"""The kernels behind `echo_kernels.triton.attention`: online softmax over tiles of keys.
+"""Holds the kernels behind `echo_kernels.triton.attention`: online softmax over tiles of keys.
 
 A program holds one tile of query rows of one request, all heads of one KV head packed into the tile's
 height, and walks the request's keys (Dao et al., FlashAttention, arXiv 2205.14135). With few programs

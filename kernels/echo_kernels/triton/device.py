@@ -1,4 +1,4 @@
-"""The Triton backend of `echo_kernels.device_ops`."""
+"""Implements `echo_kernels.device_ops` in Triton."""
 
 from __future__ import annotations
 

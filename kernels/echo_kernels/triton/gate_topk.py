@@ -1,4 +1,4 @@
-"""One drafted level: top-k of the drafter's log-softmax, path scores, the next expansion and the gate.
+"""Drafts one level: top-k of the drafter's log-softmax, path scores, the next expansion and the gate.
 
 Two launches. `_scan` reads the logits once, a row and a piece of the vocabulary a program, and leaves
 each piece's maximum, sum of exponentials and top candidates. `_merge` has one program a request and

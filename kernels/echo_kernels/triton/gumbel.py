@@ -1,4 +1,4 @@
-"""Gumbel noise keyed by (seed, position, token): the reference's bits, computed where they are used.
+"""Computes Gumbel noise keyed by (seed, position, token): the reference's bits, where they are used.
 
 `row_key` and `noise` are device functions for other kernels too, so that a kernel which samples needs
 no [R, vocab] noise in memory.

@@ -1,4 +1,4 @@
-"""Row moves within the caches: gather all of a pool's sources into scratch, then scatter them."""
+"""Moves rows within the caches: gather all of a pool's sources into scratch, then scatter them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RMS norm, its fused residual form and the gated SiLU: one program a row (the SiLU: a piece of a row)."""
+"""Computes RMS norm, its fused residual form and the gated SiLU: one program a row (the SiLU: a piece of a row)."""
 
 from __future__ import annotations
 

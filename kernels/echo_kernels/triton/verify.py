@@ -1,4 +1,4 @@
-"""Verification without the host: draw the token that belongs after every row, then walk every tree.
+"""Verifies without the host: draw the token that belongs after every row, then walk every tree.
 
 Two launches. `_draw` reads the logits once, a row and a piece of the vocabulary a program, with the
 noise computed in registers. `_walk` has one program a request, joins the pieces of the rows that it

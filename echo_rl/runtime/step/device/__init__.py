@@ -1,4 +1,4 @@
-"""A step whose decisions stay on the device: fixed sizes a bucket, nothing read before the end, captured as graphs.
+"""Serves a step whose decisions stay on the device: fixed sizes a bucket, nothing read before the end, graphs.
 
 In the order of a step: `rule` (may the device decide this?), `buckets` (how large), `inputs` (what the
 host knows, sent ahead), `drafter` and `verification` (the two bodies that run without the host),

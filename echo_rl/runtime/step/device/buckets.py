@@ -1,4 +1,4 @@
-"""The sizes at which a step runs: a few, so that a few graphs serve every load. Knows nothing of tensors."""
+"""Rounds steps to a few sizes, so that a few graphs serve every load. Knows nothing of tensors."""
 
 from __future__ import annotations
 

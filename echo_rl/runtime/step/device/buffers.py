@@ -1,4 +1,4 @@
-"""Buffers between host and device: pinned copies sent ahead, one landing a step, and the device's own clock.
+"""Moves data between host and device: pinned copies sent ahead, one landing a step, and the device's own clock.
 
 Every wait for the device is in `Landing.read`, which counts it.
 """

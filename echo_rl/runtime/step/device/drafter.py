@@ -1,4 +1,4 @@
-"""Tree growth and selection without the host: a stopped request keeps its rows, which then propose nothing.
+"""Grows and selects trees without the host: a stopped request keeps its rows, which then propose nothing.
 
 The same trees as `echo_rl.runtime.drafters.growing.grow` makes and a `FollowsPlan` controller selects from.
 Shapes: B requests, F expanded nodes a request, D levels, C the bucket's capacity in nodes.

@@ -1,4 +1,4 @@
-"""A step that the host launches and then waits for once: what the tokens are.
+"""Serves a step that the host launches and then waits for once, for its tokens.
 
 Between the inputs' copy and the results' copy nothing is read back. The draft and the verification are
 two bodies, each captured as a graph a bucket; a pass that also holds prompt rows, whose number is

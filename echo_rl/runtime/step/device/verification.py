@@ -1,4 +1,4 @@
-"""Verification without the host: the target's pass over the super-tree, every row's token, the walk, the moves.
+"""Verifies without the host: the target's pass over the super-tree, every row's token, the walk, the moves.
 
 The same decisions as `echo_rl.runtime.verification.accept` makes and `Runner.keep` carries out. Shapes: B
 requests, N tree rows, T prompt rows of P requests, D levels.
