@@ -116,11 +116,38 @@ def test_every_code_block_parses(page):
                 parse(list(takewhile(lambda word: word not in (">", "&", "|"), arguments)))
 
 
-def test_the_controller_of_the_guide_serves_and_keeps_to_its_budget():
-    page = ROOT / "docs" / "guides" / "write-a-controller.md"
-    names: dict[str, Any] = {"__name__": "guide"}
+def run_blocks(page: Path) -> dict[str, Any]:
+    """Runs the Python of a page from top to bottom; what it leaves behind, by name."""
+    names: dict[str, Any] = {"__name__": "page"}
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec", dont_inherit=True), names)
+    return names
+
+
+def test_every_room_is_on_the_page_of_the_architecture():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for path in (ROOT / "echo_rl").iterdir():
+        if path.name[0] not in "_." and path.name != "py.typed":
+            assert f"echo_rl/{path.name}/`" in text or f"{path.name}`" in text, path
+
+
+def test_the_environments_of_the_page_can_be_made():
+    names = run_blocks(ROOT / "docs" / "environment.md")
+    assert names["env"].spec.id == "EchoRL/Replay-v0" and len(names["rewards"]) == names["envs"].num_envs == 16
+
+
+@pytest.mark.model
+@pytest.mark.timeout(600)
+def test_the_lines_of_the_readme_answer(model_folder, capsys):
+    (lines,) = blocks(ROOT / "README.md", "python")
+    assert lines in (ROOT / "docs" / "index.md").read_text()
+    run_blocks(ROOT / "README.md")
+    assert "copper" in capsys.readouterr().out.lower()
+
+
+def test_the_controller_of_the_guide_serves_and_keeps_to_its_budget():
+    page = ROOT / "docs" / "guides" / "write-a-controller.md"
+    names = run_blocks(page)
     runs, speed = names["runs"], names["tokens_per_second"]
     assert list(runs) == ["none", "share", "echo"] and speed(runs["share"]) > speed(runs["none"])
     assert 0 < max(step.verified for step in runs["share"].steps) <= names["ShareOptions"]().nodes
