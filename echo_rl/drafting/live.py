@@ -14,7 +14,7 @@ from echo_rl.contracts import Request, SamplingParams
 from echo_rl.controllers import registry
 from echo_rl.drafting.features import cache_features
 from echo_rl.drafting.synthesize import SMOLLM2_CHAT, SynthesizeConfig, synthesize
-from echo_rl.drafting.train import Run, check, train
+from echo_rl.drafting.train import TrainingRun, check, train
 from echo_rl.drafting.train_config import TrainConfig
 from echo_rl.drafting.warm_start import TargetParts
 from echo_rl.errors import ConfigError, WeightsError
@@ -32,7 +32,7 @@ def synthesize_on(engine: Engine, options: SynthesizeConfig, concurrency: int) -
     return synthesize(options, SMOLLM2_CHAT, lambda text: list(engine.tokenizer.encode(text)), complete)
 
 
-def train_for(folder: Path, options: TrainConfig, taps: tuple[int, ...]) -> Run:
+def train_for(folder: Path, options: TrainConfig, taps: tuple[int, ...]) -> TrainingRun:
     """Trains a drafter for the model in `folder`, whose features are computed first where they are absent.
 
     Raises `ConfigError` before anything runs where the options don't fit the model.

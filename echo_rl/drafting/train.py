@@ -118,7 +118,7 @@ def batch_loss(
     return total
 
 
-class Run:
+class TrainingRun:
     """The state of one training run: everything that a resume needs."""
 
     def __init__(self, config: TrainConfig, parts: TargetParts) -> None:
@@ -245,7 +245,7 @@ def check_heads(config: TrainConfig, parts: TargetParts) -> None:
         )
 
 
-def write_manifest(run: Run, best: dict[str, Any]) -> None:
+def write_manifest(run: TrainingRun, best: dict[str, Any]) -> None:
     """Write the checkpoint's manifest beside it: config, data, curve and metrics."""
     training: Sequence[Document] = run.corpus.training
     manifest = {
@@ -262,7 +262,7 @@ def write_manifest(run: Run, best: dict[str, Any]) -> None:
         part.write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def _evaluate(run: Run, writer: SummaryWriter) -> None:
+def _evaluate(run: TrainingRun, writer: SummaryWriter) -> None:
     """Validate, keep the best checkpoint, and save the state."""
     found = run.measure()
     run.curve.append({"update": run.update, "seconds": round(run.seconds), **found.to_json()})
@@ -277,10 +277,10 @@ def _evaluate(run: Run, writer: SummaryWriter) -> None:
     run.save_state()
 
 
-def train(config: TrainConfig, parts: TargetParts) -> Run:
+def train(config: TrainConfig, parts: TargetParts) -> TrainingRun:
     """Train until `config.updates`, or go on from the state in `config.out`. Returns the finished run."""
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    run = Run(config, parts)
+    run = TrainingRun(config, parts)
     with SummaryWriter(str(Path(config.out) / "tensorboard")) as writer, Progress() as progress:
         task = progress.add_task("updates", total=config.updates, completed=run.update)
         if not run.curve:

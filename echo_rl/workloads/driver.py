@@ -64,7 +64,7 @@ def serve(
     if concurrency < 1:
         raise ConfigError(f"concurrency is {concurrency}; give at least 1")
     loop = _Loop(engine, controller, clock, on_output=on_output)
-    return loop.run(_Given(iter(requests), concurrency), concurrency)
+    return loop.run(_GivenRequests(iter(requests), concurrency), concurrency)
 
 
 def drive(
@@ -92,10 +92,10 @@ def drive(
         raise ConfigError(f"a run needs an end: give steps or seconds above 0 (steps {steps}, seconds {seconds})")
     wait = idle or (lambda until: time.sleep(max(0.0, until - clock())))
     loop = _Loop(backend, controller, clock, on_step=on_step)
-    return loop.run(_Workload(arrivals, source, steps or math.inf, seconds or math.inf, wait))
+    return loop.run(_WorkloadRequests(arrivals, source, steps or math.inf, seconds or math.inf, wait))
 
 
-class _Rule(Protocol):
+class _Admission(Protocol):
     """Decides which requests come when."""
 
     def ready(self, loop: _Loop) -> bool:
@@ -104,7 +104,8 @@ class _Rule(Protocol):
 
 
 class _Loop:
-    """One run: the requests in flight and their records. A rule decides which requests come and when it ends."""
+    """One run: the requests in flight and their records. An admission rule decides which requests come and when it
+    ends."""
 
     def __init__(
         self,
@@ -128,11 +129,11 @@ class _Loop:
         self.done: list[tuple[int, RequestRecord]] = []
         self.steps: list[StepRecord] = []
 
-    def run(self, rule: _Rule, concurrency: int | None = None) -> RunRecord:
+    def run(self, admission: _Admission, concurrency: int | None = None) -> RunRecord:
         """Serve to the end and return the record; its `concurrency` is the most that were in flight where none is
         given."""
         try:
-            while rule.ready(self):
+            while admission.ready(self):
                 self._step()
             end = self.now()
         finally:
@@ -178,8 +179,8 @@ class _Loop:
             self.on_output(output)
 
 
-class _Given:
-    """The rule of `serve`: these requests, so many at a time, to the last."""
+class _GivenRequests:
+    """The admission of `serve`: these requests, so many at a time, to the last."""
 
     def __init__(self, requests: Iterator[Request], concurrency: int) -> None:
         self.requests, self.concurrency = requests, concurrency
@@ -193,8 +194,8 @@ class _Given:
         return bool(loop.in_flight)
 
 
-class _Workload:
-    """The rule of `drive`: requests as they arrive, to the end of the time."""
+class _WorkloadRequests:
+    """The admission of `drive`: requests as they arrive, to the end of the time."""
 
     def __init__(
         self,

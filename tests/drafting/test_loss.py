@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from echo_rl.drafting.batches import collate, documents
 from echo_rl.drafting.features import open_features
 from echo_rl.drafting.loss import Columns, soft_cross_entropy, soft_labels
-from echo_rl.drafting.train import Corpus, Run, batch_loss
+from echo_rl.drafting.train import Corpus, TrainingRun, batch_loss
 from echo_rl.drafting.train_config import TrainConfig
 from echo_rl.drafting.warm_start import TargetParts
 
@@ -46,7 +46,7 @@ def test_all_columns_are_exact_and_sampled_ones_are_unbiased() -> None:
 
 def test_rows_without_a_sayable_label_have_no_gradient(world: TrainConfig, parts: TargetParts) -> None:
     """Change the target's opinion at masked labels only: neither loss nor gradient may move."""
-    run = Run(world, parts)
+    run = TrainingRun(world, parts)
     batch = collate(run.corpus.shards, run.corpus.training[:4])
     unsayable = torch.tensor([bool(run.corpus.to_draft[token] < 0) for token in batch.tokens.tolist()])
     assert unsayable.any()

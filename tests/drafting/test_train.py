@@ -13,7 +13,7 @@ from torch import Tensor
 
 from echo_rl.drafting.conversations import Conversations
 from echo_rl.drafting.features import CLAIM, cache_features
-from echo_rl.drafting.train import STATE_FILE, Run, check, train
+from echo_rl.drafting.train import STATE_FILE, TrainingRun, check, train
 from echo_rl.drafting.train_config import TrainConfig
 from echo_rl.drafting.warm_start import TargetParts
 from echo_rl.errors import ConfigError, WeightsError
@@ -34,7 +34,7 @@ def test_overfits_a_counting_target(world: TrainConfig, parts: TargetParts) -> N
 
 def test_warm_start_beats_random_weights_at_once(world: TrainConfig, parts: TargetParts, tmp_path: Path) -> None:
     config = replace(world, draft_vocab=40, out=str(tmp_path / "warm"), regression_rows=500)
-    warm, cold = Run(config, parts), Run(replace(config, regression_rows=0), parts)
+    warm, cold = TrainingRun(config, parts), TrainingRun(replace(config, regression_rows=0), parts)
     assert warm.measure().top1[0] > max(0.5, cold.measure().top1[0] + 0.3)
 
 
@@ -45,7 +45,7 @@ def test_goes_on_from_a_trained_drafter(
     """The new one is as good at once; tokens that it couldn't say don't start from nothing."""
     trained = train(replace(world, updates=90, evaluate_every=90, lr=2e-2), parts)
     config = replace(world, out=str(tmp_path / "on"), start=world.out, draft_vocab=vocabulary)
-    found, before = Run(config, parts).measure(), trained.measure()
+    found, before = TrainingRun(config, parts).measure(), trained.measure()
     assert found.top1[0] >= before.top1[0] > 0.6
     if vocabulary == 36:
         assert found.chain_mat == pytest.approx(before.chain_mat, abs=0.2)  # saved in bfloat16
@@ -65,14 +65,14 @@ def test_a_drafter_of_other_sizes_is_not_gone_on_from(world: TrainConfig, parts:
     train(world, parts)
     on = replace(world, out=str(tmp_path / "on"), start=world.out)
     with pytest.raises(ConfigError, match="intermediate 24"):
-        Run(replace(on, intermediate=8), parts)
+        TrainingRun(replace(on, intermediate=8), parts)
     with pytest.raises(ConfigError, match="rope_theta"):
-        Run(replace(on, rope_theta=9.0), parts)
+        TrainingRun(replace(on, rope_theta=9.0), parts)
     features = tmp_path / "others"
     shutil.copytree(world.features, features)
     (features / CLAIM).write_text('{"taps": [0, 3, 4], "model": "counting"}')
     with pytest.raises(ConfigError, match="taps"):
-        Run(replace(on, features=str(features)), parts)
+        TrainingRun(replace(on, features=str(features)), parts)
 
 
 @pytest.mark.parametrize(("checkpoint_every", "kept"), [(50, 3), (1, 5), (2, 4)])
@@ -86,17 +86,17 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(
 ) -> None:
     whole = train(world, parts)
     cut = replace(world, out=str(tmp_path / "cut"), checkpoint_every=checkpoint_every)
-    step = Run.step
+    step = TrainingRun.step
 
-    def dies_at_five(self: Run, batch: object) -> float:
+    def dies_at_five(self: TrainingRun, batch: object) -> float:
         if self.update == 5:
             raise KeyboardInterrupt
         return step(self, batch)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "step", dies_at_five)
+        patch.setattr(TrainingRun, "step", dies_at_five)
         train(cut, parts)
-    assert Run(cut, parts).update == kept
+    assert TrainingRun(cut, parts).update == kept
     resumed = train(cut, parts)
     assert resumed.update == whole.update == world.updates
     for name, value in whole.net.named_parameters():
@@ -179,7 +179,7 @@ def test_heads_that_a_warm_start_cannot_make_are_refused(world: TrainConfig, par
 
 def test_no_more_heads_attend_to_themselves_than_there_are(world: TrainConfig, parts: TargetParts) -> None:
     warm = replace(world, regression_rows=500, self_heads=HEADS)
-    all_heads, too_many = (Run(replace(warm, self_heads=n), parts).net.state_dict() for n in (HEADS, HEADS + 5))
+    all_heads, too_many = (TrainingRun(replace(warm, self_heads=n), parts).net.state_dict() for n in (HEADS, HEADS + 5))
     assert all(torch.equal(all_heads[name], too_many[name]) for name in all_heads)
 
 
