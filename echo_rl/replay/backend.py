@@ -14,11 +14,8 @@ import torch
 from echo_rl.codec import gates_asked
 from echo_rl.contracts import (
     AUTOREGRESSIVE,
-    NO_GATE,
-    OFF_PATH,
     Controller,
     Forest,
-    Frontier,
     LoadView,
     PhaseTimes,
     Request,
@@ -28,7 +25,8 @@ from echo_rl.contracts import (
     StepReport,
 )
 from echo_rl.costs.batched_profile import BatchedCostProfile
-from echo_rl.errors import ConfigError, PlanViolation, RequestError, TraceError
+from echo_rl.errors import ConfigError, PlanViolation, RequestError
+from echo_rl.replay.forests import accepted_nodes, reached_by_depth, recorded_forest, selected_levels
 from echo_rl.replay.scheduler import Gain, ReplayScheduler, ReplaySchedulerOptions, Turn
 from echo_rl.replay.timing import Work, noise, step_phases
 from echo_rl.replay.trace import Trace, key
@@ -103,9 +101,9 @@ class ReplayBackend:
         turn, self._turn = self._formed(), None
         load = self._view(turn)
         plan = plan if load.batch_size else AUTOREGRESSIVE
-        forest = self._grow(turn, plan, controller) if plan.speculates else None
+        forest = recorded_forest(self.trace, turn, plan, controller.extend) if plan.speculates else None
         selection = _select(controller, forest, plan, load.batch_size, load.max_nodes)
-        accepted = _accepted(selection)
+        accepted = accepted_nodes(selection)
         gain = self._servers.commit(turn, accepted.numpy(), np.array([plan.speculates]))
         drafting = forest.drafting if forest is not None else ()
         report = StepReport(
@@ -116,8 +114,8 @@ class ReplayBackend:
             verified=selection.size,
             accepted=int(accepted.sum()),
             committed=int(accepted.sum()) + load.batch_size,
-            reached_by_depth=_reached(selection, accepted),
-            accepted_by_depth=tuple(int((accepted > d).sum()) for d in range(_deepest(selection))),
+            reached_by_depth=reached_by_depth(selection, accepted),
+            accepted_by_depth=tuple(int((accepted > d).sum()) for d in range(selected_levels(selection))),
             times=self._times(turn, plan, selection.size, drafting),
             drafting=drafting,
             confidence=forest.first_confidence if forest is not None else (),
@@ -151,45 +149,6 @@ class ReplayBackend:
             max_nodes=self._options.limits.max_nodes,
             arrived=int(loads.arrived[0]),
         )
-
-    def _grow(self, turn: Turn, plan: SpecPlan, controller: Controller) -> Forest:
-        """The recorded forest of this plan, cut where the controller's gates stop a request."""
-        if plan.max_depth > self.trace.max_depth:
-            raise TraceError(
-                f"the trace holds {self.trace.max_depth} levels, not {plan.max_depth}; record with "
-                f"--depth {plan.max_depth}, or give the controller a smaller depth"
-            )
-        recorded = self.trace.restricted(plan.width)
-        rows = torch.from_numpy(turn.positions)
-        scores = torch.from_numpy(recorded.scores[turn.positions, : recorded.nodes(plan.max_depth)])
-        alive, depth = torch.ones(len(rows), dtype=torch.bool), 1
-        stop = torch.zeros(len(rows), dtype=torch.int64)
-        while depth < plan.max_depth:
-            begin, end = recorded.nodes(depth - 1), recorded.nodes(depth)
-            if plan.gate(depth - 1) is not None:
-                shown = scores[:, begin:end].masked_fill(~alive[:, None], NO_GATE)
-                alive = alive & controller.extend(Frontier(depth - 1, shown, alive), plan)
-            if not bool(alive.any()):
-                break
-            stop[alive] = depth
-            depth += 1
-        size = recorded.nodes(depth)
-        depths = torch.from_numpy(recorded.depths[:size])
-        return Forest(
-            tokens=self._tokens(turn, recorded.path[turn.positions, :depth], size),
-            parents=torch.from_numpy(recorded.parents[turn.positions, :size]),
-            depths=depths,
-            scores=scores[:, :size].masked_fill(depths > stop[:, None], NO_GATE),
-            stop_depth=stop,
-        )
-
-    def _tokens(self, turn: Turn, path: np.ndarray, size: int) -> torch.Tensor:
-        """[B, size] the target's tokens on the path, `OFF_PATH` elsewhere."""
-        tokens = np.full((len(path), size), OFF_PATH, dtype=np.int64)
-        for row, (response, t) in enumerate(zip(turn.responses, turn.emitted, strict=True)):
-            nodes = path[row][path[row] >= 0]
-            tokens[row, nodes] = self.trace.responses[response].tokens[t : t + len(nodes)]
-        return torch.from_numpy(tokens)
 
     def _times(self, turn: Turn, plan: SpecPlan, verified: int, drafting: tuple[int, ...]) -> PhaseTimes:
         levels = np.zeros((1, self.trace.max_depth))
@@ -232,21 +191,3 @@ def _select(controller: Controller, forest: Forest | None, plan: SpecPlan, batch
     if selection.size > plan.budget or int(selection.counts.max()) > max_nodes:
         raise PlanViolation(f"controller '{controller.name}' selected {selection.size} nodes of {plan.budget} allowed")
     return selection
-
-
-def _accepted(selection: Selection) -> torch.Tensor:
-    """[B] accepted nodes: selected nodes on the target's path (a selection holds its nodes' ancestors)."""
-    owner = torch.repeat_interleave(torch.arange(len(selection.counts)), selection.counts)
-    return torch.bincount(owner[selection.tokens != OFF_PATH], minlength=len(selection.counts))
-
-
-def _deepest(selection: Selection) -> int:
-    return int(selection.depths.max()) + 1 if selection.size else 0
-
-
-def _reached(selection: Selection, accepted: torch.Tensor) -> tuple[int, ...]:
-    """Per depth: requests with a selected node there whose path was accepted up to it."""
-    owner = torch.repeat_interleave(torch.arange(len(selection.counts)), selection.counts)
-    has = torch.zeros(len(accepted), _deepest(selection), dtype=torch.bool)
-    has[owner, selection.depths] = True
-    return tuple(int((has[:, d] & (accepted >= d)).sum()) for d in range(has.shape[1]))
