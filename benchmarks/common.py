@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: where results go, the engine, and cells that survive an interruption."""
+"""What the benchmark scripts share: where results go, and cells that survive an interruption."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from rich.console import Console
 
 from echo_rl.config import EngineConfig
 from echo_rl.errors import EchoError
-from echo_rl.runtime.environment import environment_of, load_engine
 from echo_rl.utils.result_store import ResultStore
 
 RESULTS = Path(os.environ.get("ECHO_RL_RESULTS", Path(__file__).resolve().parent / "results"))
@@ -40,7 +39,7 @@ class Place:
 
 
 class Ledger:
-    """The cells of a script in its work folder; says which one it computes."""
+    """The cells of a script, kept in its work folder; prints which one it computes."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self._store = ResultStore.in_file(folder / "cells.jsonl", settings)
@@ -61,6 +60,3 @@ def main(script: Callable[[], None]) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from here")
-
-
-__all__ = ["CONSOLE", "RESULTS", "EngineOptions", "Ledger", "Place", "environment_of", "load_engine", "main"]

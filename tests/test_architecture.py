@@ -136,6 +136,13 @@ def test_kernels_are_used_by_the_runtime_alone():
             assert not any(name.split(".")[0] == "echo_kernels" for name in imports(path)), path
 
 
+@pytest.mark.parametrize("folder", ["benchmarks", "scripts"])
+def test_benchmarks_and_scripts_use_the_library_and_not_the_command_line(folder):
+    assert sources(folder)
+    for path in sources(folder):
+        assert not any(name == "echo_rl.cli" or name.startswith("echo_rl.cli.") for name in imports(path)), path
+
+
 def test_kernels_know_nothing_of_the_project():
     for path in sources("kernels/echo_kernels"):
         assert not any(name.split(".")[0] == "echo_rl" for name in imports(path)), path

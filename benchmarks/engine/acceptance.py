@@ -13,11 +13,12 @@ from typing import Any
 
 import tyro
 
-from benchmarks.common import CONSOLE, EngineOptions, Place, load_engine, main
+from benchmarks.common import CONSOLE, EngineOptions, Place, main
 from echo_rl.config import EngineConfig
 from echo_rl.controllers import registry
 from echo_rl.experiments.bench import bench_store, run_bench
 from echo_rl.experiments.plan import BenchConfig, Load, Run
+from echo_rl.runtime.environment import load_engine
 from echo_rl.utils import statistics
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.datasets import SOURCES, load_prompts

@@ -16,12 +16,13 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from benchmarks.common import CONSOLE, EngineOptions, Ledger, Place, environment_of, load_engine, main
+from benchmarks.common import CONSOLE, EngineOptions, Ledger, Place, main
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller, Request, SamplingParams
 from echo_rl.controllers import registry
 from echo_rl.experiments.report.measures import first_difference
 from echo_rl.runtime.engine import Engine
+from echo_rl.runtime.environment import environment_of, load_engine
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.datasets import load_prompts
 from echo_rl.workloads.driver import serve
@@ -35,13 +36,13 @@ class Args:
     """Compare every controller's tokens with those of plain decoding."""
 
     quick: bool = False
-    """A few minutes, for a look."""
+    """Takes a few minutes: fewer requests, tokens and batches."""
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
-    """Which number formats."""
+    """The number formats that are compared."""
     requests: int = 16
-    """Requests a cell."""
+    """Requests in a cell."""
     max_new_tokens: int = 32
-    """Tokens a request; end-of-sequence is ignored, so that every cell has its full count."""
+    """Tokens of a request; end-of-sequence is ignored, so that every cell has its full count."""
     batches: tuple[int, ...] = (1, 4, 16)
     temperatures: tuple[float, ...] = (0.0, 0.8)
     seed: int = 0
@@ -149,7 +150,7 @@ def compare(tokens: dict[str, list[int]], reference: dict[str, Any], greedy: boo
 
 
 def totals(cells: Sequence[dict[str, Any]], gaps: Sequence[float]) -> dict[str, Any]:
-    """Over all cells of a number format; `gaps` are those of every greedy token, for scale."""
+    """Sums over all cells of a number format; `gaps` are those of every greedy token, for scale."""
     diverged = [d for cell in cells for d in cell["divergences"]]
     at = [d["logit_gap"] for d in diverged if d["logit_gap"] is not None]
     requests = sum(cell["requests"] for cell in cells)

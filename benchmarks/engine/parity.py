@@ -75,7 +75,7 @@ class Turns(BaseController):
 
 @dataclass(frozen=True)
 class Served:
-    """One way's answers."""
+    """What one way of serving gave."""
 
     tokens: dict[str, tuple[int, ...]]
     reports: tuple[StepReport, ...]
@@ -122,7 +122,7 @@ def seen_waits(engine: Engine) -> Iterator[Callable[[], int | None]]:
 
 
 def serving(engine: Engine, way: str) -> EagerStep | DeviceStep:
-    """A new step of that kind."""
+    """A new step that serves in that way."""
     eager = EagerStep(engine.runner, engine.config.max_nodes)
     if way == "eager":
         return eager
@@ -161,7 +161,7 @@ def compare(engine: Engine, requests: Sequence[Request], concurrency: int) -> li
 
 
 def faults(rows: Sequence[dict[str, Any]], exact: bool, captures: bool) -> list[str]:
-    """What must not be."""
+    """What is wrong in the rows, one sentence each."""
     found = []
     for row in rows:
         name = f"{row['way']}, {row['in_flight']} in flight"

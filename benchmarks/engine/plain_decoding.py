@@ -18,12 +18,13 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.common import CONSOLE, EngineOptions, Ledger, Place, load_engine, main
+from benchmarks.common import CONSOLE, EngineOptions, Ledger, Place, main
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.controllers import registry
 from echo_rl.experiments.plan import arm_order
 from echo_rl.runtime.engine import Engine
+from echo_rl.runtime.environment import load_engine
 from echo_rl.runtime.models.default_model import MEMBER, WHEEL, resolve_model
 from echo_rl.utils import statistics
 from echo_rl.utils.archives import cache_root

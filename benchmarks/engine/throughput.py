@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, replace
 
 import tyro
 
-from benchmarks.common import CONSOLE, EngineOptions, Place, load_engine, main
+from benchmarks.common import CONSOLE, EngineOptions, Place, main
 from echo_rl.config import EngineConfig
 from echo_rl.controllers import registry
 from echo_rl.experiments.bench import run_bench
 from echo_rl.experiments.plan import BenchConfig, Load
 from echo_rl.experiments.report import plots, tables
+from echo_rl.runtime.environment import load_engine
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.datasets import load_prompts
 

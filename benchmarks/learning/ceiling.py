@@ -42,7 +42,7 @@ FLOORS = tuple(np.geomspace(0.02, 0.9, 24))
 LEVEL_PRICES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 """Accepted tokens that a level more must promise to be drafted for a request, as tried by foresight."""
 ROUNDS = 3
-"""Of Dinkelbach's method: the best step is the one with most tokens over the price of its seconds."""
+"""Rounds of Dinkelbach's method: the best step is the one with most tokens over the price of its seconds."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Args:
     blocks: int = 8
     """Parts of the prompts, for the intervals."""
     positions: int = 2000
-    """Drawn a load and block."""
+    """Positions drawn for a load and block."""
     training: int = 2500
-    """Steps of the network that ranks."""
+    """Training steps of the network that ranks."""
 
 
 def script() -> None:
@@ -93,7 +93,7 @@ class Forests:
         starts = [forest.nodes(d) for d in range(depth)]
         self.likely, self.accepted, self.nodes = likely, accepted, [*starts, likely.shape[1]]
         self.best = np.maximum.reduceat(likely, starts, axis=1)  # [P, D] of each level's likeliest node
-        self.counts, self.hopes, self.kept = (
+        self.counts, self.expected, self.kept = (
             np.stack([_by_levels(np.where(likely >= floor, what, 0.0), starts) for floor in FLOORS], axis=2)
             for what in (1.0, likely, accepted)
         )
@@ -109,7 +109,7 @@ def _by_levels(nodes: Floats, starts: Sequence[int]) -> NDArray[np.float32]:
 class Steps:
     """Steps of one kind of plan, [N] each: tokens by the drafter's word, tokens really kept, seconds."""
 
-    hoped: Floats
+    expected: Floats
     kept: Floats
     seconds: Floats
 
@@ -183,14 +183,14 @@ class Bound:
             likely = forests.likely[:, :nodes][chosen].reshape(count, -1)
             order = np.argsort(-likely, axis=1, kind="stable")
             accepted = forests.accepted[:, :nodes][chosen].reshape(count, -1)
-            hoped, kept = (np.take_along_axis(what, order, 1).cumsum(1) + load for what in (likely, accepted))
+            expected, kept = (np.take_along_axis(what, order, 1).cumsum(1) + load for what in (likely, accepted))
             depths = np.full((count, load), depth)
             for each in TABLE.nodes[1:]:
                 budget = max(1, round(each * load))
                 if budget > likely.shape[1]:
                     break
                 seconds = prices.seconds(np.full(count, budget), width, depths)
-                steps = Steps(hoped[:, budget - 1], kept[:, budget - 1], seconds)
+                steps = Steps(expected[:, budget - 1], kept[:, budget - 1], seconds)
                 yield steps, {"nodes": budget, "depth": depth, "width": width}
 
     def _gated(self, chosen: Ints, prices: Prices) -> Iterator[tuple[Steps, dict[str, Any]]]:
@@ -206,30 +206,31 @@ class Bound:
         ways = tuple(product(self._args.widths, range(1, self._trace.max_depth + 1), range(len(FLOORS)), LEVEL_PRICES))
         for _ in range(ROUNDS):
             best = plain
-            worth = best.hoped - rate * best.seconds
+            worth = best.expected - rate * best.seconds
             for width, depth, floor, price in ways:
                 forests, levels = self._forests[width], slice(depth + 1)
-                gain = forests.hopes[:, levels, floor] - FLOORS[floor] * forests.counts[:, levels, floor]
+                gain = forests.expected[:, levels, floor] - FLOORS[floor] * forests.counts[:, levels, floor]
                 wanted = (gain - price * np.arange(depth + 1)).argmax(1)  # [P] levels
                 steps = self._steps(chosen, prices, width, wanted, floor)
-                better = steps.hoped - rate * steps.seconds > worth
+                better = steps.expected - rate * steps.seconds > worth
                 columns = zip(vars(steps).values(), vars(best).values(), strict=True)
                 best = Steps(*(np.where(better, ours, theirs) for ours, theirs in columns))
-                worth = best.hoped - rate * best.seconds
+                worth = best.expected - rate * best.seconds
             rate = best.rate
         return best
 
     def _steps(self, chosen: Ints, prices: Prices, width: int, levels: Ints, floor: int, gated: bool = False) -> Steps:
         """All steps, where a position drafts `levels` [P] and verifies what is above the floor."""
         forests, everywhere, load = self._forests[width], np.arange(len(levels)), chosen.shape[1]
-        nodes, hopes, kept = (
-            table[everywhere, levels, floor][chosen].sum(1) for table in (forests.counts, forests.hopes, forests.kept)
+        nodes, expected, kept = (
+            table[everywhere, levels, floor][chosen].sum(1)
+            for table in (forests.counts, forests.expected, forests.kept)
         )
         seconds = prices.seconds(nodes.astype(np.int64), width, levels[chosen], gated)
-        return Steps(hopes + load, kept + load, seconds)
+        return Steps(expected + load, kept + load, seconds)
 
     def _ratio(self, ours: Steps, theirs: Steps) -> dict[str, Any]:
-        """Of tokens a second, with an interval over the blocks."""
+        """The ratio of tokens a second, with an interval over the blocks."""
 
         def blocks(steps: Steps) -> list[statistics.Rate]:
             parts = zip(*(np.split(column, self._args.blocks) for column in (steps.kept, steps.seconds)), strict=True)

@@ -47,7 +47,7 @@ FIXED = (
 )  # fmt: skip
 """Fixed plans whose best, workload by workload, is the plan to have had in hindsight."""
 TIMED = ("fixed:nodes=5,depth=4,width=2", "echo", "ppo")
-"""Whose deciding is timed; the fixed plan's is what picking nodes takes anyway."""
+"""Controllers whose deciding is timed; the fixed plan's is what selecting nodes takes anyway."""
 OTHERS = 4
 """Other machines to serve on, while all controllers start out from this one's profile."""
 BASE = TrainConfig(evaluation_steps=400)
@@ -84,9 +84,9 @@ class Args:
     seeds: int = 6
     """Seeds of arrivals and times in the comparison."""
     workloads: tuple[str, ...] = WORKLOADS
-    """Of the comparison."""
+    """Workloads of the comparison."""
     ablations: tuple[str, ...] = tuple(ABLATIONS)
-    """Which to train; each takes a sixth of a seed's time."""
+    """The ablations to train; each takes a sixth of a seed's time."""
 
 
 def script() -> None:
@@ -200,7 +200,7 @@ def compare(worth: Mapping[str, Any], seeds: Sequence[str], ablations: Sequence[
 
 
 def _interval(logs: np.ndarray) -> dict[str, Any]:
-    """Of log ratios by the seed of the workload [S], or by policy and that [T, S]."""
+    """The geometric mean of log ratios by the seed of the workload [S], or by policy and that [T, S]."""
     return asdict(geometric_mean(np.exp(logs)))
 
 

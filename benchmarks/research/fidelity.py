@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from benchmarks.common import CONSOLE, RESULTS, EngineOptions, Ledger, Place, load_engine, main
+from benchmarks.common import CONSOLE, RESULTS, EngineOptions, Ledger, Place, main
 from echo_rl.calibrate.cost import Grid
 from echo_rl.calibrate.live import measured_profile
 from echo_rl.config import EngineConfig
@@ -34,6 +34,7 @@ from echo_rl.replay.backend import ReplayBackend
 from echo_rl.replay.recorder import RecordOptions, record
 from echo_rl.replay.trace import Trace
 from echo_rl.runtime.engine import Engine
+from echo_rl.runtime.environment import load_engine
 from echo_rl.utils.result_store import write_json
 from echo_rl.utils.statistics import kendall
 from echo_rl.workloads.arrivals import closed

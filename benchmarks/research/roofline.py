@@ -48,7 +48,7 @@ MACHINES: Mapping[str, tuple[str, str, int]] = MappingProxyType(
         "Qwen3-235B-A22B, 8 H100": ("h100", "qwen3-235b-a22b", 8),
     }
 )
-"""Replayed: (hardware, model, GPUs)."""
+"""Machines that are replayed, as (hardware, model, GPUs)."""
 MORE_MACHINES: Mapping[str, tuple[str, str, int]] = MappingProxyType(
     {
         "Llama-3.1-8B, 1 H200": ("h200", "llama-3.1-8b", 1),
@@ -57,7 +57,7 @@ MORE_MACHINES: Mapping[str, tuple[str, str, int]] = MappingProxyType(
         "Qwen3-235B-A22B, 8 MI300X": ("mi300x", "qwen3-235b-a22b", 8),
     }
 )
-"""Their break-even points alone."""
+"""Machines of which only the break-even points are worked out."""
 LIGHT = (5, 3, 3)
 """ECHO's tree under high load: nodes a request, depth, width."""
 GATES = packaged("gates.json")
@@ -262,7 +262,7 @@ def losing_from(cells: Sequence[Mapping[str, Any]], arm: str) -> int | None:
 
 
 def break_even(profile: CostProfile, batches: Sequence[int], context: float = 256.0) -> dict[str, float]:
-    """By batch size: tokens a request and step that EAGLE-3's light tree must bring to be as fast as plain decoding."""
+    """The tokens a request and step, by batch size, that make EAGLE-3's light tree as fast as plain decoding."""
     nodes, depth, width = LIGHT
     return {
         str(b): profile.step_seconds(b, nodes * b, width, depth, context) / profile.step_seconds(b, 0, 0, 0, context)

@@ -1,4 +1,4 @@
-"""What the parts of the server's benchmark send: the same requests, through HTTP or to an engine."""
+"""What the benchmarks of the server send: the same requests, through HTTP or to an engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load_of(url: str, concurrency: int, requests: int, **more: Any) -> LoadConfi
 
 
 class Visitor(Client):
-    """A client that knows what it has under way, and sends the requests of a load."""
+    """A client that counts what it has under way, and sends the requests of a load."""
 
     def __init__(self, url: str, prompts: Sequence[Prompt]) -> None:
         super().__init__(url)
@@ -69,6 +69,6 @@ def name(request_id: str) -> str:
 
 
 def tokenised(engine: Engine, requests: Sequence[Request], prompts: Sequence[Prompt]) -> list[Request]:
-    """Each with its prompt's tokens."""
+    """The requests with their prompts' tokens."""
     pairs = zip(requests, prompts, strict=True)
     return [replace(request, prompt=engine.tokenizer.chat(list(prompt.messages))) for request, prompt in pairs]

@@ -16,13 +16,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks.common import CONSOLE, EngineOptions, Ledger, Place, environment_of, load_engine, main
+from benchmarks.common import CONSOLE, EngineOptions, Ledger, Place, main
 from benchmarks.server.client import NOWHERE, Visitor, load_of, name, tokenised
 from benchmarks.server.process import Server
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import RequestOutput
 from echo_rl.controllers import registry
 from echo_rl.experiments.targets.http.config import LoadConfig
+from echo_rl.runtime.environment import environment_of, load_engine
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.datasets import Prompt, load_prompts
 from echo_rl.workloads.driver import serve
@@ -32,6 +33,8 @@ SWAPPED = ("none", "eagle3", "echo", "chain", "ppo")
 
 @dataclass(frozen=True)
 class Identity:
+    """The load whose answers are compared."""
+
     requests: int = 40
     """Different requests; each is asked for several times."""
     times: int = 4
@@ -59,7 +62,7 @@ class Args:
 
 
 def identity(setting: Identity, engine: EngineConfig, place: Place) -> dict[str, Any]:
-    """In float32, in which the engine gives the same tokens in every batch."""
+    """Compares in float32, in which the engine gives the same tokens in every batch."""
     engine = replace(engine, dtype="float32")
     prompts = load_prompts("all", limit=setting.requests, seed=setting.seed)
     ledger = Ledger(place.work, {**asdict(setting), "engine": asdict(engine), "environment": environment_of(engine)})
@@ -87,7 +90,7 @@ def asked(setting: Identity, temperature: float, url: str = NOWHERE) -> LoadConf
 
 
 def by_itself(setting: Identity, config: EngineConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """By temperature and request: [text, tokens, finish reason], as ``echo-rl generate --controller none`` has them."""
+    """What plain decoding gives, by temperature and request id: [text, number of tokens, finish reason]."""
     engine, _ = load_engine(config)
     found: dict[str, Any] = {}
     for temperature in setting.temperatures:
@@ -103,7 +106,7 @@ def by_itself(setting: Identity, config: EngineConfig, prompts: Sequence[Prompt]
 
 
 async def under_swaps(url: str, setting: Identity, temperature: float, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What came back, and how the swaps went."""
+    """Serves the load while controllers are swapped; returns the answers, and how the swaps went."""
     config, visitor = asked(setting, temperature, url), Visitor(url, prompts)
     swapping = asyncio.create_task(swap(visitor, setting))
     record = await visitor.serve(config, setting.concurrency)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks.common import CONSOLE, EngineOptions, Ledger, Place, environment_of, load_engine, main
+from benchmarks.common import CONSOLE, EngineOptions, Ledger, Place, main
 from benchmarks.server.client import NOWHERE, Visitor, load_of, tokenised
 from benchmarks.server.process import Server, cpu_seconds, total
 from echo_rl.config import EngineConfig
@@ -25,6 +25,7 @@ from echo_rl.experiments.targets.http.client import Client
 from echo_rl.experiments.targets.http.config import LoadConfig
 from echo_rl.experiments.targets.http.connection import run_async
 from echo_rl.runtime.engine import Engine
+from echo_rl.runtime.environment import environment_of, load_engine
 from echo_rl.utils import statistics
 from echo_rl.utils.result_store import write_json
 from echo_rl.workloads.datasets import Prompt, load_prompts
@@ -36,12 +37,14 @@ ENGINE, HTTP = "engine", "http"
 
 @dataclass(frozen=True)
 class Overhead:
+    """The load that both sides serve."""
+
     controllers: tuple[str, ...] = ("none", "echo")
     concurrency: int = 16
     requests: int = 32
-    """A block, the same ones on both sides."""
+    """Requests in a block, the same ones on both sides."""
     max_tokens: int = 48
-    """Of every request; end-of-sequence is ignored, so that both sides make the same number."""
+    """The tokens of every request; end-of-sequence is ignored, so that both sides make the same number."""
     blocks: int = 8
     seed: int = 0
 

@@ -1,4 +1,4 @@
-"""A real ``echo-rl serve`` process: started, read by its log, looked into through /proc (Linux), ended."""
+"""A real ``echo-rl serve`` process: started, read by its log, inspected through /proc (Linux), ended."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ async def get(endpoint: Endpoint, path: str) -> bytes:
 
 
 async def post(endpoint: Endpoint, path: str, body: Mapping[str, Any]) -> bytes:
-    """The same of a POST of JSON."""
+    """The body of the answer to a POST of JSON; raises what `get` raises."""
     return await _asked(endpoint, "POST", path, json.dumps(body).encode())
 
 

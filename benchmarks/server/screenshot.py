@@ -53,7 +53,7 @@ class Args:
     workload: str = "poisson:2.4"
     max_tokens: int = 160
     seconds: float = 45.0
-    """Of load before the picture is taken; some blocks of the experiment must be over."""
+    """Seconds of load before the picture is taken; some blocks of the experiment must be over."""
     control: str = "none"
     treatment: str = "echo"
     block_seconds: float = 4.0

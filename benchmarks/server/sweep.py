@@ -30,6 +30,8 @@ LOGGED = ("time", "level", "logger", "message", "controller")
 
 @dataclass(frozen=True)
 class Sweep:
+    """The controllers and the loads of the sweep."""
+
     arms: tuple[str, ...] = ("none", "eagle3", "echo", "ppo")
     concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     blocks: int = 4

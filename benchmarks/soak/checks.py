@@ -1,4 +1,4 @@
-"""Part of `soak.py`: what must hold of a server afterwards, by its counters, its log, its memory and its guests."""
+"""What must hold of a server after a soak, by its counters, its log, its memory and its clients."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 
 from benchmarks.server.process import total
-from benchmarks.soak.clients import COMPLETIONS, Visit
+from benchmarks.soak.clients import COMPLETIONS, ClientRequest
 from echo_rl.server.api.request_stats import CUT_OFF
 
 TO_V1 = COMPLETIONS | {"malformed", "senseless", "oversized prompt"}
 """Kinds whose requests reach a route of /v1, where the server reads them at all."""
 WARM = 0.25
-"""Share of a run, and of an engine's life, in which memory may grow as it likes."""
+"""The share of a run, and of an engine process, in which memory may grow freely."""
 FRONT_MB, ENGINE_MB = 24.0, 64.0
-"""Most that the trend of the rest may add."""
+"""The most megabytes that the trend of the rest may add."""
 STRETCHES = 100
 FEWEST = 5
-"""Samples for a trend."""
+"""The fewest samples for a trend."""
 SHORTEST = 20.0
-"""Seconds for a trend: in less a busy machine has not even warmed up."""
+"""The fewest seconds for a trend: in less a busy machine has not even warmed up."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Totals:
         return round(total(self.metrics, name, **labels))
 
 
-def compare_texts(visits: Sequence[Visit]) -> dict[str, int]:
+def compare_texts(requests: Sequence[ClientRequest]) -> dict[str, int]:
     """How many answers repeat a request, and how many of those are not the first answer to it."""
     answers: dict[bytes, list[tuple[str, ...]]] = defaultdict(list)
-    for visit in visits:
-        if visit.outcome == "finished":
-            answers[visit.asked].append(visit.texts)
+    for request in requests:
+        if request.outcome == "finished":
+            answers[request.asked].append(request.texts)
     return {
         "requests": len(answers),
         "compared": sum(len(found) - 1 for found in answers.values()),
@@ -78,9 +78,9 @@ def compare_texts(visits: Sequence[Visit]) -> dict[str, int]:
 
 
 def compare_counters(
-    visits: Sequence[Visit], totals: Totals, log: Sequence[Mapping[str, Any]], deaths: int
+    requests: Sequence[ClientRequest], totals: Totals, log: Sequence[Mapping[str, Any]], engine_losses: int
 ) -> tuple[dict[str, int], list[str]]:
-    """Counts, and where guests, log and metrics disagree. All taken at rest; `log` holds the lines of requests."""
+    """Counts, and where clients, log and metrics disagree. All taken at rest; `log` holds the lines of requests."""
     own = [line for line in log if line["route"].startswith("/v1/")]
     reasons = [reason for line in own if line["finish_reason"] for reason in line["finish_reason"].split(",")]
     aborted = sum(reason in CUT_OFF for reason in reasons)
@@ -91,7 +91,7 @@ def compare_counters(
         "output tokens": (sum(line["output_tokens"] for line in own), totals.count("sglang:generation_tokens_total")),
         "requests served": (len(reasons) - aborted, totals.count("sglang:num_requests_total")),
         "requests aborted": (aborted, totals.count("sglang:num_aborted_requests_total")),
-        "deaths and restarts": (deaths, totals.count("echo_rl:core_restarts")),
+        "deaths and restarts": (engine_losses, totals.count("echo_rl:core_restarts")),
         "accepted tokens, by depth": (totals.count("echo_rl:spec_accepted_total"), accepted),
     }
     for (route, status), count in Counter((line["route"], str(line["status"])) for line in own).items():
@@ -100,42 +100,42 @@ def compare_counters(
     bad = [f"{name}: {one}, but {other} by another count" for name, (one, other) in same.items() if one != other]
     if not accepted <= verified <= totals.count("echo_rl:spec_tokens_total", stage="drafted"):
         bad.append(f"{accepted} tokens accepted of {verified} verified")
-    return {name: one for name, (one, _) in same.items()}, bad + _guests_and_log(visits, own)
+    return {name: one for name, (one, _) in same.items()}, bad + _clients_and_log(requests, own)
 
 
-def _guests_and_log(visits: Sequence[Visit], log: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Each answer that a guest got stands in the log as it was; of those who left, the log may know or not."""
+def _clients_and_log(requests: Sequence[ClientRequest], log: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each answer that a client got stands in the log as it was; those of clients that left may stand there."""
     by_id = {line["id"]: line for line in log}
     bad = []
-    for visit in visits:
-        if visit.outcome == "finished":
-            line = by_id.get(visit.id, {})
-            if (line.get("status"), line.get("output_tokens")) != (200, visit.tokens):
-                bad.append(f"a guest got {visit.tokens} tokens in {visit.id}, the log says {line or 'nothing'}")
-    came = [visit for visit in visits if visit.kind in TO_V1]
-    answered = sum(visit.status > 0 for visit in came)
+    for request in requests:
+        if request.outcome == "finished":
+            line = by_id.get(request.id, {})
+            if (line.get("status"), line.get("output_tokens")) != (200, request.tokens):
+                bad.append(f"a client got {request.tokens} tokens in {request.id}, the log says {line or 'nothing'}")
+    came = [request for request in requests if request.kind in TO_V1]
+    answered = sum(request.status > 0 for request in came)
     if not answered <= len(log) <= len(came):
-        bad.append(f"guests sent {len(came)} requests and got {answered} answers, the log has {len(log)}")
+        bad.append(f"clients sent {len(came)} requests and got {answered} answers, the log has {len(log)}")
     return bad
 
 
-def ends(visits: Sequence[Visit], began: float, seconds: float) -> dict[str, list[int]]:
-    """By outcome, without its details: how many visits ended in each of `STRETCHES` equal parts of the run."""
-    found: dict[str, list[int]] = {visit.outcome.split()[0]: [0] * STRETCHES for visit in visits}
-    for visit in visits:
-        stretch = int(STRETCHES * (visit.ended - began) / seconds)
-        found[visit.outcome.split()[0]][min(stretch, STRETCHES - 1)] += 1
+def ends(requests: Sequence[ClientRequest], began: float, seconds: float) -> dict[str, list[int]]:
+    """By outcome, without its details: how many requests ended in each of `STRETCHES` equal parts of the run."""
+    found: dict[str, list[int]] = {request.outcome.split()[0]: [0] * STRETCHES for request in requests}
+    for request in requests:
+        stretch = int(STRETCHES * (request.ended - began) / seconds)
+        found[request.outcome.split()[0]][min(stretch, STRETCHES - 1)] += 1
     return found
 
 
 def growth(samples: Sequence[Sample], seconds: float) -> dict[str, dict[str, float | None]]:
-    """The trend of memory after warming up, over the rest of the run and of the longest life of an engine."""
+    """The trend of memory after warming up, over the rest of the run and of the longest-lived engine process."""
     front = [(s.at, s.front_mb) for s in samples if s.front_mb is not None and WARM * seconds < s.at < seconds]
-    lives: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    by_process: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for s in samples:
         if s.engine is not None and s.engine_mb is not None and s.at < seconds:
-            lives[s.engine].append((s.at, s.engine_mb))
-    longest = max(lives.values(), key=len, default=[])
+            by_process[s.engine].append((s.at, s.engine_mb))
+    longest = max(by_process.values(), key=len, default=[])
     return {
         "front": _trend(front, FRONT_MB),
         "engine": _trend(longest[int(WARM * len(longest)) :], ENGINE_MB),
@@ -143,7 +143,7 @@ def growth(samples: Sequence[Sample], seconds: float) -> dict[str, dict[str, flo
 
 
 def _trend(points: Sequence[tuple[float, float]], bound: float) -> dict[str, float | None]:
-    """By least squares; None with too few points, or over too short a time, to tell."""
+    """The trend by least squares; None with too few points, or over too short a time, to tell."""
     if len(points) < FEWEST or points[-1][0] - points[0][0] < SHORTEST:
         return {"seconds": 0.0, "last_mb": None, "trend_mb": None, "bound_mb": bound}
     at, values = np.array(points).T

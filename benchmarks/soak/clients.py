@@ -1,4 +1,4 @@
-"""What the guests of a soak do to a server, and what each of them may get for it."""
+"""What the clients of a soak send to a server, and how each kind of request may end."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SENSELESS: tuple[dict[str, Any], ...] = (
     {"messages": HELLO, "model": "another"},
 )
 SERVED = frozenset({"finished", "busy 429", "busy 503", "failed"})
-DIED = frozenset({"busy 503", "failed"})
+DISRUPTED = frozenset({"busy 503", "failed"})
 ALLOWED: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("chat", "several", "plain", "logprobs", "long"), SERVED),
     **dict.fromkeys(("leaver", "hasty"), SERVED | {"left"}),
@@ -46,14 +46,14 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     "senseless": frozenset({"refused 400", "refused 404", "busy 503"}),
     "oversized prompt": frozenset({"refused 400", "busy 429", "busy 503"}),
     "oversized body": frozenset({"refused 413", "broken"}),  # who does not stop writing is cut off
-    "swap": frozenset({"done", "refused 400", *DIED}),  # 400 while an experiment runs
+    "swap": frozenset({"done", "refused 400", *DISRUPTED}),  # 400 while an experiment runs
     "bad swap": frozenset({"refused 400"}),
-    "experiment": frozenset({"done", "refused 400", "refused 409", *DIED}),
-    "stop experiment": frozenset({"done", "refused 400", *DIED}),  # it may end by itself just then
-    "stats": frozenset({"done", *DIED}),
+    "experiment": frozenset({"done", "refused 400", "refused 409", *DISRUPTED}),
+    "stop experiment": frozenset({"done", "refused 400", *DISRUPTED}),  # it may end by itself just then
+    "stats": frozenset({"done", *DISRUPTED}),
     "scrape": frozenset({"done"}),
 }
-"""How a visit of a kind may end. Before the server is told to end, anything else is a violation."""
+"""How a request of a kind may end. Before the server is told to end, anything else is a violation."""
 WEIGHTS: Mapping[str, float] = {
     **{"chat": 8, "several": 2, "plain": 2, "logprobs": 1, "long": 1, "leaver": 4, "hasty": 2},
     **{"malformed": 1, "senseless": 1, "oversized prompt": 0.5, "oversized body": 0.5, "scrape": 0.5, "stats": 0.5},
@@ -72,26 +72,26 @@ class Size:
     body: int
     """The server's limit in bytes."""
     tokens: int = 48
-    """Most output tokens of a request."""
+    """The most output tokens of a request."""
 
 
 @dataclass
-class Visit:
+class ClientRequest:
     """One request and how it ended."""
 
     kind: str
     outcome: str = "lost"
     status: int = 0
-    """0: no answer, not even the beginning of one, or the guest did not wait for it."""
+    """0: no answer, not even the beginning of one, or the client did not wait for it."""
     detail: str = ""
     id: str | None = None
-    """The server's, where it was served to its end."""
+    """The server's id of it, where it was served to its end."""
     tokens: int = 0
     """Output tokens that the server counts."""
     texts: tuple[str, ...] = ()
     began: float = 0.0
     ended: float = 0.0
-    """As `time.monotonic`."""
+    """By `time.monotonic`, as is `began`."""
     asked: bytes = field(default=b"", repr=False)
 
     @property
@@ -100,48 +100,48 @@ class Visit:
         return self.outcome in ALLOWED[self.kind] and excused
 
 
-class Guest:
-    """Makes visits to one server; what it asks follows from `rng`."""
+class SoakClient:
+    """Sends requests to one server; what it asks follows from `rng`."""
 
     def __init__(self, url: str, size: Size, rng: random.Random) -> None:
         self._url, self._size, self._rng = url, size, rng
 
-    async def visit(self, kind: str) -> Visit:
-        visit = Visit(kind, began=time.monotonic())
+    async def send(self, kind: str) -> ClientRequest:
+        request = ClientRequest(kind, began=time.monotonic())
         endpoint = Endpoint(self._url)  # a connection of its own: none is idle long enough to be closed
         try:
             async with asyncio.timeout(PATIENCE):
-                await self._make(visit, endpoint)
+                await self._make(request, endpoint)
         except TimeoutError:
-            visit.outcome, visit.detail = "lost", f"no end within {PATIENCE:g} s"
+            request.outcome, request.detail = "lost", f"no end within {PATIENCE:g} s"
         except (OSError, ProtocolError) as error:
-            visit.outcome, visit.detail = "broken", f"{type(error).__name__}: {error}"
+            request.outcome, request.detail = "broken", f"{type(error).__name__}: {error}"
         finally:
             endpoint.close()
-            visit.ended = time.monotonic()
-        return visit
+            request.ended = time.monotonic()
+        return request
 
-    async def _make(self, visit: Visit, endpoint: Endpoint) -> None:
-        method, path, body = self._request(visit.kind)
-        visit.asked = body if len(body) <= self._size.body else b""
+    async def _make(self, request: ClientRequest, endpoint: Endpoint) -> None:
+        method, path, body = self._request(request.kind)
+        request.asked = body if len(body) <= self._size.body else b""
         raw = bytearray()
         asking = asyncio.ensure_future(endpoint.fetch(method, path, body, raw.extend))
         try:
-            if visit.kind in ("leaver", "hasty"):
-                await self._stay(visit.kind, asking, raw)
+            if request.kind in ("leaver", "hasty"):
+                await self._stay(request.kind, asking, raw)
             else:
                 await asyncio.wait((asking,))
             if asking.done():
-                visit.status = OK if raw else 0  # an answer may break off
-                judge(visit, asking.result(), bytes(raw))
+                request.status = OK if raw else 0  # an answer may break off
+                judge(request, asking.result(), bytes(raw))
             else:
-                visit.outcome = "left"
+                request.outcome = "left"
         finally:
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
 
     async def _stay(self, kind: str, asking: asyncio.Future[Answer], raw: bytearray) -> None:
-        """Until so many events have come, or so much time is over."""
+        """Waits until so many events have come, or so much time is over."""
         events = self._rng.randint(1, 12) if kind == "leaver" else 10**9
         end = time.monotonic() + (PATIENCE if kind == "leaver" else self._rng.uniform(0.05, 0.5))
         while not asking.done() and raw.count(b"\n\n") < events and time.monotonic() < end:
@@ -207,59 +207,59 @@ def _post(path: str, body: Mapping[str, Any]) -> tuple[str, str, bytes]:
     return "POST", path, json.dumps(body).encode()
 
 
-# ----------------------------------------------------------------------------- what came of it
+# ----------------------------------------------------------------------------- outcomes
 
 
-def judge(visit: Visit, answer: Answer, raw: bytes) -> None:
+def judge(request: ClientRequest, answer: Answer, raw: bytes) -> None:
     """Writes the outcome of an answer that is complete as far as HTTP goes."""
-    visit.status = answer.status
+    request.status = answer.status
     if answer.status == OK:
-        took: Callable[[Visit, bytes], None] = _stream if raw.startswith(b"data:") else _whole
-        took(visit, raw) if visit.kind in COMPLETIONS else _done(visit)
+        took: Callable[[ClientRequest, bytes], None] = _stream if raw.startswith(b"data:") else _whole
+        took(request, raw) if request.kind in COMPLETIONS else _done(request)
         return
     error = _object(bytes(answer.body)).get("error")
     if not isinstance(error, dict) or not isinstance(error.get("message"), str):
-        visit.outcome, visit.detail = "broken", f"{answer.status} without an error object"
+        request.outcome, request.detail = "broken", f"{answer.status} without an error object"
         return
-    visit.detail = error["message"]
+    request.detail = error["message"]
     if answer.status == 429 or error["code"] == "unavailable":
-        visit.outcome = f"busy {answer.status}" if answer.retry_after else "busy without Retry-After"
+        request.outcome = f"busy {answer.status}" if answer.retry_after else "busy without Retry-After"
     else:
-        visit.outcome = "failed" if answer.status >= 500 else f"refused {answer.status}"
+        request.outcome = "failed" if answer.status >= 500 else f"refused {answer.status}"
 
 
-def _done(visit: Visit) -> None:
-    visit.outcome = "done"
+def _done(request: ClientRequest) -> None:
+    request.outcome = "done"
 
 
-def _stream(visit: Visit, raw: bytes) -> None:
+def _stream(request: ClientRequest, raw: bytes) -> None:
     *data, last = Events().feed(raw)
     chunks = [_object(each) for each in data]
     failed = [chunk["error"]["message"] for chunk in chunks if "error" in chunk]
     choices = [choice for chunk in chunks for choice in chunk.get("choices", ())]
-    visit.texts = ("".join(choice["delta"].get("content") or "" for choice in choices),)
+    request.texts = ("".join(choice["delta"].get("content") or "" for choice in choices),)
     if last != DONE:
-        visit.outcome, visit.detail = "broken", "the stream ends without [DONE]"
+        request.outcome, request.detail = "broken", "the stream ends without [DONE]"
     elif failed:
-        visit.outcome, visit.detail = "failed", failed[0]
+        request.outcome, request.detail = "failed", failed[0]
     elif not any(choice["finish_reason"] for choice in choices):
-        visit.outcome, visit.detail = "broken", "the stream ends without a finish reason"
+        request.outcome, request.detail = "broken", "the stream ends without a finish reason"
     else:
-        _finished(visit, chunks[0]["id"], chunks[-1]["usage"])
+        _finished(request, chunks[0]["id"], chunks[-1]["usage"])
 
 
-def _whole(visit: Visit, raw: bytes) -> None:
+def _whole(request: ClientRequest, raw: bytes) -> None:
     body = _object(raw)
     choices = body.get("choices", ())
     if not choices or not all(choice["finish_reason"] for choice in choices):
-        visit.outcome, visit.detail = "broken", "the answer has no finish reason"
+        request.outcome, request.detail = "broken", "the answer has no finish reason"
         return
-    visit.texts = tuple(choice["text"] if "text" in choice else choice["message"]["content"] for choice in choices)
-    _finished(visit, body["id"], body["usage"])
+    request.texts = tuple(choice["text"] if "text" in choice else choice["message"]["content"] for choice in choices)
+    _finished(request, body["id"], body["usage"])
 
 
-def _finished(visit: Visit, id: str, usage: Mapping[str, int]) -> None:
-    visit.outcome, visit.id, visit.tokens = "finished", id.partition("-")[2], usage["completion_tokens"]
+def _finished(request: ClientRequest, id: str, usage: Mapping[str, int]) -> None:
+    request.outcome, request.id, request.tokens = "finished", id.partition("-")[2], usage["completion_tokens"]
 
 
 def _object(raw: bytes) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Part of `soak.py`: controllers that raise, hang or plan NaN, against an engine host of this process.
+"""Controllers that raise, hang or plan NaN, against an engine client of this process.
 
-A server offers none of them, so they come in where the host is given its controllers.
+A server offers none of them, so they come in where the engine's process makes its controllers.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from echo_rl.server.config import ControllerManagerOptions
 from echo_rl.server.core.worker import LoadedEngine, build_controller, load_live_engine
 
 SOUND_PLANS = 12
-"""Plans before the fault: more than a rehearsal asks for."""
+"""Plans before the fault: more than a dry run asks for."""
 ROLL_BACK_SECONDS = 60.0
 REQUESTS = 4
-"""In flight at any time, each always the same."""
+"""The number of requests in flight at any time, each always the same."""
 
 
 def _raise(load: LoadView) -> NoReturn:
@@ -47,11 +47,11 @@ FAULTS: Mapping[str, tuple[Callable[[LoadView], SpecPlan], str]] = {
     "hangs": (_hang, "deadline"),
     "plans NaN": (_nan, "nan"),
 }
-"""What it does, and the cause under which a guard must count it."""
+"""What a fault does, and the cause under which the guard must count it."""
 
 
 class Faulty(Wrapping):
-    """Sound in rehearsals, and at fault ever after."""
+    """A controller that is sound in dry runs, and at fault ever after."""
 
     def __init__(self, name: str, inner: Controller) -> None:
         super().__init__(inner)
@@ -67,13 +67,13 @@ def make(spec: str) -> Controller:
 
 
 def served(config: EngineConfig, switch: ControllerManagerOptions) -> LoadedEngine:
-    """A factory, in the engine's process."""
+    """Loads the engine in its own process, with controllers that may be faulty."""
     return replace(load_live_engine(load_engine, config, switch), make_controller=make)
 
 
 @dataclass
 class Log:
-    """What the requests came to."""
+    """How the requests ended."""
 
     finished: int = 0
     failed: int = 0
@@ -119,7 +119,7 @@ async def _ask(client: EngineClient, number: int, log: Log, over: asyncio.Event)
 
 
 async def _survive(client: EngineClient, name: str, cause: str) -> dict[str, Any]:
-    """Until the one before decides again."""
+    """Puts the faulty controller in force and waits until the one before decides again."""
     before, rollbacks = Counter(client.fallbacks), (await client.inspect())["rollbacks"]
     began = time.monotonic()
     await client.set_controller(name)

@@ -1,4 +1,4 @@
-"""Part of `soak.py`: its picture. Memory of both processes, and what became of the requests, over time."""
+"""The picture of a soak: memory of both processes, and how the requests ended, over time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OUTCOMES = {
     "left": COLOURS[5],
     "failed": COLOURS[2],
 }
-"""What ends a visit, and its colour; administration is left out."""
+"""How a request ends, and the colour for it; administration is left out."""
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -28,7 +28,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         figure = Figure(figsize=(11, 6), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)
         _memory(upper, result["samples"])
-        _visits(lower, result)
+        _requests(lower, result)
         for event in result["events"]:
             for axes in (upper, lower):
                 axes.axvspan(event["at"], event["at"] + event["seconds"], color="#000000", alpha=0.12, linewidth=1)
@@ -46,7 +46,7 @@ def _memory(axes: Axes, samples: list[dict[str, Any]]) -> None:
     axes.legend()
 
 
-def _visits(axes: Axes, result: Mapping[str, Any]) -> None:
+def _requests(axes: Axes, result: Mapping[str, Any]) -> None:
     ends = {name: np.array(counts) for name, counts in result["ends"].items() if name in OUTCOMES}
     stretches = len(next(iter(ends.values())))
     length = result["seconds"] / stretches

@@ -1,9 +1,9 @@
 """A server under everything that goes wrong: does each accepted request end, is nothing lost or leaked?
 
-Guests send mixed requests to a real ``echo-rl serve``: streams, whole answers, log-probabilities, several
+Clients send mixed requests to a real ``echo-rl serve``: streams, whole answers, log-probabilities, several
 completions at once, clients that leave, bodies that are broken, senseless or too large. Meanwhile
 controllers are swapped, experiments start and stop, and the engine's process is paused, killed and
-frozen; the end is a SIGTERM under load. Before that, `soak_guard` puts controllers in force that raise,
+frozen; the end is a SIGTERM under load. Before that, `faulty_controllers` puts controllers in force that raise,
 hang or plan NaN. In float32, so that every answer can be compared with the first to the same request.
 """
 
@@ -28,7 +28,7 @@ import tyro
 from benchmarks.common import CONSOLE, EngineOptions, Place, main
 from benchmarks.server.process import Server, get, resident_mb
 from benchmarks.soak.checks import Sample, Totals, compare_counters, compare_texts, ends, growth, too_much
-from benchmarks.soak.clients import DIED, WEIGHTS, Guest, Size, Visit
+from benchmarks.soak.clients import DISRUPTED, WEIGHTS, ClientRequest, Size, SoakClient
 from benchmarks.soak.faulty_controllers import under_faulty_controllers
 from benchmarks.soak.plot import draw
 from echo_rl.config import EngineConfig
@@ -36,28 +36,28 @@ from echo_rl.experiments.targets.http.connection import Endpoint
 from echo_rl.utils.result_store import write_json
 
 QUEUE = 14
-"""Most completions at once: fewer than the guests may ask for, so that some are sent away."""
+"""The most completions at once: fewer than the clients may ask for, so that some are refused."""
 BODY = 65_536
 DRAIN_SECONDS = 60
-BREATH = 0.3
-"""Seconds that a guest waits who was told to come later."""
+RETRY_SECONDS = 0.3
+"""Seconds that a client waits that was told to come later."""
 REST_SECONDS, EMPTY_SECONDS, BACK_SECONDS = 240.0, 15.0, 300.0
-"""Most seconds until every guest has gone, until the server then holds nothing, and until an engine is back."""
+"""The most seconds until every client has ended, until the server then holds nothing, and until an engine is back."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long, how many guests, and what happens to the engine's process."""
+    """How long, how many clients, and what happens to the engine's process."""
 
     seconds: float = 1200.0
-    guests: int = 10
+    clients: int = 10
     kills: int = 3
     pauses: int = 3
     """SIGSTOP for `pause_seconds`, which must cost nothing but time."""
     freezes: int = 1
     """SIGSTOP for good: the server must notice and replace the process, after a minute without a step."""
     rests: int = 3
-    """Times that the load stops and the server must be found empty, beside the one at the end."""
+    """How often the load stops and the server must be found empty, beside the time at the end."""
     pause_seconds: float = 3.0
     swap_every: float = 5.0
     experiment_every: float = 20.0
@@ -98,17 +98,17 @@ class Soak:
     def __init__(self, plan: Plan, engine: EngineConfig, server: Server, url: str) -> None:
         self.plan, self.server, self.url = plan, server, url
         self.size = Size(engine.max_context, BODY)
-        self.visits: list[Visit] = []
+        self.requests: list[ClientRequest] = []
         self.samples: list[Sample] = []
         self.events: list[dict[str, Any]] = []
         self.open = asyncio.Event()
-        """Whether guests may come."""
+        """Whether clients may send."""
         self.busy = 0
-        self.told = float("inf")
-        """When the server was told to end, as `time.monotonic`."""
+        self.stopping_at = float("inf")
+        """When the server was told to end, by `time.monotonic`."""
         self.began = time.monotonic()
         self.violations: list[str] = []
-        self.deaths = 0
+        self.engine_losses = 0
         self.counters: dict[str, int] = {}
         self.environment: dict[str, str] = {}
 
@@ -119,7 +119,7 @@ class Soak:
     async def run(self) -> dict[str, Any]:
         self.open.set()
         async with asyncio.TaskGroup() as group:
-            work = [group.create_task(self._guest(number)) for number in range(self.plan.guests)]
+            work = [group.create_task(self._client(number)) for number in range(self.plan.clients)]
             work += [
                 group.create_task(self._every(self.plan.swap_every, "swap", "bad swap", "swap")),
                 group.create_task(self._every(self.plan.experiment_every / 2, "experiment", "stop experiment")),
@@ -137,39 +137,41 @@ class Soak:
                     task.cancel()
         return self._found(code)
 
-    # ------------------------------------------------------------------------- guests
+    # ------------------------------------------------------------------------- clients
 
-    async def _guest(self, number: int) -> None:
-        """Every kind of visit once, in an order of its own, then by weight."""
+    async def _client(self, number: int) -> None:
+        """Sends every kind of request once, in an order of its own, then by weight."""
         rng = random.Random(f"{self.plan.seed}/{number}")
-        guest, kinds = Guest(self.url, self.size, rng), [*WEIGHTS]
+        client, kinds = SoakClient(self.url, self.size, rng), [*WEIGHTS]
         for kind in rng.sample(kinds, len(kinds)):
-            await self._visit(guest, kind)
+            await self._send(client, kind)
         while True:
-            await self._visit(guest, rng.choices(kinds, list(WEIGHTS.values()))[0])
+            await self._send(client, rng.choices(kinds, list(WEIGHTS.values()))[0])
 
     async def _every(self, seconds: float, *kinds: str) -> None:
-        """These kinds in turn."""
-        guest = Guest(self.url, self.size, random.Random(f"{self.plan.seed}/{kinds}"))
+        """Sends these kinds in turn."""
+        client = SoakClient(self.url, self.size, random.Random(f"{self.plan.seed}/{kinds}"))
         while True:
             for kind in kinds:
                 await asyncio.sleep(seconds)
-                await self._visit(guest, kind)
+                await self._send(client, kind)
 
-    async def _visit(self, guest: Guest, kind: str) -> None:
+    async def _send(self, client: SoakClient, kind: str) -> None:
         await self.open.wait()
         self.busy += 1
         try:
-            visit = await guest.visit(kind)
+            request = await client.send(kind)
         finally:
             self.busy -= 1
-        self.visits.append(visit)
-        if visit.began > self.told and visit.outcome == "broken" and not visit.status:
-            visit.outcome = "no connection"  # it came too late: the server had closed
-        elif not visit.fair and not (visit.ended > self.told and visit.outcome in DIED):
-            self.violations.append(f"at {self.now:.1f} s: {visit.kind} ended as '{visit.outcome}': {visit.detail}")
-        if visit.outcome.startswith("busy") or visit.outcome == "no connection":
-            await asyncio.sleep(BREATH)
+        self.requests.append(request)
+        if request.began > self.stopping_at and request.outcome == "broken" and not request.status:
+            request.outcome = "no connection"  # it came too late: the server had closed
+        elif not request.fair and not (request.ended > self.stopping_at and request.outcome in DISRUPTED):
+            self.violations.append(
+                f"at {self.now:.1f} s: {request.kind} ended as '{request.outcome}': {request.detail}"
+            )
+        if request.outcome.startswith("busy") or request.outcome == "no connection":
+            await asyncio.sleep(RETRY_SECONDS)
 
     # ------------------------------------------------------------------------- events
 
@@ -199,18 +201,18 @@ class Soak:
 
     async def _back(self) -> None:
         """Waits until the server has an engine again, with one restart more."""
-        self.deaths += 1
+        self.engine_losses += 1
         end = self.now + BACK_SECONDS
         while self.now < end:
             with suppress(Exception):
                 totals = await self._totals()
-                if totals.stats["restarts"] == self.deaths and totals.stats["ready"]:
+                if totals.stats["restarts"] == self.engine_losses and totals.stats["ready"]:
                     return
             await asyncio.sleep(0.1)
         self.violations.append(f"at {self.now:.1f} s: no engine again after {BACK_SECONDS:g} s")
 
     async def _rest(self, last: bool = False) -> None:
-        """Lets everything end and looks whether the server holds anything; the load goes on afterwards."""
+        """Lets everything end and checks that the server holds nothing; the load goes on afterwards."""
         self.open.clear()
         end = self.now + REST_SECONDS
         while self.busy and self.now < end:
@@ -220,12 +222,12 @@ class Soak:
             await asyncio.sleep(0.1)
             totals = await self._totals()
         if self.busy or not totals.empty:
-            self.violations.append(f"at {self.now:.1f} s, at rest: {self.busy} guests wait, {totals.stats}")
+            self.violations.append(f"at {self.now:.1f} s, at rest: {self.busy} clients wait, {totals.stats}")
         self.violations += totals.leaks()
         if last:
             self.environment = totals.stats["environment"]
             log = self.server.lines("request")
-            self.counters, wrong = compare_counters(self.visits, totals, log, self.deaths)
+            self.counters, wrong = compare_counters(self.requests, totals, log, self.engine_losses)
             self.violations += wrong
         self.open.set()
 
@@ -245,13 +247,13 @@ class Soak:
             await asyncio.sleep(self.plan.sample_every)
 
     async def _end(self) -> int:
-        """SIGTERM under load; its exit code."""
+        """Sends SIGTERM under load; returns the exit code."""
         end = self.now + 20.0
-        while self.busy < self.plan.guests // 2 and self.now < end:
+        while self.busy < self.plan.clients // 2 and self.now < end:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.5)  # requests are well under way
-        self.events.append({"what": "SIGTERM", "at": self.now, "seconds": 0.0, "guests": self.busy})
-        self.told = time.monotonic()
+        self.events.append({"what": "SIGTERM", "at": self.now, "seconds": 0.0, "clients": self.busy})
+        self.stopping_at = time.monotonic()
         code = await asyncio.to_thread(self.server.end, DRAIN_SECONDS + 30.0)
         self.events[-1]["seconds"] = self.now - self.events[-1]["at"]
         self.open.clear()
@@ -262,17 +264,17 @@ class Soak:
     # ------------------------------------------------------------------------- results
 
     def _found(self, code: int) -> dict[str, Any]:
-        texts, memory = compare_texts(self.visits), growth(self.samples, self.plan.seconds)
+        texts, memory = compare_texts(self.requests), growth(self.samples, self.plan.seconds)
         if code:
             self.violations.append(f"the server ended with exit code {code}")
         if texts["changed"]:
             self.violations.append(f"{texts['changed']} answers are not the first one to the same request")
-        kinds = sorted({visit.kind for visit in self.visits})
+        kinds = sorted({request.kind for request in self.requests})
         return {
             "plan": asdict(self.plan),
             "environment": self.environment,
             "seconds": self.now,
-            "visits": {k: Counter(v.outcome for v in self.visits if v.kind == k) for k in kinds},
+            "visits": {k: Counter(v.outcome for v in self.requests if v.kind == k) for k in kinds},
             "events": self.events,
             "texts": texts,
             "counters": self.counters,
@@ -280,7 +282,7 @@ class Soak:
             "exit_code": code,
             "violations": [*self.violations, *too_much(memory)],
             "samples": [asdict(sample) for sample in self.samples],
-            "ends": ends(self.visits, self.began, self.now),
+            "ends": ends(self.requests, self.began, self.now),
         }
 
 
@@ -297,11 +299,11 @@ def soak(plan: Plan, engine: EngineConfig, log: Path) -> dict[str, Any]:
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    visits: Counter[str] = Counter()
+    requests: Counter[str] = Counter()
     for outcomes in result["visits"].values():
-        visits.update(outcomes)
-    counts = ", ".join(f"{count} {outcome}" for outcome, count in visits.most_common())
-    return f"{sum(visits.values())} visits in {result['seconds']:.0f} s: {counts}"
+        requests.update(outcomes)
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in requests.most_common())
+    return f"{sum(requests.values())} requests in {result['seconds']:.0f} s: {counts}"
 
 
 def script() -> None:

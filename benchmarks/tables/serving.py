@@ -62,7 +62,7 @@ def server_overhead(result: Result) -> str:
 
 
 def soak(result: Result) -> str:
-    """What the guests of a soak did and how it ended, then what happened meanwhile."""
+    """What the clients of a soak sent and how it ended, then what happened meanwhile."""
     rows = [
         [kind, str(sum(ends.values())), ", ".join(f"{count} {end}" for end, count in _most_first(ends))]
         for kind, ends in result["visits"].items()
@@ -83,7 +83,7 @@ def soak(result: Result) -> str:
         )
         + f"Violations: {len(result['violations'])}.\n"
     )
-    return table(["what guests did", "times", "how it ended"], rows) + words
+    return table(["what clients did", "times", "how it ended"], rows) + words
 
 
 def _most_first(counts: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -36,7 +36,7 @@ class Ab:
     seconds: float | None = 20.0
     """Seconds a block and arm, of the replay's clock or the wall's."""
     steps: int | None = None
-    """Most serving steps a block and arm."""
+    """The most serving steps of a block and arm."""
     slo_ttft: float = 2.0
     """Seconds to the first token that count as good."""
     slo_tpot: float = 0.1
@@ -48,7 +48,7 @@ class Ab:
     tuned: Path | None = None
     """A ``tuned.json`` of ``echo-rl tune``: arms without options take theirs from it."""
     seed: int = 0
-    """Of the arrivals, the requests' order and the noise of the replay."""
+    """The seed of the arrivals, the requests' order and the noise of the replay."""
     out: Path = Path("results/ab")
     """Where the runs, the result and the report go."""
     engine: EngineOptions = field(default_factory=EngineConfig)

@@ -27,13 +27,13 @@ class Bench:
     blocks: int = 4
     """Blocks a load; intervals come from resampling them."""
     max_new_tokens: int = 128
-    """Most tokens a request."""
+    """The most tokens of a request."""
     suite: Literal["all", "mt_bench", "humaneval", "gsm8k"] = "all"
-    """Which prompts; ``all`` takes the suites in turn."""
+    """The suite that the prompts are taken from; ``all`` takes the suites in turn."""
     temperature: float = 0.0
     """0 is greedy."""
     seed: int = 0
-    """Of the prompts' order and of sampling."""
+    """The seed of the prompts' order and of sampling."""
     ignore_eos: bool = False
     """Serve every request to its full length."""
     slo_ttft: float | None = None

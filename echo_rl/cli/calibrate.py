@@ -65,7 +65,7 @@ class Gates:
     prompts: int | None = None
     """How many of the package's own prompts are observed; all by default."""
     max_new_tokens: int = 96
-    """Most tokens a prompt."""
+    """The most tokens that are generated for a prompt."""
     options: Annotated[GateOptions, tyro.conf.arg(name="")] = field(default_factory=GateOptions)
     engine: EngineOptions = field(default_factory=EngineConfig)
 

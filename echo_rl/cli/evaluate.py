@@ -29,7 +29,7 @@ class Eval:
     profile: Path | None = None
     """A cost profile of ``echo-rl calibrate`` (cost or roofline); this machine's own or the packaged one by default."""
     seed: int = 0
-    """Of the requests' order and of the noise of step times."""
+    """The seed of the requests' order and of the noise of step times."""
     tuned: Path | None = None
     """A ``tuned.json`` of ``echo-rl tune``: controllers named without options take theirs from it."""
     hindsight: bool = False

@@ -24,7 +24,7 @@ class Generate:
     prompt: tyro.conf.Positional[str | None] = None
     """What to answer; read from standard input where it is absent."""
     controller: str = "echo"
-    """Who decides the speculation: ``none``, ``eagle3``, ``echo``, ...; options as ``echo:name=value,name=value``."""
+    """The controller: ``none``, ``eagle3``, ``echo``, ...; options as ``echo:name=value,name=value``."""
     raw: bool = False
     """Continue the prompt as it is, without the chat template."""
     sampling: SamplingOptions = field(default_factory=SamplingParams)

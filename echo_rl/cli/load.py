@@ -40,15 +40,15 @@ class Load:
     num_requests: int | None = None
     """Requests a block, all of them awaited."""
     max_concurrency: int | None = None
-    """Most requests sent at once; the others wait at the client, and their time counts."""
+    """The most requests sent at once; the others wait at the client, and their time counts."""
     suite: Literal["all", "mt_bench", "humaneval", "gsm8k"] = "all"
-    """Which prompts; ``all`` takes the suites in turn."""
+    """The suite that the prompts are taken from; ``all`` takes the suites in turn."""
     max_tokens: int = 128
-    """Most tokens a request."""
+    """The most tokens of a request."""
     temperature: float = 0.0
     """0 is greedy."""
     seed: int = 0
-    """Of the arrivals, the prompts' order and of sampling."""
+    """The seed of the arrivals, the prompts' order and of sampling."""
     speculation: Literal["on", "off"] = "on"
     """``off`` asks for plain decoding in every request; ``echo-rl serve`` only."""
     retry: int = 0

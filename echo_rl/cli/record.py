@@ -22,13 +22,13 @@ class Record:
     prompts: int | None = None
     """How many prompts, the suites in turn; all by default."""
     suite: Literal["all", "mt_bench", "humaneval", "gsm8k"] = "all"
-    """Which prompts."""
+    """The suite that the prompts are taken from."""
     max_new_tokens: int = 96
-    """Most tokens a response."""
+    """The most tokens of a response."""
     temperature: float = 0.0
     """0 is greedy."""
     seed: int = 0
-    """Of the prompts' order and of sampling."""
+    """The seed of the prompts' order and of sampling."""
     half: bool = False
     """Keep log-probabilities in 16 bits: half the file, near-ties may replay differently."""
     options: Annotated[RecordOptions, tyro.conf.arg(name="")] = field(default_factory=RecordOptions)

@@ -17,7 +17,7 @@ class Serve:
     """Serve OpenAI's API, with /admin to change the controller, /metrics, and a live view at /ui."""
 
     controller: str = "echo"
-    """Who decides the speculation at first; options as ``echo:name=value,name=value``."""
+    """The controller that decides the speculation at first; options as ``echo:name=value,name=value``."""
     server: Annotated[ServerConfig, tyro.conf.arg(name="")] = field(default_factory=ServerConfig)
     engine: EngineOptions = field(default_factory=EngineConfig)
 

@@ -19,13 +19,13 @@ class Tune:
     requests: int = 8
     """Requests a block; twice the concurrency where that is more."""
     cap: int = 24
-    """Most candidates of one controller; a larger grid is sampled."""
+    """The most candidates of one controller; a larger grid is sampled."""
     trace: Path | None = None
     """A ``trace.safetensors`` of ``echo-rl record``; the small one of the package by default."""
     held_out: float = 0.3
     """Share of the prompts kept for `eval`, which must be given the same."""
     seed: int = 0
-    """Of the sampled candidates, the requests' order and the noise."""
+    """The seed of the sampled candidates, the requests' order and the noise."""
     out: Path = Path("results/tune")
     """Where ``tuned.json`` goes."""
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 ECHO = (sys.executable, "-m", "echo_rl.cli")
 ROOMY = ("--device", "cuda", "--kv-tokens", "131072")
 WAYS = tuple((step, ("--step", step, *ROOMY)) for step in ("device", "eager"))
-"""How the engine serves: everything is measured both ways."""
+"""The two ways the engine serves a step, with their options: everything is measured both ways."""
 INSTALL = "sglang-install"
 MODES = ("adaptive", "trees")
 """Modes of the SGLang plugin, each measured in a stage of its own."""
@@ -43,7 +43,7 @@ class Args:
     drafter: str | None = None
     """Its EAGLE-3 drafter, as ``yuhuili/EAGLE3-LLaMA3.1-Instruct-8B``."""
     controller: str = "echo"
-    """Who decides in SGLang."""
+    """The controller that decides in SGLang."""
     profile: Path | None = None
     """Costs for that controller; by default those modelled for a Llama-3.1-8B on an H100."""
     port: int = 8123

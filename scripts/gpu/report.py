@@ -178,7 +178,7 @@ def differing(found: Mapping[str, Any]) -> str:
 
 
 def records(folder: Path) -> dict[str, list[LoadRecord]]:
-    """By workload, the blocks in order."""
+    """The blocks of each workload in order."""
     found: dict[str, list[LoadRecord]] = defaultdict(list)
     for row in sorted(read_lines(folder / "blocks.jsonl"), key=lambda row: int(row["unit"]["block"])):
         found[row["unit"]["workload"]].append(LoadRecord.from_json(row["record"]))

@@ -20,7 +20,7 @@ from benchmarks.soak.checks import (
     growth,
     too_much,
 )
-from benchmarks.soak.clients import WEIGHTS, Visit, judge
+from benchmarks.soak.clients import WEIGHTS, ClientRequest, judge
 from benchmarks.soak.plot import draw
 from benchmarks.soak.run import Plan, soak
 from echo_rl.config import EngineConfig
@@ -28,7 +28,7 @@ from echo_rl.experiments.targets.http.connection import Answer
 from tests import tiny
 
 PLAN = Plan(
-    seconds=14.0, guests=8, kills=1, pauses=1, freezes=0, rests=1, pause_seconds=0.5,
+    seconds=14.0, clients=8, kills=1, pauses=1, freezes=0, rests=1, pause_seconds=0.5,
     swap_every=0.7, experiment_every=3.0, sample_every=0.2,
 )  # fmt: skip
 
@@ -46,7 +46,7 @@ def test_a_server_outlives_everything_that_goes_wrong(engine, tmp_path):
     assert result["violations"] == []
     assert result["exit_code"] == 0 and result["counters"]["deaths and restarts"] == 1
     assert [event["what"] for event in result["events"]] == ["pause", "kill", "rest", "SIGTERM"]
-    assert result["events"][-1]["guests"] > 0, "the end came without load"
+    assert result["events"][-1]["clients"] > 0, "the end came without load"
     outcomes = {outcome for ends in result["visits"].values() for outcome in ends}
     assert {"finished", "left", "done", "refused 400", "refused 413", "busy 503"} <= outcomes
     assert {*WEIGHTS, "swap", "experiment"} <= set(result["visits"])
@@ -92,11 +92,11 @@ def events(*chunks) -> bytes:
     ],
 )
 def test_a_stream_is_whole_or_says_why_not(raw, outcome, fair):
-    visit = Visit("chat")
-    judge(visit, Answer(200), raw)
-    assert (visit.outcome, visit.fair) == (outcome, fair)
+    request = ClientRequest("chat")
+    judge(request, Answer(200), raw)
+    assert (request.outcome, request.fair) == (outcome, fair)
     if outcome == "finished":
-        assert (visit.id, visit.tokens, visit.texts) == ("abc", 2, ("hi",))
+        assert (request.id, request.tokens, request.texts) == ("abc", 2, ("hi",))
 
 
 @pytest.mark.parametrize(
@@ -112,16 +112,16 @@ def test_a_stream_is_whole_or_says_why_not(raw, outcome, fair):
     ],
 )
 def test_a_refusal_must_fit_what_was_asked(kind, status, retry, code, outcome, fair):
-    visit = Visit(kind)
+    request = ClientRequest(kind)
     body = {"error": {"message": "no", "type": "x", "param": None, "code": code}}
-    judge(visit, Answer(status, retry, bytearray(json.dumps(body).encode())), b"")
-    assert (visit.outcome, visit.fair) == (outcome, fair)
+    judge(request, Answer(status, retry, bytearray(json.dumps(body).encode())), b"")
+    assert (request.outcome, request.fair) == (outcome, fair)
 
 
 def test_an_error_that_is_no_object_is_not_fair():
-    visit = Visit("malformed")
-    judge(visit, Answer(400, None, bytearray(b"Bad Request")), b"")
-    assert not visit.fair
+    request = ClientRequest("malformed")
+    judge(request, Answer(400, None, bytearray(b"Bad Request")), b"")
+    assert not request.fair
 
 
 # ----------------------------------------------------------------------------- counters, texts, memory
@@ -136,11 +136,11 @@ LOG = [
     {"id": "d", "route": "/admin/stats", "status": 200, "prompt_tokens": 0, "output_tokens": 0,
      "finish_reason": None},
 ]  # fmt: skip
-VISITS = [
-    Visit("several", "finished", 200, id="a", tokens=9),
-    Visit("leaver", "left"),
-    Visit("malformed", "refused 400", 400),
-    Visit("stats", "done", 200),
+REQUESTS = [
+    ClientRequest("several", "finished", 200, id="a", tokens=9),
+    ClientRequest("leaver", "left"),
+    ClientRequest("malformed", "refused 400", 400),
+    ClientRequest("stats", "done", 200),
 ]
 METRICS = """# HELP sglang:prompt_tokens_total Prompt tokens.
 sglang:prompt_tokens_total{model_name="m"} 10.0
@@ -159,11 +159,11 @@ echo_rl:spec_accepted_total{model_name="m",depth="1"} 2.0
 """
 
 
-def disagreements(visits=VISITS, metrics=METRICS, log=LOG, deaths=1):
-    return compare_counters(visits, Totals({}, metrics), log, deaths)[1]
+def disagreements(requests=REQUESTS, metrics=METRICS, log=LOG, engine_losses=1):
+    return compare_counters(requests, Totals({}, metrics), log, engine_losses)[1]
 
 
-def test_guests_log_and_metrics_agree():
+def test_clients_log_and_metrics_agree():
     assert disagreements() == []
 
 
@@ -174,31 +174,35 @@ def test_each_counter_is_looked_at(line):
 
 
 @pytest.mark.parametrize(
-    "visits",
+    "requests",
     [
-        [replace(VISITS[0], tokens=8), *VISITS[1:]],
-        [replace(VISITS[0], id="x"), *VISITS[1:]],
-        VISITS[1:],  # the log knows of a request that nobody sent
-        [*VISITS, *[Visit("malformed", "refused 400", 400)] * 2],  # and lacks two that were answered
+        [replace(REQUESTS[0], tokens=8), *REQUESTS[1:]],
+        [replace(REQUESTS[0], id="x"), *REQUESTS[1:]],
+        REQUESTS[1:],  # the log knows of a request that nobody sent
+        [*REQUESTS, *[ClientRequest("malformed", "refused 400", 400)] * 2],  # and lacks two that were answered
     ],
 )
-def test_an_answer_that_the_log_does_not_know_is_noticed(visits):
-    assert disagreements(visits=visits)
+def test_an_answer_that_the_log_does_not_know_is_noticed(requests):
+    assert disagreements(requests=requests)
 
 
-def test_a_death_without_a_restart_is_noticed():
-    assert disagreements(deaths=2)
+def test_a_lost_engine_without_a_restart_is_noticed():
+    assert disagreements(engine_losses=2)
 
 
 def test_a_changed_answer_is_noticed():
-    visits = [Visit("chat", "finished", asked=b"x", texts=(text,)) for text in ("one", "one", "two")]
-    visits.append(Visit("chat", "left", asked=b"x"))
-    assert compare_texts(visits) == {"requests": 1, "compared": 2, "changed": 1}
+    requests = [ClientRequest("chat", "finished", asked=b"x", texts=(text,)) for text in ("one", "one", "two")]
+    requests.append(ClientRequest("chat", "left", asked=b"x"))
+    assert compare_texts(requests) == {"requests": 1, "compared": 2, "changed": 1}
 
 
 def test_ends_are_counted_over_time():
-    visits = [Visit("chat", "busy 503", ended=10.11), Visit("chat", "busy 429", ended=10.11), Visit("chat", ended=12.0)]
-    found = ends(visits, began=10.0, seconds=2.0)
+    requests = [
+        ClientRequest("chat", "busy 503", ended=10.11),
+        ClientRequest("chat", "busy 429", ended=10.11),
+        ClientRequest("chat", ended=12.0),
+    ]
+    found = ends(requests, began=10.0, seconds=2.0)
     assert set(found) == {"busy", "lost"} and found["busy"][5] == 2 and found["lost"][-1] == 1
 
 
