@@ -93,16 +93,12 @@ class Replayer:
             "version": __version__, "trace": trace.digest, "costs": digest_of(repr(costs.profile).encode())
         }  # fmt: skip
         self._store = ResultStore.in_file(store, self.settings)
-        self._made_of = lru_cache(maxsize=None)(lambda arm: made_of(self.controller(arm)))
-
-    def controller(self, arm: str) -> Controller:
-        """A new one. Raises `UnknownController` and `ConfigError`."""
-        return make_arm(self.make, arm)
+        self._made_of = lru_cache(maxsize=None)(lambda arm: made_of(make_arm(make, arm)))
 
     def measure(self, arm: str, concurrency: int, blocks: range, warm: bool = True) -> list[Block]:
         """These blocks under one controller, after its warm-up unless `warm` is False (it learns nothing).
 
-        Raises `TraceError` where it plans what wasn't recorded, and what `controller` raises.
+        Raises `TraceError` where it plans what wasn't recorded, and what `make_arm` raises.
         """
         key = {"arm": arm, "concurrency": concurrency, "blocks": [blocks.start, blocks.stop], "warm": warm}
         key |= self._made_of(arm)
@@ -110,7 +106,7 @@ class Replayer:
         return [Block(**row) for row in rows]
 
     def _serve(self, arm: str, concurrency: int, blocks: range, warm: bool) -> list[Block]:
-        controller, first = self.controller(arm), self.config.warmup  # measured blocks follow the warm-up's
+        controller, first = make_arm(self.make, arm), self.config.warmup  # measured blocks follow the warm-up's
         for number in range(first if warm else 0):
             self._block(controller, concurrency, number)
         return [self._block(controller, concurrency, first + number) for number in blocks]
@@ -173,7 +169,7 @@ def _measure(replayer: Replayer, console: Console | None) -> tuple[dict[str, Ser
     measured: dict[str, Served] = {}
     for arm in config.all_arms:
         try:
-            replayer.controller(arm)  # before anything is measured: a misspelt name shall not cost minutes
+            make_arm(replayer.make, arm)  # before anything is measured: a misspelt name shall not cost minutes
         except PolicyError as error:
             left_out[arm] = str(error)
     with shown([arm for arm in config.all_arms if arm not in left_out], console) as arms:

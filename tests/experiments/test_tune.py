@@ -170,7 +170,7 @@ def test_the_command_writes_what_it_found(trace, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     trace.save(tmp_path / "trace.safetensors")
     command = Tune(
-        ("chain",), (1,), blocks=1, requests=2, trace=tmp_path / "trace.safetensors", out=tmp_path / "out"
+        TuneConfig(("chain",), (1,), blocks=1, requests=2), trace=tmp_path / "trace.safetensors", out=tmp_path / "out"
     )  # fmt: skip
     assert command.run() == 0
     assert "chain" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from echo_rl.experiments.plan import AbConfig, Run
-from echo_rl.experiments.report.measures import RATES, compare_outputs, headline, rates
+from echo_rl.experiments.report.measures import RATES, blocks_of, compare_outputs, headline, rates
 from echo_rl.experiments.targets.backend import Target
 from echo_rl.utils import statistics
 from echo_rl.workloads import metrics
@@ -58,7 +58,7 @@ def target_result(target: Target, config: AbConfig, runs: Mapping[Run, RunRecord
     """One target's part of the result as plain JSON types: a cell a workload, decisions by batch size over all."""
     cells, paired = [], []
     for workload in config.workloads:
-        a, b = ([runs[Run(block, workload, arm)] for block in range(config.blocks)] for arm in config.arms)
+        a, b = (blocks_of(runs, workload, arm) for arm in config.arms)
         head = headline(target.workload(workload))
         cells.append({"workload": workload, "headline": head, **compare(a, b, config.slo)})
         paired.append((rates(b, head), rates(a, head)))

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from echo_rl.experiments.plan import BenchConfig, Load, Run
-from echo_rl.experiments.report.measures import compare_outputs, rates
+from echo_rl.experiments.plan import BenchConfig, Run
+from echo_rl.experiments.report.measures import blocks_of, compare_outputs, rates
 from echo_rl.utils import statistics
 from echo_rl.workloads import metrics
 from echo_rl.workloads.records import RunRecord, pool
@@ -22,9 +22,9 @@ def report(
     """The result as plain JSON types: one cell per arm and load, blocks pooled, speed-ups paired by block."""
     cells = []
     for load in config.loads:
-        baseline = _blocks(runs, config.arms[0], load)
+        baseline = blocks_of(runs, load.workload, config.arms[0])
         for arm in config.arms:
-            ours = _blocks(runs, arm, load)
+            ours = blocks_of(runs, load.workload, arm)
             ratio = statistics.rate_ratio(rates(ours, KIND), rates(baseline, KIND))
             pooled = pool(ours)
             cells.append(
@@ -42,7 +42,3 @@ def report(
         "baseline": config.arms[0],
         "cells": cells,
     }
-
-
-def _blocks(runs: Mapping[Run, RunRecord], arm: str, load: Load) -> list[RunRecord]:
-    return [runs[Run(block, load.workload, arm)] for block in range(load.blocks)]

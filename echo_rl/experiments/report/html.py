@@ -44,7 +44,7 @@ def ab_page(result: Mapping[str, Any]) -> str:
             "of a block met the same requests and arrivals, one arm after the other in the order A B B A. "
             "Intervals are 95 %, from resampling pairs of blocks."
         ),
-        *(part for venue in result["venues"] for part in _venue(venue, config, a, b)),
+        *(part for target in result["venues"] for part in _target(target, config, a, b)),
     ]
     return page("A/B comparison", body)
 
@@ -93,23 +93,23 @@ def number(value: float | None, form: str = "{:.2f}") -> str:
     return "-" if value is None else form.format(value)
 
 
-def _venue(venue: Mapping[str, Any], config: Mapping[str, Any], a: str, b: str) -> list[str]:
-    cells, name = venue["cells"], venue["venue"]
+def _target(target: Mapping[str, Any], config: Mapping[str, Any], a: str, b: str) -> list[str]:
+    cells, name = target["cells"], target["venue"]
     return [
         f"<h2>{escape(name)}</h2>",
-        _verdicts(cells, venue["overall"]),
+        _verdicts(cells, target["overall"]),
         image(plots_ab.ratios(cells, a, b), "Ratios of B to A by workload"),
         _speeds(cells),
         _latencies(cells, config["slo"]),
         _outputs(cells),
         "<h3>What the two decided</h3>",
-        _by_batch(venue["by_batch"]),
-        image(plots_ab.decisions(venue["by_batch"], a, b), "Mean decisions by batch size"),
+        _by_batch(target["by_batch"]),
+        image(plots_ab.decisions(target["by_batch"], a, b), "Mean decisions by batch size"),
         *(
             image(plots_ab.over_time(c["over_time"], c["workload"]), f"Decisions over time, {c['workload']}")
             for c in cells
         ),
-        table("Environment", ("what", "value"), [(key, str(value)) for key, value in venue["environment"].items()]),
+        table("Environment", ("what", "value"), [(key, str(value)) for key, value in target["environment"].items()]),
     ]
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from echo_rl.experiments.plan import Run
-from echo_rl.experiments.report.measures import compare_outputs, headline, rates
+from echo_rl.experiments.report.measures import blocks_of, compare_outputs, headline, rates
 from echo_rl.experiments.targets.http.config import LoadConfig
 from echo_rl.experiments.targets.http.record import LoadRecord, together
 from echo_rl.utils import statistics
@@ -35,11 +35,7 @@ def report(
 ) -> dict[str, Any]:
     """Plain JSON types. `overall` is each arm over the baseline, the geometric mean over workloads."""
     arms = tuple(config.servers)
-    blocks = {
-        (text, arm): [done[Run(block, text, arm)] for block in range(config.blocks)]
-        for text in config.workloads
-        for arm in arms
-    }
+    blocks = {(text, arm): blocks_of(done, text, arm) for text in config.workloads for arm in arms}
     heads = {text: headline(workload) for text, workload in workloads.items()}
     paired = {arm: [_rates(blocks[text, arm], head) for text, head in heads.items()] for arm in arms}
     return {

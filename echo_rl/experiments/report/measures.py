@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+from echo_rl.experiments.plan import Run
 from echo_rl.utils import statistics
 from echo_rl.workloads.arrivals import Workload
 from echo_rl.workloads.records import RequestRecord, RunRecord
+
+R = TypeVar("R")
 
 RATES: Mapping[str, Callable[[RunRecord], float]] = {
     "tokens_per_second": lambda run: run.seconds,
@@ -18,6 +21,11 @@ RATES: Mapping[str, Callable[[RunRecord], float]] = {
 it measures the arrivals. A busy second measures the server's effort, idle time left out (a fast one
 meets smaller batches there). A request-second is the speed that a user sees, queueing included; at a
 fixed concurrency it ranks as the first does."""
+
+
+def blocks_of(done: Mapping[Run, R], workload: str, arm: str) -> list[R]:
+    """The results of an arm under a workload, block after block."""
+    return [result for run, result in done.items() if (run.workload, run.arm) == (workload, arm)]
 
 
 def rates(runs: Sequence[RunRecord], kind: str) -> list[statistics.Rate]:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from echo_rl.experiments.plan import Run
 from echo_rl.experiments.report.load import LATENCIES
+from echo_rl.experiments.report.measures import blocks_of
 from echo_rl.experiments.targets.http.config import LoadConfig
 from echo_rl.experiments.targets.http.record import LoadRecord, together
 from echo_rl.utils.plotting import COLOURS, STYLE
@@ -28,9 +29,7 @@ def draw(config: LoadConfig, done: Mapping[Run, LoadRecord], out: Path) -> list[
     """Writes a PNG for each workload into `out`; returns their paths."""
     paths = []
     for workload in config.workloads:
-        arms = {
-            arm: [done[Run(block, workload, arm)] for block in range(config.blocks)] for arm in tuple(config.servers)
-        }
+        arms = {arm: blocks_of(done, workload, arm) for arm in config.servers}
         paths.append(out / f"{re.sub('[^a-z0-9.]+', '_', workload.lower())}.png")
         figure(workload, arms).savefig(paths[-1], bbox_inches="tight")
     return paths

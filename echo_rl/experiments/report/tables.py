@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from echo_rl.experiments.report.html import verdict
+from echo_rl.experiments.report.html import number, verdict
 from echo_rl.experiments.report.layout import WIDE, Cell, Row, fitted
 from echo_rl.experiments.report.plots_ab import NAMES
 from echo_rl.utils.statistics import Interval
@@ -30,14 +30,14 @@ def _bench_values(cell: Result) -> dict[str, str]:
     values = {
         "tokens/s": _interval(cell["throughput"], 1),
         "speed-up": _ratio(cell["speedup"]),
-        "MAT": _number(cell["mat"]),
+        "MAT": number(cell["mat"]),
         "outputs equal": _equal(cell["outputs"]),
-        "budget used": _number(cell["budget_utilisation"], "{:.0%}"),
+        "budget used": number(cell["budget_utilisation"], "{:.0%}"),
         "TTFT p50": _milliseconds(latency["ttft"], "p50"),
         "TPOT p50": _milliseconds(latency["tpot"], "p50"),
         "TPOT p99": _milliseconds(latency["tpot"], "p99"),
     }
-    good = {} if cell["goodput"] is None else {"good requests/s": _number(cell["goodput"])}
+    good = {} if cell["goodput"] is None else {"good requests/s": number(cell["goodput"])}
     return values | good
 
 
@@ -88,8 +88,8 @@ def _load_values(cell: Result, compared: bool) -> dict[str, str]:
         found = cell["latency"][name]
         text = "/".join(f"{1000 * found[key]:.0f}" for key in ("p50", "p95", "p99")) if found else "-"
         values[f"{name.upper()} ms p50/p95/p99"] = text
-    values["requests/s"] = _number(cell["requests_per_second"])
-    return values | ({} if cell["goodput"] is None else {"good/s": _number(cell["goodput"])})
+    values["requests/s"] = number(cell["requests_per_second"])
+    return values | ({} if cell["goodput"] is None else {"good/s": number(cell["goodput"])})
 
 
 def remarks(result: Result) -> list[str]:
@@ -146,7 +146,7 @@ def _cell_values(cell: Result, result: Result) -> dict[str, str]:
     return {
         "tokens/s": _interval(cell["throughput"], 1),
         f"over {result['baseline']}": _interval(cell["speedup"]),
-        "MAT": _number(cell["mat"]),
+        "MAT": number(cell["mat"]),
         f"over {result['reference']}": _interval(cell["over_reference"]),
     }
 
@@ -156,7 +156,7 @@ def tuned(found: Result, width: int = WIDE) -> Table:
     rows: list[Row] = []
     for name, row in sorted(found.items(), key=lambda item: -(item[1]["score"] or 0.0)):
         options = ", ".join(f"{key} {value}" for key, value in row["options"].items()) or "defaults"
-        scores = {"tuned": _number(row["score"], "{:.3f}"), "defaults": _number(row["default_score"], "{:.3f}")}
+        scores = {"tuned": number(row["score"], "{:.3f}"), "defaults": number(row["default_score"], "{:.3f}")}
         rows.append(((name, options), scores | {"tried": str(row["tried"])}))
     title = "Geometric mean over loads of the speed-up over none"
     return fitted(title, ("controller", "best options"), rows, width, kept=3, sections=False)
@@ -169,11 +169,6 @@ def _interval(interval: Mapping[str, Any], digits: int = 2) -> str:
 def _ratio(interval: Mapping[str, Any] | None) -> str:
     """1 is the baseline over itself."""
     return Interval(**interval).text(2, "x") if interval else "1"
-
-
-def _number(value: float | None, form: str = "{:.2f}") -> str:
-    """A dash for what does not exist."""
-    return "-" if value is None else form.format(value)
 
 
 def _milliseconds(latency: Mapping[str, float] | None, key: str) -> str:
