@@ -91,7 +91,7 @@ class BatchedObservationEncoder:
         plain, speculative = corrector.rest.T
         base = verify[:, 0] + costs.overhead(batch, 0.0, False) * plain
         seconds = verify[:, 1:] + costs.overhead(batch[:, None], nodes[:, 1:], True) * speculative[:, None]
-        level = (costs.draft(batch, 3, 3) - costs.draft(batch, 3, 2)) * corrector.draft
+        level = costs.level(batch, 3, 3) * corrector.draft
         return np.concatenate([np.log2(seconds / base[:, None]) / 4.0, (level / base)[:, None]], axis=1)
 
 

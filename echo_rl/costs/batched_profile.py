@@ -5,6 +5,8 @@ Knows nothing of controllers, observations or replay. All times are seconds; arr
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -32,12 +34,11 @@ class BatchedCostProfile:
         """`lanes`: have so many machines, all of them this one until `put` says otherwise; 0 for a single one."""
         self.profile = profile
         self._lanes, self._machines = lanes, [profile] * max(1, lanes)
-        self._verify, self._draft = (
-            np.stack([np.asarray(surface)] * len(self._machines)) for surface in (profile.verify, profile.draft)
-        )
         self._scalars = np.array([[getattr(profile, name)] * len(self._machines) for name in SCALARS])  # [S, lanes]
-        self._verify_axes = _axes(profile.batches, profile.rows, profile.contexts)
-        self._draft_axes = _axes(profile.draft_batches, profile.widths, profile.depths)
+        verify_axes = (profile.batches, profile.rows, profile.contexts)
+        self._verify = _Surfaces([profile.verify] * len(self._machines), verify_axes, open_axis=1)
+        draft_axes = (profile.draft_batches, profile.widths, profile.depths)
+        self._draft = _Surfaces([profile.draft] * len(self._machines), draft_axes, open_axis=2)
 
     def machine(self, lane: int) -> CostProfile:
         """A lane's profile."""
@@ -49,17 +50,24 @@ class BatchedCostProfile:
         if not self._lanes or any(getattr(machine, name) != getattr(self.profile, name) for name in axes):
             raise ConfigError("machines of lanes must be measured on the same grid; derive them from one profile")
         self._machines[lane] = machine
-        self._verify[lane], self._draft[lane] = np.asarray(machine.verify), np.asarray(machine.draft)
+        self._verify.values[lane], self._draft.values[lane] = machine.verify, machine.draft
         self._scalars[:, lane] = [getattr(machine, name) for name in SCALARS]
 
     def verify(self, batch: ArrayLike, rows: ArrayLike, context: ArrayLike) -> Floats:
         """`CostProfile.verify_seconds` over arrays."""
-        return self._interpolate(self._verify, self._verify_axes, (batch, np.maximum(rows, batch), context), 1)
+        return self._verify.at(self._lane, batch, np.maximum(rows, batch), context)
 
     def draft(self, batch: ArrayLike, width: ArrayLike, depth: ArrayLike) -> Floats:
         """`CostProfile.draft_seconds` over arrays."""
-        seconds = self._interpolate(self._draft, self._draft_axes, (batch, width, depth), 2)
+        seconds = self._draft.at(self._lane, batch, width, depth)
         return np.where(np.asarray(depth) > 0, seconds, 0.0)
+
+    def level(self, batch: ArrayLike, width: ArrayLike, depth: ArrayLike) -> Floats:
+        """Seconds that the level at each depth adds to those above it."""
+        depths = np.asarray(depth)[..., None] - np.array([0, 1])
+        both = self.draft(np.asarray(batch)[..., None], np.asarray(width)[..., None], depths)
+        added: Floats = both[..., 0] - both[..., 1]
+        return added
 
     def overhead(self, batch: ArrayLike, nodes: ArrayLike, speculative: ArrayLike) -> Floats:
         """`CostProfile.overhead_seconds` over arrays."""
@@ -77,38 +85,40 @@ class BatchedCostProfile:
         """The lanes along the first of so many axes."""
         return np.arange(self._lanes).reshape(-1, *(1,) * (axes - 1)) if self._lanes else 0
 
-    def _interpolate(
-        self, surfaces: Floats, axes: tuple[Floats, ...], at: tuple[ArrayLike, ...], open_axis: int
-    ) -> Floats:
-        places = [
-            _locate(axis, x, extrapolate=i == open_axis) for i, (axis, x) in enumerate(zip(axes, at, strict=True))
+
+class _Surfaces:
+    """Seconds over three axes for each machine, linear between the knots."""
+
+    def __init__(self, values: Sequence[ArrayLike], axes: Sequence[Sequence[int]], open_axis: int) -> None:
+        """`open_axis` goes on past its last knot; along the others the surface stays as it is there."""
+        self.values = np.stack([np.asarray(surface, dtype=np.float64) for surface in values])  # [L, A, B, C]
+        self._axes = [np.asarray(axis, dtype=np.float64) for axis in axes]
+        self._inner, self._open_axis = [axis[1:-1] for axis in self._axes], open_axis
+        self._gaps = [np.diff(axis) for axis in self._axes]
+        self._strides = np.cumprod([1, *self.values.shape[:0:-1]])[::-1].tolist()  # flat steps of L, A, B, C
+        steps = [
+            [0, stride] if size > 1 else [0, 0]
+            for stride, size in zip(self._strides[1:], self.values.shape[1:], strict=True)
         ]
-        (a0, a1, ta), (b0, b1, tb), (c0, c1, tc) = places
-        lane = self._lane(max(a0.ndim, b0.ndim, c0.ndim))
+        self._corners = np.add.outer(np.add.outer(steps[0], steps[1]), steps[2])  # [2, 2, 2] from the lowest one
 
-        def line(a: Ints, b: Ints) -> Floats:
-            low = surfaces[lane, a, b, c0]
-            result: Floats = low + tc * (surfaces[lane, a, b, c1] - low)
-            return result
+    def at(self, lane: Callable[[int], Lanes], *place: ArrayLike) -> Floats:
+        """The seconds at a place, one array an axis; `lane` gives the machines for arrays of so many dimensions."""
+        (a, ta), (b, tb), (c, tc) = (self._locate(axis, x) for axis, x in enumerate(place))
+        machines, (whole, *strides) = lane(max(a.ndim, b.ndim, c.ndim)), self._strides
+        lowest = np.asarray(machines * whole + a * strides[0] + b * strides[1] + c * strides[2])
+        corners = self.values.reshape(-1).take(self._corners.reshape(2, 2, 2, *(1,) * lowest.ndim) + lowest)
+        lines = corners[:, :, 0] + tc * (corners[:, :, 1] - corners[:, :, 0])
+        faces = lines[:, 0] + tb * (lines[:, 1] - lines[:, 0])
+        seconds: Floats = faces[0] + ta * (faces[1] - faces[0])
+        return seconds
 
-        def face(a: Ints) -> Floats:
-            low = line(a, b0)
-            return low + tb * (line(a, b1) - low)
-
-        low = face(a0)
-        return low + ta * (face(a1) - low)
-
-
-def _axes(*axes: tuple[int, ...]) -> tuple[Floats, ...]:
-    return tuple(np.asarray(axis, dtype=np.float64) for axis in axes)
-
-
-def _locate(axis: Floats, x: ArrayLike, extrapolate: bool) -> tuple[Ints, Ints, Floats]:
-    """Knots below and above and the position between them; see `interpolation.locate`."""
-    x = np.asarray(x, dtype=np.float64)
-    if len(axis) == 1:
-        zero = np.zeros(x.shape, dtype=np.int64)
-        return zero, zero, np.zeros(x.shape)
-    x = np.maximum(x, axis[0]) if extrapolate else np.clip(x, axis[0], axis[-1])
-    low = np.minimum(np.searchsorted(axis, x, side="right"), len(axis) - 1) - 1
-    return low, low + 1, (x - axis[low]) / (axis[low + 1] - axis[low])
+    def _locate(self, number: int, x: ArrayLike) -> tuple[Ints, Floats]:
+        """The knot below on an axis and the position from there to the next one; see `interpolation.locate`."""
+        axis, at = self._axes[number], np.asarray(x, dtype=np.float64)
+        if len(axis) == 1:
+            return np.zeros(at.shape, dtype=np.int64), np.zeros(at.shape)
+        at = np.maximum(at, axis[0])
+        at = at if number == self._open_axis else np.minimum(at, axis[-1])
+        low: Ints = self._inner[number].searchsorted(at, side="right")
+        return low, (at - axis.take(low)) / self._gaps[number].take(low)

@@ -74,9 +74,9 @@ class Plain:
 
 def plain_step(costs: BatchedCostProfile, batch: Floats, context: Floats, prefill: Floats) -> Plain:
     """`Plain` of steps with these loads."""
-    passes = costs.verify(batch, batch, context)
-    prompts = costs.verify(batch, batch + costs.scalar("prefill_weight") * prefill, context) - passes
-    return Plain(passes + costs.overhead(batch, 0.0, False), prompts)
+    rows = np.stack([batch, batch + costs.scalar("prefill_weight") * prefill], axis=1)
+    alone, beside = costs.verify(batch[:, None], rows, context[:, None]).T
+    return Plain(alone + costs.overhead(batch, 0.0, False), beside - alone)
 
 
 def noise(generators: Sequence[np.random.Generator], sigma: Floats) -> Floats:
@@ -92,8 +92,7 @@ def _draft(costs: BatchedCostProfile, work: Work, speculative: NDArray[np.bool_]
     levels = 1 + int(np.flatnonzero(work.drafting.any(0))[-1])
     alive = work.drafting[:, :levels]
     depth = np.arange(1, levels + 1)
-    at = (np.maximum(alive, 1.0), np.maximum(work.width, 1.0)[:, None])
-    step = costs.draft(*at, depth) - costs.draft(*at, depth - 1)
+    step = costs.level(np.maximum(alive, 1.0), np.maximum(work.width, 1.0)[:, None], depth)
     besides = costs.scalar("catch_up") * work.unseen + costs.scalar("gate_overhead") * work.asked
     drafted: Floats = np.where(alive > 0, step, 0.0).sum(1) + np.where(speculative, besides, 0.0)
     return drafted
