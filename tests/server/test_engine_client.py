@@ -94,7 +94,7 @@ def test_one_refusal_among_several_is_raised():
 
 
 @pytest.mark.parametrize("isolation", ["process", "thread"])
-def test_only_a_process_of_the_engine_settles_its_heap(isolation):
+def test_only_a_process_of_the_engine_freezes_its_heap(isolation):
     async def main():
         client = EngineClient(SupervisorConfig("none", isolation, **QUICK), serve_counting_frozen)
         async with running(client):
@@ -247,7 +247,7 @@ def test_callbacks_see_every_step_and_a_failing_one_harms_nobody(caplog):
     assert "a callback on steps failed" in caplog.text
 
 
-def test_a_slow_subscriber_misses_the_oldest_and_all_end_with_the_host():
+def test_a_slow_subscriber_misses_the_oldest_and_all_end_with_the_client():
     async def main():
         async with running(fake_client(step_seconds=0.0)) as client:
             slow = client.subscribe()
@@ -330,11 +330,11 @@ def test_stopping_ends_streams_and_commands():
     asyncio.run(main())
 
 
-# ----------------------------------------------------------------------------- death
+# ----------------------------------------------------------------------------- exits
 
 
 @pytest.mark.parametrize("isolation", ["thread", "process"])
-def test_a_death_ends_everybody_with_an_error_and_the_engine_comes_back(isolation):
+def test_an_exit_ends_everybody_with_an_error_and_the_engine_comes_back(isolation):
     async def main():
         config = {"isolation": isolation, "switch": ControllerManagerOptions(trial_steps=5, deadline=5.0), **QUICK}
         async with running(fake_client(**config)) as client:
@@ -386,7 +386,7 @@ def test_signals_to_the_whole_group_do_not_end_the_engine():
 
 
 @pytest.mark.parametrize("isolation", ["thread", "process"])
-def test_a_hang_is_a_death(isolation):
+def test_a_hang_counts_as_an_exit(isolation):
     async def main():
         async with running(fake_client(isolation=isolation, stall_seconds=0.5, **QUICK)) as client:
             healthy = asyncio.create_task(collect(client, request_of("abc", "healthy", max_new_tokens=10**6)))
@@ -414,9 +414,9 @@ def test_an_idle_engine_does_not_count_as_hung():
 def test_an_engine_that_keeps_dying_is_given_up():
     async def main():
         async with running(fake_client(most_restarts=2, **QUICK)) as client:
-            for death in range(3):
+            for attempt in range(3):
                 await until(lambda: client.ready)
-                assert (await collect(client, request_of("#", f"r{death}")))[-1].finish_reason == "error"
+                assert (await collect(client, request_of("#", f"r{attempt}")))[-1].finish_reason == "error"
             await until(lambda: not client.alive)
             assert client.restarts == 2 and not client.ready
             with pytest.raises(Unavailable):
@@ -459,7 +459,7 @@ def test_a_restart_that_can_never_spawn_is_given_up(monkeypatch):
     asyncio.run(main())
 
 
-def test_a_controller_that_has_not_served_its_trial_does_not_survive_a_death():
+def test_a_controller_that_has_not_served_its_trial_does_not_survive_an_exit():
     async def main():
         async with running(fake_client(**QUICK)) as client:
             await client.set_controller("chain")
@@ -471,7 +471,7 @@ def test_a_controller_that_has_not_served_its_trial_does_not_survive_a_death():
     asyncio.run(main())
 
 
-def test_a_death_ends_the_experiment():
+def test_an_exit_ends_the_experiment():
     async def main():
         async with running(fake_client(**QUICK)) as client:
             await client.start_experiment(ExperimentOptions("chain", "none", block_seconds=100.0))
@@ -523,7 +523,7 @@ def test_what_a_core_counts_lasts_over_restarts():
 
 
 @pytest.mark.parametrize("step", ["eager", "device"])
-def test_how_steps_were_served_is_told_where_the_engine_counts_it(tmp_path, step):
+def test_how_steps_were_served_is_counted_where_the_engine_counts_it(tmp_path, step):
     async def main():
         async with running(tiny_client(tmp_path, {"step": step}, controller="none")) as client:
             steps = []

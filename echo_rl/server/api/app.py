@@ -31,16 +31,15 @@ def create_app(
     engine_client: EngineClient,
     tokenizer: Tokenizer,
     config: ServerConfig,
-    keys: Keys | None = None,
-    model: str = "smollm2",
+    keys: Keys,
+    model: str,
 ) -> FastAPI:
     """Returns the application; its `Front` is at ``app.state.front``.
 
     `model` is the engine's model (a name or a path). The controller that is active now is the server's first, see
     `ControllerCatalog`. `config.host` must be the IP address that is really listened on: without an admin key it
-    decides whether there is an /admin at all. Raises `ConfigError` where the keys can't be read.
+    decides whether there is an /admin at all.
     """
-    keys = Keys.load(config) if keys is None else keys
     name = config.model_name(model)
     front = Front(engine_client, tokenizer, config, name, Metrics(name, engine_client), Admission(config.max_queue))
     app = FastAPI(title="echo-rl", version=__version__, summary="OpenAI-compatible serving with speculative decoding")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -22,7 +22,7 @@ class ModelMetrics:
 
     def counters(self, name: str, text: str, *labels: str) -> Callable[..., Counter]:
         """Returns a function from the values of further labels to their counter."""
-        return partial(Counter(name, text, [MODEL, *labels], registry=self.registry).labels, self.model)
+        return cache(partial(Counter(name, text, [MODEL, *labels], registry=self.registry).labels, self.model))
 
     def gauge(self, name: str, text: str) -> Gauge:
         return Gauge(name, text, [MODEL], registry=self.registry).labels(self.model)

@@ -40,11 +40,9 @@ class ActiveController:
 class ControllerManager:
     """Holds the active controller and carries out the commands that change it."""
 
-    def __init__(
-        self, make: MakeController, spec: str, limits: Limits, options: ControllerManagerOptions | None = None
-    ) -> None:
+    def __init__(self, make: MakeController, spec: str, limits: Limits, options: ControllerManagerOptions) -> None:
         """Raises `ConfigError` where the first controller is not usable."""
-        self._make, self._limits, self._options = make, limits, options or ControllerManagerOptions()
+        self._make, self._limits, self._options = make, limits, options
         self._fallback = LazyObserver(make(self._options.fallback))
         self._main = self._guard(spec, self._build(spec))
         self._previous: ActiveController | None = None  # what a roll-back goes back to

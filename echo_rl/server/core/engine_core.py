@@ -65,11 +65,8 @@ class CoreOptions:
 class EngineCore:
     """Owns the engine and its controllers. One thread runs it, from `run` to its return."""
 
-    def __init__(
-        self, engine: ServedEngine, make_controller: MakeController, spec: str, options: CoreOptions | None = None
-    ) -> None:
+    def __init__(self, engine: ServedEngine, make_controller: MakeController, spec: str, options: CoreOptions) -> None:
         """Raises `ConfigError` where the controller `spec` is not usable."""
-        options = options or CoreOptions()
         self._engine = engine
         self._manager = ControllerManager(make_controller, spec, options.limits, options.switch)
         self._knee, self._serving_counts = _KneeCache(options.profile), options.serving_counts

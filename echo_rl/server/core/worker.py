@@ -43,7 +43,7 @@ class LoadedEngine:
     make_controller: MakeController
     max_context: int
     vocab: int
-    options: CoreOptions | None = None
+    options: CoreOptions
     environment: dict[str, str] = field(default_factory=dict)
 
 
