@@ -137,8 +137,11 @@ class EngineClient:
     # ------------------------------------------------------------------------- requests
 
     def submit(self, *requests: Request) -> OutputStream:
-        """Sends requests; their outputs, of each the last with a finish reason. Raises `Unavailable`, or `RequestError`
-        on an id in use; a request that the engine refuses raises `RequestError` from the stream."""
+        """Sends requests and returns their outputs; each request's last one has a finish reason.
+
+        Raises `Unavailable`, or `RequestError` on an id in use. A request that the engine refuses raises `RequestError`
+        from the stream.
+        """
         if not self.ready:
             raise Unavailable("the server is shutting down" if self._draining else "the engine is not ready")
         ids = [request.id for request in requests]
@@ -171,7 +174,7 @@ class EngineClient:
         return await self._call(lambda ticket: StartExperiment(ticket, options))
 
     async def stop_experiment(self) -> dict[str, Any]:
-        """Ends the experiment; its control stays in force. Raises `ConfigError` where none runs, or `Unavailable`."""
+        """Ends the experiment; its control stays active. Raises `ConfigError` where none runs, or `Unavailable`."""
         return await self._call(StopExperiment)
 
     async def inspect(self) -> dict[str, Any]:

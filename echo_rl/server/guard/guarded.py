@@ -62,12 +62,11 @@ def threaded_methods(controller: Controller) -> frozenset[str]:
 class Guarded:
     """Lets `controller` decide, and `fallback` wherever that fails, so that every decision is sound.
 
-    A fault is a decision that raises, holds NaN, can't be carried out (see `validation`), or takes
-    longer than `deadline` seconds. The fallback then decides, after a faulty `plan` the whole step.
-    While a call is overdue the fallback decides at once; one that isn't back after `HANG_DEADLINES` deadlines
-    is abandoned with its thread and the controller retired for good, and so it is after `MOST_FAULTS`
-    faults in a row. Both see every report; a controller that plans aside sees it just before its next
-    plan, which saves a handoff.
+    A fault is a decision that raises, holds NaN, can't be carried out (see `validation`), or outlasts `deadline`
+    seconds. The fallback then decides, after a faulty `plan` the whole step. While a call is overdue the fallback
+    decides at once; one that has not returned after `HANG_DEADLINES` deadlines is abandoned with its thread and the
+    controller retired for good, as it is after `MOST_FAULTS` faults in a row. Both observe every report; a controller
+    that plans in its thread observes them just before its next plan, which saves a handoff.
     """
 
     def __init__(
@@ -87,9 +86,7 @@ class Guarded:
         self._fallback, self._deadline, self._limits = fallback, deadline, limits or Limits()
         self._threaded = threaded_methods(controller) if threaded is None else threaded
         self._thread = BackgroundCaller(f"controller {self.name}")
-        self._reports: deque[StepReport] = deque(
-            maxlen=MOST_REPORTS
-        )  # not yet shown to a controller that plans in its thread
+        self._reports: deque[StepReport] = deque(maxlen=MOST_REPORTS)  # unobserved by one that plans in its thread
         self._overdue_since: float | None = None  # when the call that is overdue began
         self._retiring_cause = "invalid"
         self._logged: set[str] = set()
