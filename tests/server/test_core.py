@@ -460,7 +460,10 @@ def test_an_experiment_is_stopped_by_hand_once():
     assert director.of(ExperimentReport)[-1].value["reason"] == "stopped by hand"
 
 
-@pytest.mark.parametrize("bad", [{"control": "nonsense"}, {"treatment": "nonsense"}, {"treatment": "chain:steps=0"}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"control": "nonsense"}, {"treatment": "nonsense"}, {"control": "chain:steps=0"}, {"treatment": "chain:steps=0"}],
+)
 def test_an_experiment_that_makes_no_sense_is_refused(bad):
     def scene(director):
         yield [start(**bad)]
