@@ -63,9 +63,10 @@ def _summary(family: Family) -> str:
 
 
 def _sources(family: Family) -> list[str]:
-    """Links to the papers that the controller's docstring names."""
-    papers = dict.fromkeys(PAPER.findall(str(inspect.getdoc(family.controller))))
-    return [f"[arXiv {paper}](https://arxiv.org/abs/{paper})" for paper in papers]
+    """Links to the papers that the docstring of the controller names, or of the nearest rule that it derives from."""
+    named = (PAPER.findall(kind.__doc__ or "") for kind in family.controller.__mro__)
+    papers: list[str] = next(filter(None, named), [])
+    return [f"[arXiv {paper}](https://arxiv.org/abs/{paper})" for paper in dict.fromkeys(papers)]
 
 
 def _default(field: Field[Any]) -> str:

@@ -95,6 +95,12 @@ def test_the_page_of_controllers_has_every_registered_one_with_its_rule_and_opti
     assert docs_hooks.MARKER in (ROOT / "docs" / "algorithms.md").read_text()
 
 
+def test_every_registered_controller_is_of_one_kind():
+    text = (ROOT / "docs" / "algorithms.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| (`[^|]+) \|", text.partition("## Kinds")[2], re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(CONTROLLERS)
+
+
 def test_field_docs_are_those_below_the_fields():
     docs = docs_hooks.field_docs(CONTROLLERS["echo_fixed"].options)
     assert docs["tau"].startswith("The one threshold") and docs["profile"].startswith("The machine's costs")
