@@ -125,6 +125,10 @@ class LoadView:
         return self.batch_size + self.plain
 
 
+Gates = tuple[tuple[int, float], ...]
+"""(depth, least best-path probability) of each gate, in order of depth."""
+
+
 @dataclass(frozen=True)
 class SpecPlan:
     """The knobs of one step.
@@ -140,7 +144,7 @@ class SpecPlan:
     """Levels of the tree; a chain of d tokens has depth d."""
     width: int = 1
     """Nodes expanded a level, and children proposed by each."""
-    gates: tuple[tuple[int, float], ...] = ()
+    gates: Gates = ()
     floor: float = 0.0
     """Least path probability at which ECHO's scheduler verifies a node, even where budget is left."""
     nested: bool = False

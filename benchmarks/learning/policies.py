@@ -21,7 +21,7 @@ from echo_rl.contracts import Controller
 from echo_rl.controllers import registry
 from echo_rl.controllers.arm import Arm
 from echo_rl.controllers.policy.ppo import Ppo, PpoOptions
-from echo_rl.controllers.wrappers.timed import Timed
+from echo_rl.controllers.wrappers.timed import TimedController
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
 from echo_rl.env.reward import RewardOptions
@@ -210,7 +210,7 @@ def deciding(test: Trace, profile: CostProfile) -> dict[str, dict[str, Any]]:
     for batch in (1, 32):
         for name in TIMED:
             arm = Arm.parse(name)
-            timed = Timed(registry.make(arm.controller, **arm.options))
+            timed = TimedController(registry.make(arm.controller, **arm.options))
             backend = ReplayBackend(test, BatchedCostProfile(profile))
             run = serve(backend, timed, test.requests(), batch, clock=backend.clock)
             took = {"microseconds": 1e6 * timed.seconds / len(run.steps), "share_of_step": timed.seconds / run.seconds}

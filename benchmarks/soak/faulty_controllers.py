@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller, LoadView, Request, SamplingParams, SpecPlan
-from echo_rl.controllers.wrappers.base import Wrapping
+from echo_rl.controllers.wrappers.base import ControllerWrapper
 from echo_rl.runtime.environment import load_engine
 from echo_rl.server.client.engine_client import EngineClient, SupervisorConfig
 from echo_rl.server.config import ControllerManagerOptions
@@ -50,7 +50,7 @@ FAULTS: Mapping[str, tuple[Callable[[LoadView], SpecPlan], str]] = {
 """What a fault does, and the cause under which the guard must count it."""
 
 
-class Faulty(Wrapping):
+class Faulty(ControllerWrapper):
     """A controller that is sound in dry runs, and at fault ever after."""
 
     def __init__(self, name: str, inner: Controller) -> None:

@@ -6,7 +6,7 @@ is one server in plain floats; both say the same, but that the latter looks cost
 nothing of rewards, networks or where steps come from.
 """
 
-from echo_rl.codec.actions import CALIBRATED, ActionTable, Gates, Knobs, gates_asked, planned_gates
+from echo_rl.codec.actions import CALIBRATED, ActionTable, Knobs, gates_asked, planned_gates
 from echo_rl.codec.batched_observations import BatchedObservationEncoder, quantiles
 from echo_rl.codec.features import CODEC_VERSION, CONFIDENCE, DEPTHS, FEATURES, GROUPS, visible
 from echo_rl.codec.observations import ObservationEncoder
@@ -20,7 +20,6 @@ __all__ = [
     "GROUPS",
     "ActionTable",
     "BatchedObservationEncoder",
-    "Gates",
     "Knobs",
     "ObservationEncoder",
     "gates_asked",

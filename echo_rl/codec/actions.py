@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echo_rl.codec.features import DEPTHS
-from echo_rl.contracts import AUTOREGRESSIVE, LoadView, SpecPlan
+from echo_rl.contracts import AUTOREGRESSIVE, Gates, LoadView, SpecPlan
 from echo_rl.errors import ConfigError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Gates = tuple[tuple[int, float], ...]
 CALIBRATED = -1.0
 """Stands for ECHO's gates: the calibrated thresholds, at the few depths that were chosen for them."""
 

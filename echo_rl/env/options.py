@@ -8,7 +8,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from echo_rl.codec import FEATURES, ActionTable, Gates
+from echo_rl.codec import FEATURES, ActionTable
+from echo_rl.contracts import Gates
 from echo_rl.env.reward import RewardOptions
 from echo_rl.errors import ConfigError
 from echo_rl.workloads.arrivals import Workload, closed

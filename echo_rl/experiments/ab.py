@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from echo_rl.contracts import Controller, MakeController
-from echo_rl.controllers.wrappers.fitted import Fitted
+from echo_rl.controllers.wrappers.fitted import FittedController
 from echo_rl.errors import ConfigError
 from echo_rl.experiments.arms import Arms
 from echo_rl.experiments.plan import AbConfig, Run
@@ -67,7 +67,7 @@ def run_on(
     workloads = {text: target.workload(text) for text in config.workloads}
 
     def warm_up(controller: Controller, workload: str) -> Controller:
-        fitted = Fitted(controller, target.depth, target.width)
+        fitted = FittedController(controller, target.depth, target.width)
         target.drive(fitted, workloads[workload], seed_of(config.seed, workload, "warm-up"), steps=WARMUP_STEPS)
         return fitted
 

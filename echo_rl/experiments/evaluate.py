@@ -24,7 +24,7 @@ from rich.console import Console
 from echo_rl import __version__
 from echo_rl.contracts import Controller, MakeController, Request
 from echo_rl.controllers.arm import Arm
-from echo_rl.controllers.wrappers.timed import Timed
+from echo_rl.controllers.wrappers.timed import TimedController
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.errors import ConfigError, PolicyError, TraceError
 from echo_rl.experiments.arms import made_of, make_arm
@@ -112,7 +112,7 @@ class Replayer:
         return [self._block(controller, concurrency, first + number) for number in blocks]
 
     def _block(self, controller: Controller, concurrency: int, number: int) -> Block:
-        timed = Timed(controller)
+        timed = TimedController(controller)
         requests = self.requests(concurrency, number)
         run = self._target.serve(timed, requests, concurrency, seed=self.config.seed + number)
         committed, rows = (sum(getattr(step, name) for step in run.steps) for name in ("committed", "batch_size"))

@@ -16,8 +16,8 @@ from stable_baselines3.common.distributions import MultiCategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.nn.functional import cross_entropy
 
-from echo_rl.codec import ActionTable, Gates, ObservationEncoder
-from echo_rl.contracts import LoadView, SpecPlan
+from echo_rl.codec import ActionTable, ObservationEncoder
+from echo_rl.contracts import Gates, LoadView, SpecPlan
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError
 from echo_rl.learning.play import MakeController, World, play

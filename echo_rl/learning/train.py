@@ -17,7 +17,8 @@ from rich.console import Console
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
-from echo_rl.codec import ActionTable, Gates, visible
+from echo_rl.codec import ActionTable, visible
+from echo_rl.contracts import Gates
 from echo_rl.controllers.echo.echo import Echo, EchoOptions
 from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.controllers.policy.network import Policy, bound

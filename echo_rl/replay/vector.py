@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echo_rl.codec import CALIBRATED, DEPTHS, Knobs, planned_gates, quantiles
-from echo_rl.contracts import NO_GATE
+from echo_rl.contracts import NO_GATE, Gates
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.batched_records import BatchedLoadView, BatchedStepReport
 from echo_rl.errors import ConfigError
@@ -25,7 +25,6 @@ from echo_rl.workloads.arrivals import Arrivals, Workload
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Gates = tuple[tuple[int, float], ...]
 Plans = tuple[tuple[int, tuple[float, int, int]], ...]
 """(largest batch, (nodes a request, depth, width)), by rising batch; the last one serves all larger batches too."""
 IDLE_STEPS = 10_000

@@ -6,9 +6,9 @@ import pytest
 
 from echo_rl.contracts import LoadView, SpecPlan
 from echo_rl.controllers import make
-from echo_rl.controllers.wrappers.base import Wrapping
-from echo_rl.controllers.wrappers.fitted import Fitted
-from echo_rl.controllers.wrappers.timed import Timed
+from echo_rl.controllers.wrappers.base import ControllerWrapper
+from echo_rl.controllers.wrappers.fitted import FittedController
+from echo_rl.controllers.wrappers.timed import TimedController
 from echo_rl.server.guard.guarded import Guarded
 from tests import tiny
 from tests.controllers.conftest import load_of
@@ -47,7 +47,12 @@ def test_a_guard_passes_it_on_of_whoever_decides():
 
 @pytest.mark.parametrize(
     "around",
-    [lambda c: Guarded(c, make("none"), deadline=60.0), lambda c: Fitted(c, 8, 8), Timed, Wrapping],
+    [
+        lambda c: Guarded(c, make("none"), deadline=60.0),
+        lambda c: FittedController(c, 8, 8),
+        TimedController,
+        ControllerWrapper,
+    ],
 )
 def test_echo_is_served_on_the_device_whatever_is_around_it(tmp_path, around):
     engine = tiny.engine(tmp_path, step="device")
@@ -58,8 +63,8 @@ def test_echo_is_served_on_the_device_whatever_is_around_it(tmp_path, around):
 
 
 def test_a_controller_around_one_that_must_be_asked_must_be_asked():
-    assert Wrapping(make("ddd")).score_powers(PLAN) is None
-    assert Wrapping(Steps()).score_powers(PLAN) is None
+    assert ControllerWrapper(make("ddd")).score_powers(PLAN) is None
+    assert ControllerWrapper(Steps()).score_powers(PLAN) is None
 
 
 class Steps:

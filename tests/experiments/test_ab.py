@@ -11,7 +11,7 @@ from rich.console import Console
 
 from echo_rl.cli.ab import Ab
 from echo_rl.contracts import Request, SamplingParams
-from echo_rl.controllers.wrappers.fitted import Fitted
+from echo_rl.controllers.wrappers.fitted import FittedController
 from echo_rl.errors import ConfigError
 from echo_rl.experiments.ab import run_ab, run_on
 from echo_rl.experiments.plan import AbConfig, Run
@@ -249,11 +249,11 @@ def test_plans_are_cut_to_what_the_venue_can_serve(make_controller, caplog):
     from echo_rl.contracts import LoadView
 
     load = LoadView(2, 0, 0, 1.0, 0.1, 64)
-    fitted = Fitted(make_controller("echo"), depth=2, width=None)
+    fitted = FittedController(make_controller("echo"), depth=2, width=None)
     assert (fitted.plan(load).max_depth, fitted.plan(load).budget) == (2, 12) and fitted.cuts == 2
     assert len(caplog.records) == 1
-    assert Fitted(make_controller("echo"), None, None).plan(load).max_depth == 3
-    assert not Fitted(make_controller("none"), 0, 0).plan(load).speculates
+    assert FittedController(make_controller("echo"), None, None).plan(load).max_depth == 3
+    assert not FittedController(make_controller("none"), 0, 0).plan(load).speculates
 
 
 # ----------------------------------------------------------------------------- report

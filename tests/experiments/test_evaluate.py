@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_rl.controllers import registry
-from echo_rl.controllers.wrappers.base import Wrapping
+from echo_rl.controllers.wrappers.base import ControllerWrapper
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
@@ -118,7 +118,7 @@ def test_replayed_arms_serve_the_same_requests(trace, costs):
 def test_deciding_is_timed_beside_the_simulated_time(trace, costs):
     """A slow controller serves exactly as a quick one does, and is seen to be slow."""
 
-    class Slow(Wrapping):
+    class Slow(ControllerWrapper):
         def plan(self, load):
             time.sleep(0.002)
             return super().plan(load)

@@ -19,12 +19,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from echo_rl.contracts import NO_GATE, Forest, Frontier, LoadView, Selection, SpecPlan
+from echo_rl.contracts import NO_GATE, Forest, Frontier, Gates, LoadView, Selection, SpecPlan
 from echo_rl.controllers.baselines.fixed import Eagle3, Eagle3Options
 from echo_rl.controllers.selection import MISSING, pack, per_request_top_k
 from echo_rl.errors import ConfigError
 
-Gates = tuple[tuple[int, float], ...]
 Values = Mapping[str, tuple[Any, ...]]
 """Option -> the values worth trying. They stay within depth 8 and width 8, which recordings hold."""
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from echo_rl.contracts import AUTOREGRESSIVE, Forest, LoadView, Selection, SpecPlan, StepReport
+from echo_rl.contracts import AUTOREGRESSIVE, Forest, Gates, LoadView, Selection, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
-from echo_rl.controllers.baselines.dynamic import Gates, probabilities
+from echo_rl.controllers.baselines.dynamic import probabilities
 from echo_rl.controllers.probing import ProbeBudget
 from echo_rl.controllers.selection import likeliest
 from echo_rl.controllers.tree_shapes import REFERENCE_HIT

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from echo_rl.contracts import AUTOREGRESSIVE, Forest, LoadView, Selection, SpecPlan, StepReport
+from echo_rl.contracts import AUTOREGRESSIVE, Forest, Gates, LoadView, Selection, SpecPlan, StepReport
 from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.controllers.echo.planner import BudgetPlanner, PlannerOptions, Shape
@@ -28,8 +28,6 @@ from echo_rl.controllers.selection import even_split, likeliest, pack, per_reque
 from echo_rl.controllers.tree_shapes import affordable
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError
-
-Gates = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)

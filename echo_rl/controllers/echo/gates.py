@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from echo_rl.contracts import Gates
 from echo_rl.costs.files import own_or_packaged, read_record, write_record
 from echo_rl.errors import ConfigError
 
@@ -75,11 +76,11 @@ class GateCalibration:
         if any(not 0.0 < p < math.inf for p in powers) or any(b < a for a, b in pairwise(powers)):
             raise ConfigError(f"score_power {powers} must be positive, finite, and must not fall with depth")
 
-    def sparse(self, max_depth: int) -> tuple[tuple[int, float], ...]:
+    def sparse(self, max_depth: int) -> Gates:
         """Gates of a plan at the chosen depths; the last level needs none, nothing is drafted past it."""
         return tuple((g.depth, g.tau) for g in self.depths if g.depth in self.chosen and g.depth < max_depth - 1)
 
-    def dense(self, max_depth: int) -> tuple[tuple[int, float], ...]:
+    def dense(self, max_depth: int) -> Gates:
         """Gates at every depth; a depth without its own threshold takes the nearest shallower one's."""
         known = {g.depth: g.tau for g in self.depths}
         gates, tau = [], self.depths[0].tau if self.depths else 0.0

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Wrapping:
+class ControllerWrapper:
     """A controller around another one, which decides whatever a subclass doesn't."""
 
     def __init__(self, controller: Controller) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 
 from echo_rl.contracts import Controller, LoadView, SpecPlan
-from echo_rl.controllers.wrappers.base import Wrapping
+from echo_rl.controllers.wrappers.base import ControllerWrapper
 
 log = logging.getLogger(__name__)
 
 
-class Fitted(Wrapping):
+class FittedController(ControllerWrapper):
     """A controller whose plans are cut to what a backend can serve. Warns the first time."""
 
     def __init__(self, controller: Controller, depth: int | None, width: int | None) -> None:

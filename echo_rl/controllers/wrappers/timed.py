@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from echo_rl.contracts import Controller, Forest, Frontier, LoadView, Selection, SpecPlan, StepReport
-from echo_rl.controllers.wrappers.base import Wrapping
+from echo_rl.controllers.wrappers.base import ControllerWrapper
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Timed(Wrapping):
+class TimedController(ControllerWrapper):
     """A controller with a stopwatch on its four methods."""
 
     def __init__(self, controller: Controller) -> None:

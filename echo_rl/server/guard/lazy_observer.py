@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import deque
 
 from echo_rl.contracts import Controller, LoadView, SpecPlan, StepReport
-from echo_rl.controllers.wrappers.base import Wrapping
+from echo_rl.controllers.wrappers.base import ControllerWrapper
 
 MOST_REPORTS = 128
 """Most steps that are kept for a controller that observes late."""
 
 
-class LazyObserver(Wrapping):
+class LazyObserver(ControllerWrapper):
     """A controller that observes the last `MOST_REPORTS` steps just before it plans, not one by one.
 
     Observing every step costs more than all checks of a guard together, and what lies further back has no weight in a
