@@ -66,7 +66,7 @@ def sweep(setting: Sweep, engine: EngineConfig, place: Place) -> dict[str, Any]:
         configs = {f"closed:{load}": config(setting, url, load) for load in setting.concurrency}
         sessions = {workload: HttpTarget(each, prompts, Keys()) for workload, each in configs.items()}
         every = replace(next(iter(configs.values())), workloads=tuple(configs))
-        done = run_missing(every.runs, store, lambda run: sessions[run.workload].serve(run), CONSOLE)
+        done = run_missing(every.runs, store, lambda run: sessions[run.workload].run(run), CONSOLE)
     workloads = {workload: session.workloads[workload] for workload, session in sessions.items()}
     found = report(every, workloads, done, environment)
     cells = [{**cell, **as_in_a_bench(cell)} for cell in found["cells"]]

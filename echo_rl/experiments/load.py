@@ -31,7 +31,7 @@ def run_load(
     environment = machine(models=", ".join(target.models.values()))
     store: ResultStore[Run, LoadRecord] = ResultStore.in_folder(out, config, environment, LoadRecord)
     try:
-        done = run_missing(config.runs, store, target.serve, console)
+        done = run_missing(config.runs, store, target.run, console)
     finally:
         target.restore()
     result = report(config, target.workloads, done, environment)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -20,6 +20,14 @@ STYLE: Any = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
 }
+
+
+def error_bars(intervals: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """[below, above]: how far intervals reach from their estimates; nothing where one block gave no interval."""
+    return [
+        [0.0 if each[end] is None else abs(each["estimate"] - each[end]) for each in intervals]
+        for end in ("low", "high")
+    ]
 
 
 def concurrency_axis(axes: Axes, values: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from echo_rl.workloads.arrivals import Workload
 from echo_rl.workloads.records import RequestRecord, RunRecord
 
 KINDS = ("tokens_per_second", "tokens_per_request_second")
-"""Of `trials.RATES`, those that a client can measure."""
+"""Those of `measures.RATES` that a client can measure."""
 LATENCIES: Mapping[str, Callable[[RequestRecord], float | None]] = {
     "ttft": metrics.ttft,
     "tpot": metrics.tpot,

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from echo_rl.utils.plotting import COLOURS, MARKERS, STYLE, concurrency_axis
+from echo_rl.utils.plotting import COLOURS, MARKERS, STYLE, concurrency_axis, error_bars
 
 PHASE_COLOURS = {
     "verify": "#0072B2",
@@ -100,13 +100,7 @@ def phases(result: Result) -> Figure:
 def _line(axes: Axes, cells: Sequence[Mapping[str, Any]], key: str, arm: str, index: int) -> None:
     xs = [cell["concurrency"] for cell in cells]
     ys = [cell[key]["estimate"] for cell in cells]
-    below = [_gap(cell[key]["estimate"], cell[key]["low"]) for cell in cells]
-    above = [_gap(cell[key]["estimate"], cell[key]["high"]) for cell in cells]
-    axes.errorbar(xs, ys, yerr=[below, above], label=arm, capsize=3, **_look(index))
-
-
-def _gap(estimate: float, end: float | None) -> float:
-    return 0.0 if end is None else abs(estimate - end)
+    axes.errorbar(xs, ys, yerr=error_bars([cell[key] for cell in cells]), label=arm, capsize=3, **_look(index))
 
 
 def _stack(axes: Axes, cells: Sequence[Mapping[str, Any]]) -> None:

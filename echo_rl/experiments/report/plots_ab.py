@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from echo_rl.utils.plotting import COLOURS, MARKERS, STYLE
+from echo_rl.utils.plotting import COLOURS, MARKERS, STYLE, error_bars
 
 SIDES = (("a", COLOURS[1], MARKERS[0]), ("b", COLOURS[2], MARKERS[1]))
 KNOBS = (("nodes", "nodes a request"), ("depth", "depth"), ("width", "width"), ("plain", "share of plain steps"))
@@ -29,7 +29,8 @@ def ratios(cells: Cells, a: str, b: str) -> Figure:
     for i, (kind, name) in enumerate(NAMES.items()):
         found = [cell["ratios"][kind] for cell in cells]
         places = [row + 0.22 * (i - 1) for row in range(len(cells))]
-        _bars(axes, [r["estimate"] for r in found], places, found, COLOURS[i + 1], MARKERS[i], name)
+        look: Any = {"fmt": MARKERS[i], "color": COLOURS[i + 1], "capsize": 3, "markersize": 5, "label": name}
+        axes.errorbar([r["estimate"] for r in found], places, xerr=error_bars(found), **look)
     axes.axvline(1.0, color=COLOURS[0], linewidth=1, linestyle="--")
     axes.set_yticks(range(len(cells)), [cell["workload"] for cell in cells])
     axes.invert_yaxis()
@@ -66,15 +67,6 @@ def over_time(rows: Cells, workload: str) -> Figure:
     figure.suptitle(workload, parse_math=False)
     _legend(figure, panels[0])
     return figure
-
-
-def _bars(
-    axes: Axes, xs: Sequence[float], ys: Sequence[float], intervals: Cells, colour: str, marker: str, label: str
-) -> None:
-    """Points with horizontal intervals; none is drawn where there was one block."""
-    below = [0.0 if r["low"] is None else max(0.0, r["estimate"] - r["low"]) for r in intervals]
-    above = [0.0 if r["high"] is None else max(0.0, r["high"] - r["estimate"]) for r in intervals]
-    axes.errorbar(xs, ys, xerr=[below, above], fmt=marker, color=colour, capsize=3, markersize=5, label=label)
 
 
 def _panels(count: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:

@@ -54,7 +54,7 @@ class HttpTarget:
         for url in config.urls:
             run_async(self._greet(url))
 
-    def serve(self, run: Run) -> LoadRecord:
+    def run(self, run: Run) -> LoadRecord:
         record = run_async(self._run(run, self._config.servers[run.arm]))
         if not record.served.output_tokens:
             raise ConfigError(f"no token came in {run}{_most_frequent(record)}")
