@@ -50,7 +50,8 @@ def make_replay_vec(
     render_mode: str | None = None,
     **settings: Any,
 ) -> ReplayVectorEnv:
-    """As many such environments, stepped together: what policies are trained on. See `replay_setting`."""
+    """The vector environment of so many replays, stepped together, that policies are trained on. See
+    `replay_setting`."""
     from echo_rl.env.vector_env import ReplayVectorEnv
 
     return ReplayVectorEnv(*replay_setting(**settings), num_envs, autoreset_mode, render_mode)
@@ -65,7 +66,7 @@ def replay_setting(
     calibration: GateCalibration | str | Path | None = None,
     **options: Any,
 ) -> tuple[Trace, BatchedCostProfile, ReplayEnvOptions]:
-    """What a replay's environments are made of.
+    """The parts that a replay's environments are made of.
 
     `trace`, `profile` and `calibration` are objects or their files; None takes the packaged trace and
     this machine's calibration (the packaged one where there is none). `workloads`: see `workloads.arrivals.parse`.

@@ -153,7 +153,7 @@ def _bootstrap(
 
 
 def _widening(blocks: int, level: float) -> float:
-    """What a bootstrap over few blocks lacks: it divides by n for n - 1, and takes a normal for Student's t.
+    """The factor that a bootstrap over few blocks lacks: it divides by n for n - 1, and takes a normal for Student's t.
 
     Of two blocks the bootstrap's ends are the blocks themselves, a standard error from the mean.
     """

@@ -39,7 +39,7 @@ class EchoOptions:
     nodes: float | None = None
     """Fixed budget in nodes a request instead of the planner's choice, still under K_max."""
     planner: PlannerOptions = field(default_factory=PlannerOptions)
-    """How budgets are compared; only from Python, not on a command line."""
+    """The options by which budgets are compared; only from Python, not on a command line."""
 
     def __post_init__(self) -> None:
         if self.nodes is not None and not self.nodes > 0:
