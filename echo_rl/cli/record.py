@@ -35,31 +35,15 @@ class Record:
     engine: EngineOptions = field(default_factory=lambda: EngineConfig(kv_tokens=65_536))
 
     def run(self) -> int:
-        from dataclasses import replace
-
         from rich.console import Console
 
         from echo_rl.contracts import SamplingParams
-        from echo_rl.replay.recorder import record
-        from echo_rl.runtime.environment import load_engine
+        from echo_rl.replay.live import record_prompts
         from echo_rl.workloads.datasets import load_prompts
-        from echo_rl.workloads.requests import chat_requests
 
-        console = Console()
-        chosen = load_prompts(self.suite, self.prompts, self.seed)
-        allowed = max(self.engine.max_expanded, self.options.expanded)
-        engine, environment = load_engine(replace(self.engine, max_expanded=allowed))
-
-        def params(number: int) -> SamplingParams:
-            return SamplingParams(
-                temperature=self.temperature, seed=self.seed + number, max_new_tokens=self.max_new_tokens
-            )
-
-        provenance = f"{self.engine.model}, drafter {environment['drafter']}, {environment['dtype']}"
-        eos = frozenset(engine.runner.target.arch.eos)
-        requests = chat_requests(engine, chosen, params)
-        trace = record(engine, requests, eos, self.options, self.out / "parts", provenance, console)
-        trace.save(self.out / "trace.safetensors", self.half)
+        console, prompts = Console(), load_prompts(self.suite, self.prompts, self.seed)
+        params = SamplingParams(self.temperature, seed=self.seed, max_new_tokens=self.max_new_tokens)
+        trace = record_prompts(self.engine, prompts, params, self.options, self.out, self.half, console)
         positions = sum(response.positions for response in trace.responses)
         console.print(f"{len(trace.responses)} responses, {positions} positions: {self.out / 'trace.safetensors'}")
         return 0
