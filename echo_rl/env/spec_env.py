@@ -138,7 +138,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         super().reset(seed=seed, options=options)
         workload = self.options.workloads[int(self.np_random.integers(len(self.options.workloads)))]
         self._server.open(workload, self.np_random)
-        self._lane = ObservationEncoder(self._costs.profile)
+        self._encoder = ObservationEncoder(self._costs.profile)
         if seed is not None:
             self._meter = RewardMeter(self.options.reward)
         self._meter.reset(np.ones(1, dtype=np.bool_))
@@ -177,7 +177,7 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         return tuple(indices.tolist())
 
     def _learn(self, report: StepReport) -> None:
-        self._lane.update(report)
+        self._encoder.update(report)
 
     def _judge(self, served: TimedStep) -> dict[str, float]:
         """The reward, its terms and the facts of a step."""
@@ -199,4 +199,4 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         }
 
     def _observe(self, load: LoadView) -> Observation:
-        return self._lane.observe(load)
+        return self._encoder.observe(load)

@@ -27,7 +27,7 @@ from echo_rl.contracts import (
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.errors import ConfigError, PlanViolation, RequestError
 from echo_rl.replay.forests import accepted_nodes, reached_by_depth, recorded_forest, selected_levels
-from echo_rl.replay.scheduler import Gain, ReplayScheduler, ReplaySchedulerOptions, Turn
+from echo_rl.replay.scheduler import CommittedStep, ReplayScheduler, ReplaySchedulerOptions, ScheduledStep
 from echo_rl.replay.timing import Work, noise, step_phases
 from echo_rl.replay.trace import Trace, key
 
@@ -47,16 +47,16 @@ class ReplayBackend:
     ) -> None:
         self.trace = trace
         self._costs, self._options = costs, options or ReplayOptions()
-        self._servers = ReplayScheduler(trace, self._options.limits)
+        self._scheduler = ReplayScheduler(trace, self._options.limits)
         self._generator = np.random.default_rng(seed)
         self._tickets: dict[str, int] = {}  # request id -> ticket
         self._names: dict[int, str] = {}  # and back
-        self._turn: Turn | None = None  # of the prepared step
+        self._scheduled: ScheduledStep | None = None  # of the prepared step
         self._now = 0.0
 
     @property
     def has_work(self) -> bool:
-        return self._servers.in_flight() > 0
+        return self._scheduler.in_flight() > 0
 
     def clock(self) -> float:
         """Simulated seconds."""
@@ -68,10 +68,10 @@ class ReplayBackend:
 
     def restart(self, seed: int) -> None:
         """Drop every request and begin at time 0 with this seed's noise."""
-        self._servers.clear()
+        self._scheduler.clear()
         self._tickets.clear()
         self._names.clear()
-        self._turn = None
+        self._scheduled = None
         self._generator, self._now = np.random.default_rng(seed), 0.0
 
     def add(self, request: Request) -> None:
@@ -81,7 +81,7 @@ class ReplayBackend:
             raise RequestError(f"request '{request.id}' is not in the trace; use `Trace.requests` or record it")
         if request.id in self._tickets:
             raise RequestError(f"request id '{request.id}' is in use; give every request its own")
-        ticket = self._tickets[request.id] = self._servers.add(response)
+        ticket = self._tickets[request.id] = self._scheduler.add(response)
         self._names[ticket] = request.id
 
     def cancel(self, request_id: str) -> None:
@@ -89,8 +89,8 @@ class ReplayBackend:
         ticket = self._tickets.pop(request_id, None)
         if ticket is not None:
             del self._names[ticket]
-            self._servers.drop(ticket)
-            self._turn = None
+            self._scheduler.drop(ticket)
+            self._scheduled = None
 
     def prepare(self) -> LoadView:
         """Form the coming step, see `Backend`. Raises `ConfigError` where there is no work."""
@@ -98,25 +98,25 @@ class ReplayBackend:
 
     def execute(self, plan: SpecPlan, controller: Controller) -> StepReport:
         """Serve the prepared step, see `Backend`. Raises `TraceError` where the trace lacks so deep or wide a plan."""
-        turn, self._turn = self._formed(), None
-        load = self._view(turn)
+        step, self._scheduled = self._formed(), None
+        load = self._view(step)
         plan = plan if load.batch_size else AUTOREGRESSIVE
-        forest = recorded_forest(self.trace, turn, plan, controller.extend) if plan.speculates else None
+        forest = recorded_forest(self.trace, step, plan, controller.extend) if plan.speculates else None
         selection = _select(controller, forest, plan, load.batch_size, load.max_nodes)
         accepted = accepted_nodes(selection)
-        gain = self._servers.commit(turn, accepted.numpy(), np.array([plan.speculates]))
+        gain = self._scheduler.commit(step, accepted.numpy(), np.array([plan.speculates]))
         drafting = forest.drafting if forest is not None else ()
         report = StepReport(
             load=load,
             plan=plan,
-            outputs=self._outputs(turn, gain),
+            outputs=self._outputs(step, gain),
             drafted=int(forest.exists.sum()) if forest is not None else 0,
             verified=selection.size,
             accepted=int(accepted.sum()),
             committed=int(accepted.sum()) + load.batch_size,
             reached_by_depth=reached_by_depth(selection, accepted),
             accepted_by_depth=tuple(int((accepted > d).sum()) for d in range(selected_levels(selection))),
-            times=self._times(turn, plan, selection.size, drafting),
+            times=self._times(step, plan, selection.size, drafting),
             drafting=drafting,
             confidence=forest.first_confidence if forest is not None else (),
         )
@@ -129,17 +129,17 @@ class ReplayBackend:
         load = self.prepare()
         return self.execute(controller.plan(load) if load.batch_size else AUTOREGRESSIVE, controller)
 
-    def _formed(self) -> Turn:
+    def _formed(self) -> ScheduledStep:
         """The step that waits for its plan; formed now where none does."""
-        if self._turn is None:
+        if self._scheduled is None:
             if not self.has_work:
                 raise ConfigError("a step was asked for with no request queued or running; add one first")
-            self._turn = self._servers.turn()
-        return self._turn
+            self._scheduled = self._scheduler.schedule()
+        return self._scheduled
 
-    def _view(self, turn: Turn) -> LoadView:
+    def _view(self, step: ScheduledStep) -> LoadView:
         """What a controller sees of the step."""
-        loads = turn.loads
+        loads = step.loads
         return LoadView(
             batch_size=int(loads.batch[0]),
             prefill_tokens=int(loads.prefill[0]),
@@ -150,17 +150,17 @@ class ReplayBackend:
             arrived=int(loads.arrived[0]),
         )
 
-    def _times(self, turn: Turn, plan: SpecPlan, verified: int, drafting: tuple[int, ...]) -> PhaseTimes:
+    def _times(self, step: ScheduledStep, plan: SpecPlan, verified: int, drafting: tuple[int, ...]) -> PhaseTimes:
         levels = np.zeros((1, self.trace.max_depth))
         levels[0, : len(drafting)] = drafting
         work = Work(
-            batch=turn.loads.batch,
-            context=turn.loads.context,
-            prefill=turn.loads.prefill,
+            batch=step.loads.batch,
+            context=step.loads.context,
+            prefill=step.loads.prefill,
             verified=np.array([float(verified)]),
             width=np.array([float(plan.width)]),
             drafting=levels,
-            unseen=turn.unseen,
+            unseen=step.unseen,
             asked=np.array([float(gates_asked(plan.gates, plan.max_depth, drafting))]),
         )
         phases = step_phases(self._costs, work)
@@ -170,9 +170,9 @@ class ReplayBackend:
             draft=float(phases.draft[0]), verify=float(phases.verify[0]), commit=float(phases.overhead[0])
         )
 
-    def _outputs(self, turn: Turn, gain: Gain) -> tuple[RequestOutput, ...]:
-        spans = list(zip(*(a.tolist() for a in (turn.tickets, turn.responses, turn.emitted, gain.kept)), strict=True))
-        spans += [(ticket, response, 0, 1) for _, ticket, response in turn.prompts.T.tolist()]
+    def _outputs(self, step: ScheduledStep, gain: CommittedStep) -> tuple[RequestOutput, ...]:
+        spans = list(zip(*(a.tolist() for a in (step.tickets, step.responses, step.emitted, gain.kept)), strict=True))
+        spans += [(ticket, response, 0, 1) for _, ticket, response in step.prompts.T.tolist()]
         outputs = []
         for ticket, response, begin, count in spans:
             recorded, name = self.trace.responses[response], self._names[ticket]

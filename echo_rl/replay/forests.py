@@ -10,11 +10,13 @@ from torch import Tensor
 
 from echo_rl.contracts import NO_GATE, OFF_PATH, Forest, Frontier, Selection, SpecPlan
 from echo_rl.errors import TraceError
-from echo_rl.replay.scheduler import Turn
+from echo_rl.replay.scheduler import ScheduledStep
 from echo_rl.replay.trace import Trace
 
 
-def recorded_forest(trace: Trace, turn: Turn, plan: SpecPlan, extend: Callable[[Frontier, SpecPlan], Tensor]) -> Forest:
+def recorded_forest(
+    trace: Trace, step: ScheduledStep, plan: SpecPlan, extend: Callable[[Frontier, SpecPlan], Tensor]
+) -> Forest:
     """What this plan would have drafted, cut where `extend` stops a request. Raises `TraceError` past the trace."""
     if plan.max_depth > trace.max_depth:
         raise TraceError(
@@ -22,8 +24,8 @@ def recorded_forest(trace: Trace, turn: Turn, plan: SpecPlan, extend: Callable[[
             f"--depth {plan.max_depth}, or give the controller a smaller depth"
         )
     recorded = trace.restricted(plan.width)
-    rows = torch.from_numpy(turn.positions)
-    scores = torch.from_numpy(recorded.scores[turn.positions, : recorded.nodes(plan.max_depth)])
+    rows = torch.from_numpy(step.positions)
+    scores = torch.from_numpy(recorded.scores[step.positions, : recorded.nodes(plan.max_depth)])
     alive, depth = torch.ones(len(rows), dtype=torch.bool), 1
     stop = torch.zeros(len(rows), dtype=torch.int64)
     while depth < plan.max_depth:
@@ -38,18 +40,18 @@ def recorded_forest(trace: Trace, turn: Turn, plan: SpecPlan, extend: Callable[[
     size = recorded.nodes(depth)
     depths = torch.from_numpy(recorded.depths[:size])
     return Forest(
-        tokens=_tokens(trace, turn, recorded.path[turn.positions, :depth], size),
-        parents=torch.from_numpy(recorded.parents[turn.positions, :size]),
+        tokens=_tokens(trace, step, recorded.path[step.positions, :depth], size),
+        parents=torch.from_numpy(recorded.parents[step.positions, :size]),
         depths=depths,
         scores=scores[:, :size].masked_fill(depths > stop[:, None], NO_GATE),
         stop_depth=stop,
     )
 
 
-def _tokens(trace: Trace, turn: Turn, path: np.ndarray, size: int) -> Tensor:
+def _tokens(trace: Trace, step: ScheduledStep, path: np.ndarray, size: int) -> Tensor:
     """[B, size] the target's tokens on the path, `OFF_PATH` elsewhere."""
     tokens = np.full((len(path), size), OFF_PATH, dtype=np.int64)
-    for row, (response, t) in enumerate(zip(turn.responses, turn.emitted, strict=True)):
+    for row, (response, t) in enumerate(zip(step.responses, step.emitted, strict=True)):
         nodes = path[row][path[row] >= 0]
         tokens[row, nodes] = trace.responses[response].tokens[t : t + len(nodes)]
     return torch.from_numpy(tokens)

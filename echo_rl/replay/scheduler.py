@@ -41,7 +41,7 @@ class ReplaySchedulerOptions:
 
 
 @dataclass(frozen=True)
-class Turn:
+class ScheduledStep:
     """Who takes part in the servers' coming step."""
 
     loads: BatchedLoadView
@@ -58,15 +58,15 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Gain:
-    """What a step brought."""
+class CommittedStep:
+    """What a step brought its requests."""
 
     kept: Ints  # [R] tokens of each decoding request, not counting any past its end
     ended: frozenset[int]  # tickets of finished requests, those that ended with their first token included
 
 
 class ReplayScheduler:
-    """`add`, then `turn` and `commit` step by step."""
+    """Queues requests (`add`), then forms and ends steps: `schedule` and `commit`."""
 
     def __init__(self, trace: Trace, options: ReplaySchedulerOptions, count: int = 1) -> None:
         self.options, self.count = options, count
@@ -85,11 +85,11 @@ class ReplayScheduler:
         self._keep(self._state[SERVER] != server)
 
     def in_flight(self, server: int = 0) -> int:
-        """A server's requests."""
+        """How many requests a server has, waiting and running."""
         return len(self._waiting[server]) + self._running[server]
 
     def add(self, response: int, server: int = 0) -> int:
-        """Queue a request for this response; its ticket."""
+        """Queue a request for this response and give its ticket."""
         self._tickets += 1
         self._waiting[server].append((self._tickets, response))
         self._arrived[server].append(self._tickets)
@@ -101,7 +101,7 @@ class ReplayScheduler:
         self._arrived = [[other for other in new if other != ticket] for new in self._arrived]
         self._keep(self._state[TICKET] != ticket)
 
-    def turn(self) -> Turn:
+    def schedule(self) -> ScheduledStep:
         """Admit what fits and form the step, which an `add` leaves as it is and a `drop` takes apart."""
         self._admit()
         state = self._state
@@ -111,7 +111,7 @@ class ReplayScheduler:
         decoding = state[:, places]
         servers = decoding[SERVER]
         counts = np.bincount(servers, minlength=self.count)
-        return Turn(
+        return ScheduledStep(
             self._loads(decoding, counts),
             counts,
             places,
@@ -125,18 +125,18 @@ class ReplayScheduler:
             ending[[SERVER, TICKET, RESPONSE]],
         )
 
-    def commit(self, turn: Turn, accepted: Ints, drafted: NDArray[np.bool_]) -> Gain:
+    def commit(self, step: ScheduledStep, accepted: Ints, drafted: NDArray[np.bool_]) -> CommittedStep:
         """Advance by the accepted nodes ([R]) and a bonus token each; finished requests leave. `drafted` is [E]."""
         new = accepted + 1
-        kept = np.minimum(new, turn.room)
-        self._state[EMITTED, turn.places] += kept
-        unseen = self._state[UNSEEN, turn.places]
-        self._state[UNSEEN, turn.places] = np.where(drafted[turn.servers], new, unseen + new)
-        for arrived, counted in zip(self._arrived, turn.loads.arrived.tolist(), strict=True):
+        kept = np.minimum(new, step.room)
+        self._state[EMITTED, step.places] += kept
+        unseen = self._state[UNSEEN, step.places]
+        self._state[UNSEEN, step.places] = np.where(drafted[step.servers], new, unseen + new)
+        for arrived, counted in zip(self._arrived, step.loads.arrived.tolist(), strict=True):
             del arrived[: int(counted)]
-        return Gain(kept, self.read(np.ones(self.count, dtype=bool)))
+        return CommittedStep(kept, self.prefill(np.ones(self.count, dtype=bool)))
 
-    def read(self, servers: NDArray[np.bool_]) -> frozenset[int]:
+    def prefill(self, servers: NDArray[np.bool_]) -> frozenset[int]:
         """Process the step's prompt tokens in these servers ([E]), which may be all that they do in it.
 
         Finished requests leave; their tickets.

@@ -1,4 +1,4 @@
-"""How long a simulated step takes: the measured cost surface applied to what the step did. Over lanes."""
+"""How long a simulated step takes: the measured cost surface applied to what it did, for E servers."""
 
 from __future__ import annotations
 

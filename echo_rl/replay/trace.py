@@ -95,6 +95,10 @@ class Trace:
     def _restricted(self) -> dict[int, Restricted]:
         return {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trace:
+        """The trace itself: it never changes, so copies of what replays it share it."""
+        return self
+
     def restricted(self, width: int) -> Restricted:
         """The forests of plans of this width. Raises `TraceError` where it was recorded narrower."""
         if not 1 <= width <= self.max_width:

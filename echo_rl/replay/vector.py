@@ -1,7 +1,7 @@
-"""Many replayed servers side by side: the coded action in, tokens and seconds out. Knows no SB3 and no reward.
+"""Many replayed servers side by side: the coded action in, tokens and seconds out. Knows no environment and no reward.
 
-Every lane has its own requests and arrivals; costs and statistics are computed for all lanes at
-once. One `step` is one serving step of every lane.
+Every server has its own requests and arrivals; costs and statistics are computed for all servers at
+once. One `step` is one serving step of every server.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from echo_rl.contracts import NO_GATE, Gates
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.batched_records import BatchedLoadView, BatchedStepReport
 from echo_rl.errors import ConfigError
-from echo_rl.replay.scheduler import ReplayScheduler, ReplaySchedulerOptions, Turn, sums
+from echo_rl.replay.scheduler import ReplayScheduler, ReplaySchedulerOptions, ScheduledStep, sums
 from echo_rl.replay.timing import Phases, Plain, Work, noise, plain_step, step_phases
 from echo_rl.replay.trace import Trace
-from echo_rl.replay.vector_step import Orders, Tables, VectorVerdict
+from echo_rl.replay.vector_step import BatchedPlan, ForestTables, VectorVerdict
 from echo_rl.workloads.arrivals import Arrivals, Workload
 
 Floats = NDArray[np.float64]
@@ -33,22 +33,22 @@ IDLE_STEPS = 10_000
 
 @dataclass(frozen=True)
 class VectorReplayStep:
-    """One serving step of every lane, [E] each."""
+    """One serving step of every server, [E] each."""
 
     outcomes: BatchedStepReport
     tokens: Floats  # got by requests, first tokens included
     decoded: Floats  # of them those of decoding requests
     seconds: Floats
     plain: Plain
-    kept: Ints  # [R] tokens of each decoding request, lane by lane
-    reference: Reference | None  # what the fleet's reference plan would have brought instead
+    kept: Ints  # [R] tokens of each decoding request, server by server
+    reference: Reference | None  # what the reference plan would have brought instead
 
     def within(self, tpot: float) -> Floats:
         """[E] share of the decoding requests that took at most so many seconds a token."""
         counts = self.outcomes.loads.batch.astype(np.int64)
         good = np.repeat(self.seconds, counts) / np.maximum(self.kept, 1e-9) <= tpot
-        lanes = np.repeat(np.arange(len(counts)), counts)
-        return sums(lanes, good, len(counts)) / counts
+        servers = np.repeat(np.arange(len(counts)), counts)
+        return sums(servers, good, len(counts)) / counts
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Reference:
 
 
 class VectorReplay:
-    """E lanes over one trace. `reset` a lane before its first step; `loads` is what the next step decides on."""
+    """E servers over one trace. `reset` a server before its first step; `loads` is what the next step decides on."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class VectorReplay:
         widths: Sequence[int],
         gates: Gates,
         score_power: Sequence[float],
-        lanes: int,
+        count: int,
         limits: ReplaySchedulerOptions | None = None,
         noisy: bool = True,
         reference: Plans = (),
@@ -77,77 +77,77 @@ class VectorReplay:
         """`reference` are plans whose outcome every step tells too; none by default."""
         self._costs, self._gates, self._noisy, self._reference = costs, gates, noisy, reference
         self._limits = limits or ReplaySchedulerOptions()
-        self._tables = Tables([trace.restricted(width) for width in widths], score_power)
+        self._tables = ForestTables([trace.restricted(width) for width in widths], score_power)
         self._thresholds: dict[tuple[int, float, float], NDArray[np.float32]] = {}  # see `_gate_row`
         self._suites = {"": np.arange(len(trace.responses))} | {
             suite: np.array([i for i, r in enumerate(trace.responses) if r.suite == suite]) for suite in trace.suites
         }
-        self.lanes, self._servers = lanes, ReplayScheduler(trace, self._limits, lanes)
-        self._arrivals: list[Arrivals | None] = [None] * lanes
-        self._generators = [np.random.default_rng(0) for _ in range(lanes)]
-        self.now = np.zeros(lanes)
-        self._turn = self._servers.turn()
+        self.count, self._scheduler = count, ReplayScheduler(trace, self._limits, count)
+        self._arrivals: list[Arrivals | None] = [None] * count
+        self._generators = [np.random.default_rng(0) for _ in range(count)]
+        self.now = np.zeros(count)
+        self._scheduled = self._scheduler.schedule()
 
-    def reset(self, lane: int, workload: Workload, seed: int) -> None:
-        """Empty a lane and serve this workload from time 0, up to its first step with a decoding request."""
-        self._servers.clear(lane)
-        self._generators[lane] = np.random.default_rng(seed)
-        self._arrivals[lane] = Arrivals(workload, seed)
-        self.now[lane] = 0.0
-        self._advance([lane])
+    def reset(self, server: int, workload: Workload, seed: int) -> None:
+        """Empty a server and serve this workload from time 0, up to its first step with a decoding request."""
+        self._scheduler.clear(server)
+        self._generators[server] = np.random.default_rng(seed)
+        self._arrivals[server] = Arrivals(workload, seed)
+        self.now[server] = 0.0
+        self._advance([server])
 
     def loads(self) -> BatchedLoadView:
         """[E] what the coming step is decided on."""
-        return self._turn.loads
+        return self._scheduled.loads
 
     def step(self, knobs: Knobs) -> VectorReplayStep:
-        """Serve one step in every lane and move on to the next step with a decoding request."""
-        turn, loads = self._turn, self._turn.loads
-        budgets = np.minimum(knobs.budget(turn.counts), turn.counts * self._limits.max_nodes)
+        """Serve one step in every server and move on to the next step with a decoding request."""
+        step, loads = self._scheduled, self._scheduled.loads
+        budgets = np.minimum(knobs.budget(step.counts), step.counts * self._limits.max_nodes)
         on = budgets > 0
-        verdicts, work = self._decide(turn, knobs, budgets, turn.unseen)
-        reference = self._counterfactual(turn) if self._reference else None
+        verdict, work = self._decide(step, knobs, budgets, step.unseen)
+        reference = self._counterfactual(step) if self._reference else None
         phases = self._times(work)
         plain = plain_step(self._costs, loads.batch, loads.context, loads.prefill)
         self.now += phases.total
-        kept = self._servers.commit(turn, verdicts.accepted, on).kept
-        decoded = sums(turn.servers, kept, self.lanes)
+        kept = self._scheduler.commit(step, verdict.accepted, on).kept
+        decoded = sums(step.servers, kept, self.count)
         outcomes = BatchedStepReport(
             loads=loads,
             budget=budgets.astype(np.float64),
             depth=np.where(on, knobs.depth, 0).astype(np.float64),
             width=np.where(on, knobs.width, 0).astype(np.float64),
-            verified=verdicts.verified,
-            committed=sums(turn.servers, verdicts.accepted, self.lanes) + turn.counts,
-            reached=verdicts.reached,
-            accepted=verdicts.hits,
-            confidence=np.where(on[:, None], _confidence(turn, verdicts.first), np.nan),
+            verified=verdict.verified,
+            committed=sums(step.servers, verdict.accepted, self.count) + step.counts,
+            reached=verdict.reached,
+            accepted=verdict.hits,
+            confidence=np.where(on[:, None], _confidence(step, verdict.first), np.nan),
             verify_seconds=phases.verify,
             draft_seconds=phases.draft,
             other_seconds=phases.overhead,
         )
-        self._advance(range(self.lanes))
-        tokens = decoded + np.bincount(turn.prompts[0], minlength=self.lanes)
+        self._advance(range(self.count))
+        tokens = decoded + np.bincount(step.prompts[0], minlength=self.count)
         return VectorReplayStep(outcomes, tokens, decoded, phases.total, plain, kept, reference)
 
-    def _decide(self, turn: Turn, knobs: Knobs, budgets: Ints, unseen: Floats) -> tuple[VectorVerdict, Work]:
+    def _decide(self, step: ScheduledStep, knobs: Knobs, budgets: Ints, unseen: Floats) -> tuple[VectorVerdict, Work]:
         """What these knobs bring on the forests of the coming step, and what the step does for it."""
         depth = np.where(budgets > 0, knobs.depth, 0)
         rows = zip(depth.tolist(), knobs.gate.tolist(), knobs.floor.tolist(), strict=True)
         gates = np.stack([self._gate_row(*row) for row in rows])
-        orders = Orders(budgets, depth, knobs.width, gates, knobs.floor)
-        verdicts = self._tables.decide(turn.positions, turn.counts, orders, self._limits.max_nodes)
+        plan = BatchedPlan(budgets, depth, knobs.width, gates, knobs.floor)
+        verdict = self._tables.decide(step.positions, step.counts, plan, self._limits.max_nodes)
         work = Work(
-            batch=turn.loads.batch,
-            context=turn.loads.context,
-            prefill=turn.loads.prefill,
-            verified=verdicts.verified,
+            batch=step.loads.batch,
+            context=step.loads.context,
+            prefill=step.loads.prefill,
+            verified=verdict.verified,
             width=knobs.width.astype(np.float64),
-            drafting=verdicts.drafting,
+            drafting=verdict.drafting,
             unseen=unseen,
-            asked=((gates > NO_GATE) & (verdicts.drafting > 0)).sum(1).astype(np.float64),
+            asked=((gates > NO_GATE) & (verdict.drafting > 0)).sum(1).astype(np.float64),
         )
-        return verdicts, work
+        return verdict, work
 
     def _gate_row(self, depth: int, gate: float, floor: float) -> NDArray[np.float32]:
         """[DEPTHS] a plan's thresholds by depth, `NO_GATE` where it has none."""
@@ -157,63 +157,63 @@ class VectorReplay:
             self._thresholds[key] = np.array([gates.get(d, NO_GATE) for d in range(DEPTHS)], dtype=np.float32)
         return self._thresholds[key]
 
-    def _counterfactual(self, turn: Turn) -> Reference:
+    def _counterfactual(self, step: ScheduledStep) -> Reference:
         """The coming step under the reference plan, with nothing for the drafter to catch up on.
 
         What there is to catch up on is the policy's doing; it must not be able to make the reference look bad.
         """
         sizes, plans = zip(*self._reference, strict=True)
-        place = np.minimum(np.searchsorted(sizes, turn.counts), len(sizes) - 1)
+        place = np.minimum(np.searchsorted(sizes, step.counts), len(sizes) - 1)
         nodes, depth, width = (np.array(values)[place] for values in zip(*plans, strict=True))
-        none = np.zeros(self.lanes)
+        none = np.zeros(self.count)
         knobs = Knobs(nodes, depth, width, none + CALIBRATED, none)
-        verdicts, work = self._decide(turn, knobs, knobs.budget(turn.counts), unseen=none)
-        decoded = sums(turn.servers, np.minimum(verdicts.accepted + 1, turn.room), self.lanes)
+        verdict, work = self._decide(step, knobs, knobs.budget(step.counts), unseen=none)
+        decoded = sums(step.servers, np.minimum(verdict.accepted + 1, step.room), self.count)
         return Reference(decoded, step_phases(self._costs, work).total)
 
     def _times(self, work: Work) -> Phases:
         phases = step_phases(self._costs, work)
         return phases.times(noise(self._generators, self._costs.scalar("noise"))) if self._noisy else phases
 
-    def _advance(self, lanes: Sequence[int]) -> None:
-        """Take arrivals and serve prompts alone in these lanes until in each some request decodes."""
+    def _advance(self, servers: Sequence[int]) -> None:
+        """Take arrivals and serve prompts alone in these servers until in each some request decodes."""
         for _ in range(IDLE_STEPS):
-            for lane in lanes:
-                self._take_arrivals(lane)
-            self._turn = self._servers.turn()
-            decoding = self._turn.counts.tolist()
-            lanes = [lane for lane in lanes if not decoding[lane]]
-            if not lanes:
+            for server in servers:
+                self._take_arrivals(server)
+            self._scheduled = self._scheduler.schedule()
+            decoding = self._scheduled.counts.tolist()
+            servers = [server for server in servers if not decoding[server]]
+            if not servers:
                 return
-            reading = np.zeros(self.lanes, dtype=bool)
-            for lane in lanes:
-                reading[lane] = self._servers.in_flight(lane) > 0
-                self._pass_time(lane)
-            self._servers.read(reading)
+            reading = np.zeros(self.count, dtype=bool)
+            for server in servers:
+                reading[server] = self._scheduler.in_flight(server) > 0
+                self._pass_time(server)
+            self._scheduler.prefill(reading)
         raise ConfigError("no request decodes; the workload brings too few, give it higher rates")
 
-    def _take_arrivals(self, lane: int) -> None:
-        arrivals = self._arrivals[lane]
-        assert arrivals is not None, "reset the lane first"
-        for suite in arrivals.due(float(self.now[lane]), self._servers.in_flight(lane)):
-            self._servers.add(int(self._generators[lane].choice(self._suites[suite])), lane)
+    def _take_arrivals(self, server: int) -> None:
+        arrivals = self._arrivals[server]
+        assert arrivals is not None, "reset the server first"
+        for suite in arrivals.due(float(self.now[server]), self._scheduler.in_flight(server)):
+            self._scheduler.add(int(self._generators[server].choice(self._suites[suite])), server)
 
-    def _pass_time(self, lane: int) -> None:
+    def _pass_time(self, server: int) -> None:
         """A step without a decoding request, or where there is none at all the wait for one."""
-        if self._servers.in_flight(lane):
-            machine = self._costs.machine(lane)
-            rows = machine.prefill_weight * int(self._turn.loads.prefill[lane])
-            self.now[lane] += machine.verify_seconds(1, rows) + machine.step_overhead
+        if self._scheduler.in_flight(server):
+            machine = self._costs.machine(server)
+            rows = machine.prefill_weight * int(self._scheduled.loads.prefill[server])
+            self.now[server] += machine.verify_seconds(1, rows) + machine.step_overhead
             return
-        arrivals, now = self._arrivals[lane], float(self.now[lane])
-        assert arrivals is not None, "reset the lane first"
+        arrivals, now = self._arrivals[server], float(self.now[server])
+        assert arrivals is not None, "reset the server first"
         upcoming = arrivals.next_time(now)
         assert upcoming is not None, "a workload must go on"
-        self.now[lane] = max(now, upcoming)
+        self.now[server] = max(now, upcoming)
 
 
-def _confidence(turn: Turn, first: NDArray[np.float32]) -> Floats:
+def _confidence(step: ScheduledStep, first: NDArray[np.float32]) -> Floats:
     """[E, 3] the quantiles of first tokens' probabilities ([R]) that are observed."""
-    rows = np.full((len(turn.counts), turn.counts.max()), np.nan, dtype=np.float32)
-    rows[np.arange(rows.shape[1]) < turn.counts[:, None]] = first
-    return quantiles(rows, turn.counts)
+    rows = np.full((len(step.counts), step.counts.max()), np.nan, dtype=np.float32)
+    rows[np.arange(rows.shape[1]) < step.counts[:, None]] = first
+    return quantiles(rows, step.counts)

@@ -28,8 +28,8 @@ LEVELS = np.arange(DEPTHS)
 
 
 @dataclass(frozen=True)
-class Orders:
-    """What the servers are to do, [E] each."""
+class BatchedPlan:
+    """The plans of all servers, [E] each; see `SpecPlan`."""
 
     budget: Ints  # 0: don't speculate
     depth: Ints  # 0 where the budget is
@@ -50,27 +50,31 @@ class VectorVerdict:
     hits: NDArray[np.float64]  # [E, D] requests that accepted a node at a depth
 
 
-class Tables:
+class ForestTables:
     """The forests of some widths with everything that a decision needs, by width and position."""
 
     def __init__(self, recorded: Sequence[Restricted], score_power: Sequence[float]) -> None:
-        self._tables = [_Table(forests, score_power) for forests in recorded]
+        self._tables = [_ForestTable(forests, score_power) for forests in recorded]
         self._place = np.full(1 + max(forests.width for forests in recorded), -1)
         self._place[[forests.width for forests in recorded]] = np.arange(len(recorded))
         self._positions = len(recorded[0].path)
         self._levels = np.concatenate([table.levels for table in self._tables])  # [W * P, 3, D]
 
-    def decide(self, positions: Ints, counts: Ints, orders: Orders, limit: int) -> VectorVerdict:
+    def __deepcopy__(self, memo: dict[int, object]) -> ForestTables:
+        """The tables themselves, which never change."""
+        return self
+
+    def decide(self, positions: Ints, counts: Ints, plan: BatchedPlan, limit: int) -> VectorVerdict:
         """`positions` [R], of which `counts` [E] (each at least 1) a server; `limit` is the most nodes of a request."""
         owner, begins = np.repeat(np.arange(len(counts)), counts), counts.cumsum() - counts
-        places = self._place[orders.width]
+        places = self._place[plan.width]
         assert places.min() >= 0, "a plan of a width that these tables lack"
         levels = self._levels.take(places[owner] * self._positions + positions, axis=0)
-        stop = _stops(levels[:, 0], orders.gates[owner], orders.depth[owner])
+        stop = _stops(levels[:, 0], plan.gates[owner], plan.depth[owner])
         drafted = stop[:, None] >= LEVELS
         threshold, verified = np.full(len(owner), np.inf, dtype=np.float32), np.zeros(len(counts))
         stops, contests = stop.tolist(), []
-        numbers = (a.tolist() for a in (orders.budget, orders.floor, places, begins, begins + counts))
+        numbers = (a.tolist() for a in (plan.budget, plan.floor, places, begins, begins + counts))
         for server, (budget, floor, place, begin, end) in enumerate(zip(*numbers, strict=True)):
             if budget:
                 table, mine = self._tables[place], slice(begin, end)
@@ -87,7 +91,7 @@ class Tables:
         return VectorVerdict(accepted, levels[:, 0, 0], verified, drafting, reached, hits)
 
 
-class _Table:
+class _ForestTable:
     """The forests of one width, by position."""
 
     def __init__(self, recorded: Restricted, score_power: Sequence[float]) -> None:

@@ -254,7 +254,7 @@ def test_the_load_observed_is_the_load_decided_on():
     waiting = set()
     for _ in range(40):
         load = backend.loads[-1]
-        expected = env._lane.observe(load)
+        expected = env._encoder.observe(load)
         assert observation.tolist() == expected.tolist()
         observation, _, _, _, info = env.step(CHAIN)
         assert info["batch"] == load.batch_size >= 1 and info["budget"] == 3 * load.batch_size

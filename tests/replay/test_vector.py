@@ -1,4 +1,4 @@
-"""The vectorised fleet makes the decisions of ECHO's rule on the same forests, and takes the same time."""
+"""The vectorised replay makes the decisions of ECHO's rule on the same forests, and takes the same time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from echo_rl.replay.machines import another
 from echo_rl.replay.scheduler import ReplayScheduler, ReplaySchedulerOptions
 from echo_rl.replay.trace import Trace
 from echo_rl.replay.vector import VectorReplay
-from echo_rl.replay.vector_step import Orders, Tables, VectorVerdict
+from echo_rl.replay.vector_step import BatchedPlan, ForestTables, VectorVerdict
 from echo_rl.workloads.arrivals import closed, parse
 from tests.one_lane import loads_of, outcomes_of
 from tests.recorded import DEPTH, WIDTH, random_levels, random_trace
@@ -111,7 +111,7 @@ def decided_beside_others(trace: Trace, positions: np.ndarray, plan: SpecPlan, l
     gates = np.full((3, DEPTHS), NO_GATE, np.float32)
     for depth, tau in plan.gates:
         gates[1, depth] = tau if depth < plan.max_depth - 1 else NO_GATE
-    orders = Orders(
+    plans = BatchedPlan(
         budget=np.array([0, plan.budget, 5]),
         depth=np.array([0, plan.max_depth, 3]),
         width=np.array([2, plan.width, 3]),
@@ -119,19 +119,19 @@ def decided_beside_others(trace: Trace, positions: np.ndarray, plan: SpecPlan, l
         floor=np.array([0.5, plan.floor, 0.0]),
     )
     everywhere = np.concatenate([[3, 4], positions, [5, 6, 7]])
-    tables = Tables([trace.restricted(width) for width in range(1, WIDTH + 1)], POWERS)
-    return tables.decide(everywhere, np.array([2, len(positions), 3]), orders, limit)
+    tables = ForestTables([trace.restricted(width) for width in range(1, WIDTH + 1)], POWERS)
+    return tables.decide(everywhere, np.array([2, len(positions), 3]), plans, limit)
 
 
-def test_lanes_serve_as_if_each_were_alone(costs):
-    """Admission, the shared prompt chunk, prompts alone and the end of requests, in lanes of unlike load."""
+def test_servers_serve_as_if_each_were_alone(costs):
+    """Admission, the shared prompt chunk, prompts alone and the end of requests, on servers of unlike load."""
     trace, limits = random_trace(1), ReplaySchedulerOptions(max_batch=3, prefill_chunk=5, max_nodes=4)
     workloads = (closed(1), closed(4), parse("poisson:20"))
 
-    def fleet(lanes: int) -> VectorReplay:
-        return VectorReplay(trace, costs, (1, 2, 3), ((0, 0.3),), POWERS, lanes, limits, reference=((8, (2.0, 2, 2)),))
+    def servers(count: int) -> VectorReplay:
+        return VectorReplay(trace, costs, (1, 2, 3), ((0, 0.3),), POWERS, count, limits, reference=((8, (2.0, 2, 2)),))
 
-    together, alone = fleet(3), [fleet(1) for _ in workloads]
+    together, alone = servers(3), [servers(1) for _ in workloads]
     for lane, workload in enumerate(workloads):
         together.reset(lane, workload, seed=lane)
         alone[lane].reset(0, workload, seed=lane)
@@ -167,11 +167,11 @@ class Knobbed(CalibratedSelection):
         return replace(plan, budget=plan.budget * load.batch_size)
 
 
-def test_the_fleet_is_the_replay_backend_vectorised(costs):
+def test_the_vectorised_replay_is_the_replay_backend(costs):
     """Same requests, same knobs: same tokens, same seconds and same observations, step by step."""
     trace, gates = random_trace(5), ((0, 0.3), (2, 0.1))
-    fleet = VectorReplay(trace, costs, (1, 2, 3, 4), gates, POWERS, lanes=1, noisy=False)
-    fleet.reset(0, closed(5), seed=7)
+    replay = VectorReplay(trace, costs, (1, 2, 3, 4), gates, POWERS, count=1, noisy=False)
+    replay.reset(0, closed(5), seed=7)
     picks = np.random.default_rng(7)
     backend = ReplayBackend(trace, costs, ReplayOptions(noise=False))
     requests = trace.requests()
@@ -200,7 +200,7 @@ def test_the_fleet_is_the_replay_backend_vectorised(costs):
         arrived = 0
         while True:
             report = backend.step(controller)
-            arrived += report.load.arrived  # a fleet's view counts those of the prompt steps before it
+            arrived += report.load.arrived  # a vectorised server's view counts those of the prompt steps before it
             running -= sum(o.finish_reason is not None for o in report.outputs)
             top_up(running)
             running = 5
@@ -209,8 +209,8 @@ def test_the_fleet_is_the_replay_backend_vectorised(costs):
                 break
             many.update(outcomes_of(report))  # its arrivals are told again
         report = replace(report, load=replace(report.load, arrived=arrived))
-        loads = fleet.loads()
-        step = fleet.step(Knobs(*(np.array([x]) for x in (float(nodes), depth, width, CALIBRATED, floor))))
+        loads = replay.loads()
+        step = replay.step(Knobs(*(np.array([x]) for x in (float(nodes), depth, width, CALIBRATED, floor))))
         assert loads_of(report.load) == loads
         assert step.tokens[0] == sum(len(o.tokens) for o in report.outputs)
         assert step.outcomes.verified[0] == report.verified
@@ -220,19 +220,19 @@ def test_the_fleet_is_the_replay_backend_vectorised(costs):
             np.testing.assert_array_equal(getattr(seen, name), getattr(step.outcomes, name), name)
         many.update(step.outcomes)
         np.testing.assert_allclose(one.observe(report.load), many.observe(loads)[0], rtol=1e-5, atol=2e-3)
-    assert backend.clock() == pytest.approx(float(fleet.now[0]), rel=1e-9)
+    assert backend.clock() == pytest.approx(float(replay.now[0]), rel=1e-9)
 
 
 def test_the_drafter_catches_up_on_the_prompt_and_on_plain_steps():
     """Past two tokens a request, which drafting always takes."""
     trace = random_trace(2)
-    lanes = ReplayScheduler(trace, ReplaySchedulerOptions())
-    lanes.add(3)
+    scheduler = ReplayScheduler(trace, ReplaySchedulerOptions())
+    scheduler.add(3)
     none, seen = np.zeros(0, dtype=np.int64), []
-    lanes.commit(lanes.turn(), none, np.array([False]))
+    scheduler.commit(scheduler.schedule(), none, np.array([False]))
     for accepted, drafted in ((0, False), (3, True), (0, False), (0, False), (0, True)):
-        seen.append(lanes.turn().unseen.tolist())
-        lanes.commit(lanes.turn(), np.array([accepted]), np.array([drafted]))
+        seen.append(scheduler.schedule().unseen.tolist())
+        scheduler.commit(scheduler.schedule(), np.array([accepted]), np.array([drafted]))
     prompt = len(trace.responses[3].prompt)
     assert seen == [[prompt - 2.0], [prompt - 1.0], [2.0], [3.0], [4.0]]
 
@@ -297,7 +297,7 @@ def test_restricted_levels_follow_the_beam():
 
 
 def test_no_plan_is_decided_on_the_forests_of_another_width(costs):
-    fleet = VectorReplay(random_trace(), costs, (1, 4), (), (), 1, reference=((64, (3.0, 2, 3)),))
-    fleet.reset(0, closed(2), seed=0)
+    replay = VectorReplay(random_trace(), costs, (1, 4), (), (), 1, reference=((64, (3.0, 2, 3)),))
+    replay.reset(0, closed(2), seed=0)
     with pytest.raises(AssertionError, match="width"):
-        fleet.step(Knobs(*(np.array([x]) for x in (2.0, 2, 4, CALIBRATED, 0.0))))
+        replay.step(Knobs(*(np.array([x]) for x in (2.0, 2, 4, CALIBRATED, 0.0))))
