@@ -49,8 +49,8 @@ def parallel(**changes):
     return SimpleNamespace(**{"tp_size": 1, "pp_size": 1, "attn_dp_size": 1, **changes})
 
 
-def host(config):
-    """A host whose counters are its own."""
+def plugin_state(config):
+    """A plugin state whose counters are its own."""
     try:
         from prometheus_client import CollectorRegistry
     except ImportError:

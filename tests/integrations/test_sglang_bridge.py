@@ -16,13 +16,12 @@ from echo_rl.integrations.sglang.contract import SYMBOLS, ContractBroken, check,
 from echo_rl.integrations.sglang.doctor import examine
 from echo_rl.integrations.sglang.load_observer import LoadObserver
 from echo_rl.integrations.sglang.metrics import COUNTERS, Exporter
-from echo_rl.integrations.sglang.ranks import Alone, Group
+from echo_rl.integrations.sglang.ranks import RankGroup, SingleRank
 from echo_rl.integrations.sglang.settings import ENVIRONMENT, PluginConfig, Shape
 from echo_rl.integrations.sglang.state import require_topology
 from echo_rl.integrations.sglang.steering import Decision
 from echo_rl.integrations.sglang.trees import require_swaps
-from tests.integrations.sglang_fakes import batch, load, parallel, raises_config, scheduler
-from tests.integrations.sglang_fakes import host as make_host
+from tests.integrations.sglang_fakes import batch, load, parallel, plugin_state, raises_config, scheduler
 
 # --------------------------------------------------------------------------- contract
 
@@ -138,7 +137,7 @@ class TestSeal:
         module = self.module(monkeypatch, f=len, C=int)
         registry = self.registry(lambda: vars(module).update(f=max, C=str))
         hooks = (("sealed_target.f", len, "AROUND"), ("sealed_target.C", str, "REPLACE"))
-        plugin.seal(registry, hooks, {"sealed_target.f": len, "sealed_target.C": int})
+        plugin.verify_after_apply(registry, hooks, {"sealed_target.f": len, "sealed_target.C": int})
         registry.apply_hooks()
 
     @pytest.mark.parametrize("applied", [{}, {"f": max}, {"f": max, "C": float}])
@@ -146,18 +145,18 @@ class TestSeal:
         module = self.module(monkeypatch, f=len, C=int)
         registry = self.registry(lambda: vars(module).update(applied))
         hooks = (("sealed_target.f", len, "AROUND"), ("sealed_target.C", str, "REPLACE"))
-        plugin.seal(registry, hooks, {"sealed_target.f": len, "sealed_target.C": int})
+        plugin.verify_after_apply(registry, hooks, {"sealed_target.f": len, "sealed_target.C": int})
         with pytest.raises(SystemExit, match=r"did not apply.*sealed_target.C"):
             registry.apply_hooks()
 
 
-# --------------------------------------------------------------------------- host, watch, metrics
+# --------------------------------------------------------------------------- state, observer, metrics
 
 
 def test_an_unbound_host_refuses_to_serve():
-    host = make_host(PluginConfig(controller="chain"))
+    state = plugin_state(PluginConfig(controller="chain"))
     with raises_config("--speculative-num-steps 7 --speculative-eagle-topk 1 --speculative-adaptive"):
-        host.before_batch(scheduler(), batch("decode", 5))
+        state.before_batch(scheduler(), batch("decode", 5))
 
 
 @pytest.mark.parametrize("field", ["pp_size", "attn_dp_size"])
@@ -174,56 +173,56 @@ def test_options_under_which_states_cannot_be_swapped_are_refused(option):
 
 
 def test_one_worker_a_process():
-    host = make_host(PluginConfig(controller="chain"))
-    host.bind(parallel(), 1)
+    state = plugin_state(PluginConfig(controller="chain"))
+    state.bind(parallel(), 1)
     with raises_config("two speculative workers"):
-        host.bind(parallel(), 1)
+        state.bind(parallel(), 1)
 
 
 def test_the_scheduler_is_seen_as_a_load():
-    watch = LoadObserver()
-    assert not watch.see(scheduler(waiting=1), batch("extend", 40, 60))
-    assert watch.see(scheduler(waiting=3, used=0.75), batch("decode", 40, 60))
-    view = watch.load(2)
+    observer = LoadObserver()
+    assert not observer.observe(scheduler(waiting=1), batch("extend", 40, 60))
+    assert observer.observe(scheduler(waiting=3, used=0.75), batch("decode", 40, 60))
+    view = observer.load(2)
     assert (view.batch_size, view.waiting, view.mean_context, view.kv_used, view.arrived) == (2, 3, 50.0, 0.75, 5)
     assert view.prefill_tokens == 0
-    watch.see(scheduler(waiting=3), batch("decode", 41, 61))
-    assert watch.load(2).arrived == 0
+    observer.observe(scheduler(waiting=3), batch("decode", 41, 61))
+    assert observer.load(2).arrived == 0
 
 
 def test_a_prompt_in_chunks_arrives_once():
-    watch = LoadObserver()
+    observer = LoadObserver()
     for _ in range(3):
-        watch.see(scheduler(), batch("extend", 512))
-    watch.see(scheduler(), batch("decode", 1536))
-    assert watch.load(1).arrived == 1
+        observer.observe(scheduler(), batch("extend", 512))
+    observer.observe(scheduler(), batch("decode", 1536))
+    assert observer.load(1).arrived == 1
 
 
 def test_a_batch_of_another_size_keeps_what_is_known():
-    watch = LoadObserver()
-    watch.see(scheduler(waiting=2), batch("decode", 30))
-    assert (watch.load(4).batch_size, watch.load(4).waiting, watch.load(4).mean_context) == (4, 2, 30.0)
+    observer = LoadObserver()
+    observer.observe(scheduler(waiting=2), batch("decode", 30))
+    assert (observer.load(4).batch_size, observer.load(4).waiting, observer.load(4).mean_context) == (4, 2, 30.0)
 
 
 def test_prefill_between_steps_marks_the_next_untimed():
-    host = make_host(PluginConfig(controller="chain"))
-    host.bind(parallel(), 1)
-    host.before_batch(scheduler(), batch("decode", 5))
-    host.decide(1)
-    assert not host.steering._broken
-    host.before_batch(scheduler(), batch("extend", 5))
-    assert host.steering._broken
+    state = plugin_state(PluginConfig(controller="chain"))
+    state.bind(parallel(), 1)
+    state.before_batch(scheduler(), batch("decode", 5))
+    state.decide(1)
+    assert not state.steering._interrupted
+    state.before_batch(scheduler(), batch("extend", 5))
+    assert state.steering._interrupted
 
 
 def test_true_counts_are_exported():
     prometheus = pytest.importorskip("prometheus_client")
     registry = prometheus.CollectorRegistry()
-    host = make_host(PluginConfig(controller="chain"))
-    host.bind(parallel(), 1)
-    exporter = Exporter(host.steering, "chain", registry)
+    state = plugin_state(PluginConfig(controller="chain"))
+    state.bind(parallel(), 1)
+    exporter = Exporter(state.steering, "chain", registry)
     for accepts in ([1, 0], [3, 3]):
-        host.steering.launch(load(2))
-        host.steering.complete(accepts, 2)
+        state.steering.launch(load(2))
+        state.steering.complete(accepts, 2)
         exporter.export()
     value = {name: registry.get_sample_value(f"{name}_total", {"controller": "chain"}) for name, _ in COUNTERS.values()}
     assert value["echo_rl:spec_verified_tokens"] == 12 and value["echo_rl:spec_accepted_tokens"] == 7
@@ -234,14 +233,14 @@ def test_true_counts_are_exported():
 
 
 def test_alone_decides_for_itself():
-    ranks = Alone()
+    ranks = SingleRank()
     ranks.require_same("x")
     assert ranks.leads and ranks.agree(lambda: Decision(2, (0.5,))) == Decision(2, (0.5,))
 
 
 def _rank(rank, path, results):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    group = Group(dist.new_group([0, 1], backend="gloo"), levels=3)
+    group = RankGroup(dist.new_group([0, 1], backend="gloo"), levels=3)
     seen = [group.agree(lambda: Decision(5 + rank, (0.1, 0.0, 0.25)))]
     group.require_same("same")
     with contextlib.suppress(ConfigError):
@@ -272,8 +271,8 @@ def test_all_ranks_do_what_the_leader_decides(tmp_path):
 
 
 def policy(config=None, initial=7, sized=8, file=None):
-    host = make_host(config or PluginConfig(controller="chain", options={"steps": 3}))
-    chain = object.__new__(type("P", (adaptive.ChainPolicy,), {"host": host}))
+    state = plugin_state(config or PluginConfig(controller="chain", options={"steps": 3}))
+    chain = object.__new__(type("P", (adaptive.ChainPolicy,), {"state": state}))
     chain.start(initial, file, parallel(), sized)
     return chain
 
@@ -283,7 +282,7 @@ def test_the_policy_answers_sglang():
     assert chain.candidate_steps == [0, 1, 2, 3, 5, 7]
     assert chain.get_steps_for_batch(4) == 3
     assert chain.on_verify_complete([1, 2, 3, 0], 4) is None
-    assert chain.host.steering.counts.accepted == 6
+    assert chain.state.steering.counts.accepted == 6
 
 
 def test_graphs_are_captured_where_a_shape_can_run():
@@ -305,7 +304,7 @@ def test_a_server_of_another_size_is_refused(initial, sized):
 def test_sglangs_own_steps_file_is_refused():
     with raises_config("leave out --speculative-adaptive-config"):
         policy(file="steps.json")
-    candidates = {target: hook for target, hook, _ in adaptive.hooks(make_host(PluginConfig(controller="chain")))}
+    candidates = {target: hook for target, hook, _ in adaptive.hooks(plugin_state(PluginConfig(controller="chain")))}
     assert candidates[adaptive.CANDIDATES](None) == [0, 1, 2, 3, 5, 7]
     with raises_config("speculative-adaptive-config"):
         candidates[adaptive.CANDIDATES]("steps.json")

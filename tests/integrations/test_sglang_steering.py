@@ -87,7 +87,9 @@ def test_plans_are_the_controllers_own(name):
     controller.plan = lambda view: plans.append((view, plan(view))) or plans[-1][1]
     controller.observe = lambda report: reports.append(report) or observe(report)
     steering = Steering(controller, CHAIN, profile=CostProfile.default(), clock=clock)
-    steering._worth = lambda plan, batch, deepest: min(plan.max_depth, plan.budget // batch)  # no select: twin has none
+    steering._planned_nodes = lambda plan, batch, deepest: min(
+        plan.max_depth, plan.budget // batch
+    )  # no select: twin has none
     for step in range(60):
         batch = 1 + (step // 20) * 7
         shape = CHAIN[steering.launch(load(batch, context=200.0 + step)).shape]
@@ -243,7 +245,7 @@ class TestTimes:
         controller, clock, steering = self.steering()
         self.step(clock, steering, 5.0)
         self.step(clock, steering, 0.25)
-        steering.interrupted()
+        steering.interrupt()
         self.step(clock, steering, 7.0)
         self.step(clock, steering, 0.5)
         totals = [report.times.total for report in controller.reports]

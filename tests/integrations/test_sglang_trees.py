@@ -11,8 +11,7 @@ import torch
 
 from echo_rl.integrations.sglang import trees
 from echo_rl.integrations.sglang.settings import PluginConfig, Shape
-from tests.integrations.sglang_fakes import batch, parallel, raises_config, scheduler
-from tests.integrations.sglang_fakes import host as make_host
+from tests.integrations.sglang_fakes import batch, parallel, plugin_state, raises_config, scheduler
 
 TREES = PluginConfig(
     mode="trees", controller="fixed", options={"nodes": 7.0, "depth": 4},
@@ -85,10 +84,10 @@ class StockWorker:
 
 
 def tree_worker(config=TREES):
-    host, gating = make_host(config), trees.Gating()
-    worker = trees.tree_worker(StockWorker, host, gating)()
+    state, gating = plugin_state(config), trees.Gating()
+    worker = trees.tree_worker(StockWorker, state, gating)()
     worker.init_cuda_graphs()
-    return host, gating, worker
+    return state, gating, worker
 
 
 def test_every_shape_is_prepared_once(fake_sglang):
@@ -99,12 +98,12 @@ def test_every_shape_is_prepared_once(fake_sglang):
 
 
 def test_a_step_switches_to_the_decided_shape(fake_sglang):
-    host, _, worker = tree_worker()
-    host.before_batch(scheduler(), batch("decode", 10, 20))
+    state, _, worker = tree_worker()
+    state.before_batch(scheduler(), batch("decode", 10, 20))
     worker.activate_step_by_batch(2)
     assert worker.applied == [(4, 8)], "7 nodes a request: width 8, though the steps are the launch shape's"
     worker.on_verify_complete_cpu([2, 1], 2)
-    assert host.steering.counts.verified == 14
+    assert state.steering.counts.verified == 14
     worker.activate_step_by_batch(2)
     assert worker.applied == [(4, 8)], "nothing to swap"
 
@@ -135,14 +134,14 @@ def test_a_shape_wider_than_its_candidates_is_refused(fake_sglang):
 
 def test_other_workers_are_not_taken_over(fake_sglang):
     sys.modules["sglang.srt.speculative.eagle_worker_v2"].EAGLEWorkerV2 = StockWorker
-    create = {target: hook for target, hook, _ in trees.hooks(make_host(TREES))}[trees.CREATE_WORKER]
+    create = {target: hook for target, hook, _ in trees.hooks(plugin_state(TREES))}[trees.CREATE_WORKER]
     assert issubclass(create(lambda algorithm, args: StockWorker, None, None), StockWorker)
     with raises_config("would draft with int"):
         create(lambda algorithm, args: int, None, None)
 
 
 def test_the_kv_reserve_never_shrinks():
-    values, reserve = iter([40, 8, 16, 40]), trees.Reserve()
+    values, reserve = iter([40, 8, 16, 40]), trees.KVReserve()
     assert [reserve(lambda: next(values)) for _ in range(4)] == [40] * 4
 
 

@@ -27,8 +27,7 @@ from echo_rl.runtime.drafters.folder import default_taps, draft_to_target, load_
 from echo_rl.utils.archives import shipped_checkpoints
 from scripts.gpu.plan import MODES, Args, servers, settings
 from tests import tiny
-from tests.integrations.sglang_fakes import host as make_host
-from tests.integrations.sglang_fakes import parallel, require_sglang
+from tests.integrations.sglang_fakes import parallel, plugin_state, require_sglang
 
 LIBRARY = require_sglang()
 DRAFTER = shipped_checkpoints() / "smollm2-135m-eagle3"
@@ -217,9 +216,9 @@ def test_sglangs_adaptive_controller_follows_our_decisions(monkeypatch):
     monkeypatch.setattr(runtime_context, "get_parallel", parallel)
     monkeypatch.setattr(runtime_context, "max_speculative_num_draft_tokens", lambda: 8)
     shapes = (Shape.chain(0), Shape.chain(1), Shape.chain(3, 8), Shape.chain(7, 2))
-    host = make_host(PluginConfig(controller="chain", options={"steps": 5}, shapes=shapes))
+    state = plugin_state(PluginConfig(controller="chain", options={"steps": 5}, shapes=shapes))
     worker = AdaptiveWorker(7)
-    controller = AdaptiveController(worker, type("P", (ChainPolicy,), {"host": host})(initial_steps=7))
+    controller = AdaptiveController(worker, type("P", (ChainPolicy,), {"state": state})(initial_steps=7))
     controller.register(SimpleNamespace(speculative_num_steps=7))
     controller.init_states(cuda_graph_bs=[1, 2, 4, 8, 16])
     assert worker.built == {0: (1, [1, 2, 4, 8, 16]), 1: (2, [1, 2, 4, 8, 16]), 3: (4, [1, 2, 4, 8])}
@@ -227,7 +226,7 @@ def test_sglangs_adaptive_controller_follows_our_decisions(monkeypatch):
         controller.activate_step_by_batch(batch)
         assert worker.speculative_num_steps == steps
         controller.on_verify_complete([0] * batch, batch)
-    assert host.steering.counts.steps == 4 and host.steering.counts.lost == 0
+    assert state.steering.counts.steps == 4 and state.steering.counts.lost == 0
 
 
 # --------------------------------------------------------------------------- trees, through SGLang's code
@@ -315,8 +314,8 @@ def test_a_change_of_width_alone_is_carried_out(monkeypatch):
     monkeypatch.setattr(
         stock, "get_context", lambda: SimpleNamespace(override=lambda source, **values: overrides.append(values))
     )
-    host = make_host(PluginConfig.of({**TREES}))
-    worker_class = trees.tree_worker(stock.EAGLEWorkerV2, host, trees.Gating())
+    state = plugin_state(PluginConfig.of({**TREES}))
+    worker_class = trees.tree_worker(stock.EAGLEWorkerV2, state, trees.Gating())
     worker = object.__new__(worker_class)
     runner = SimpleNamespace(attn_backend=None, decode_cuda_graph_runner=None)
     draft = SimpleNamespace(draft_runner=SimpleNamespace(), _rebuild_topk1_chain_buffers=lambda: None)
@@ -355,7 +354,7 @@ def test_the_kv_reserve_holds_through_sglangs_own_sizing(monkeypatch):
     monkeypatch.setattr(allocation_sizing, "get_spec", lambda: spec)
     monkeypatch.setattr(allocation_sizing, "get_alloc_page_size", lambda: 1)
     monkeypatch.setattr(allocation_sizing, "max_speculative_num_draft_tokens", lambda: 32)
-    stock, reserve = allocation_sizing.get_alloc_len_per_decode, trees.Reserve()
+    stock, reserve = allocation_sizing.get_alloc_len_per_decode, trees.KVReserve()
     assert reserve(stock) == 40
     spec.speculative_num_steps = 1
     assert stock() == 32 and reserve(stock) == 40

@@ -1,4 +1,4 @@
-"""How far drafted chains lately survived, and the forest that a controller is shown in place of SGLang's.
+"""How deep drafted chains were accepted lately, and the forest that a controller is shown in place of SGLang's.
 
 SGLang's draft scores never leave the device. What a step reports is how many drafted tokens each request
 had accepted, so the running chance of acceptance at every depth stands in for the drafter's confidence.
@@ -16,13 +16,13 @@ import torch
 from echo_rl.contracts import Controller, Forest, Frontier, SpecPlan
 
 PRIOR = 0.6
-"""Chance of acceptance that an unseen depth starts from (the reference hit rate of `controllers.tree_shapes`)."""
+"""The chance of acceptance that an unseen depth starts from (the reference hit rate of `controllers.tree_shapes`)."""
 PRIOR_REQUESTS = 8.0
-"""Weight of the prior, in observed requests."""
+"""The weight of the prior, in observed requests."""
 
 
 class AcceptanceTracker:
-    """Running chance of acceptance by depth, over the last `horizon` requests that reached it."""
+    """Keeps a running chance of acceptance by depth, over about the last `horizon` requests that reached it."""
 
     def __init__(self, levels: int, horizon: float = 256.0) -> None:
         self._keep = math.exp(-1.0 / horizon)
@@ -31,19 +31,19 @@ class AcceptanceTracker:
 
     @property
     def chances(self) -> tuple[float, ...]:
-        """At index d: the chance that depth d is accepted where depth d - 1 was."""
-        return tuple(yes / tried for yes, tried in zip(self._accepted, self._reached, strict=True))
+        """Index d holds the chance that depth d is accepted where depth d - 1 was."""
+        return tuple(accepted / reached for accepted, reached in zip(self._accepted, self._reached, strict=True))
 
     def observe(self, reached: Sequence[int], accepted: Sequence[int]) -> None:
-        """Counts of a step by depth, as in `StepReport`."""
-        for depth, (tried, yes) in enumerate(zip(reached, accepted, strict=True)):
+        """Adds a step's counts by depth, as in `StepReport`."""
+        for depth, (tried, passed) in enumerate(zip(reached, accepted, strict=True)):
             if tried and depth < len(self._reached):
                 keep = self._keep**tried
                 self._reached[depth] = self._reached[depth] * keep + tried
-                self._accepted[depth] = self._accepted[depth] * keep + yes
+                self._accepted[depth] = self._accepted[depth] * keep + passed
 
     def forest(self, batch: int, levels: int, stop: int | None = None) -> Forest:
-        """A chain of `levels` nodes a request, each as likely as chains lately survived to it."""
+        """Returns a chain of `levels` nodes a request, each scored by how often that depth was lately accepted."""
         chances = torch.tensor(self.chances[:levels], dtype=torch.float64).clamp(1e-6, 1.0)
         scores = chances.log().cumsum(0).float()  # [D]
         return Forest(
@@ -55,13 +55,13 @@ class AcceptanceTracker:
         )
 
 
-def chain_nodes(controller: Controller, plan: SpecPlan, survival: AcceptanceTracker, batch: int, levels: int) -> int:
-    """Nodes over the batch that the controller verifies of the running forest, after its own gates and selection.
+def chain_nodes(controller: Controller, plan: SpecPlan, acceptance: AcceptanceTracker, batch: int, levels: int) -> int:
+    """Counts the nodes over the batch that the controller verifies of the tracked forest, after gates and selection.
 
-    Drafts level by level as the engine does: at a gated depth `extend` may stop everybody (all requests
-    look alike), and `select` then picks among the levels drafted. Never more than the plan's budget.
+    Drafts level by level as the engine does: at a gated depth `extend` may stop every request (all have
+    the same scores), and `select` then picks among the levels drafted. Never more than the plan's budget.
     """
-    forest = survival.forest(batch, levels)
+    forest = acceptance.forest(batch, levels)
     drafted, alive = levels, torch.ones(batch, dtype=torch.bool)
     for depth in range(levels - 1):
         if plan.gate(depth) is not None:
@@ -69,5 +69,5 @@ def chain_nodes(controller: Controller, plan: SpecPlan, survival: AcceptanceTrac
             if not bool(alive.any()):
                 drafted = depth + 1
                 break
-    selection = controller.select(survival.forest(batch, drafted, drafted - 1), plan)
+    selection = controller.select(acceptance.forest(batch, drafted, drafted - 1), plan)
     return min(selection.size, plan.budget)

@@ -1,4 +1,4 @@
-"""Chains of a decided length, through SGLang's own ``--speculative-adaptive`` (top-k 1, CUDA graphs).
+"""Runs chains of a decided length through SGLang's own ``--speculative-adaptive`` (top-k 1, CUDA graphs).
 
 SGLang asks an `AdaptiveSpecPolicy` for the number of draft steps before every decode step and tells it what
 was accepted. `ChainPolicy` is one whose answers come from `PluginState`; `hooks` puts it in the place of SGLang's
@@ -19,13 +19,13 @@ CANDIDATES = "sglang.srt.speculative.adaptive_spec_params.resolve_candidate_step
 CREATE_WORKER = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker"
 
 Hook = tuple[str, Any, str]
-"""(target, hook, its HookType)."""
+"""A target's dotted name, the hook and the name of its HookType."""
 
 
 class ChainPolicy:
-    """Answers SGLang's adaptive controller for `host`, which a subclass names. Raises `ConfigError`."""
+    """Answers SGLang's adaptive controller by `state`, which a subclass sets. Raises `ConfigError`."""
 
-    host: ClassVar[PluginState]
+    state: ClassVar[PluginState]
 
     def __init__(self, initial_steps: int, cfg_path: str | None = None) -> None:
         from sglang.srt.runtime_context import get_parallel, max_speculative_num_draft_tokens
@@ -33,44 +33,44 @@ class ChainPolicy:
         self.start(initial_steps, cfg_path, get_parallel(), max_speculative_num_draft_tokens())
 
     def start(self, initial_steps: int, cfg_path: str | None, parallel: Any, sized_for: int | None) -> None:
-        """`sized_for`: the most rows a request that SGLang has reserved memory for."""
+        """`sized_for` is the most rows a request that SGLang has reserved memory for."""
         refuse_file(cfg_path)
-        launch = self.host.config.launch
+        launch = self.state.config.launch
         if initial_steps != launch.steps or (sized_for or 0) < launch.width:
             raise ConfigError(
                 f"SGLang is sized for {initial_steps} steps and {sized_for} rows a request, the shapes need "
-                f"{launch.steps} and {launch.width}; {self.host.remedy()}"
+                f"{launch.steps} and {launch.width}; {self.state.remedy()}"
             )
-        self._shapes: dict[int, Shape] = {shape.steps: shape for shape in self.host.config.choices}
+        self._shapes: dict[int, Shape] = {shape.steps: shape for shape in self.state.config.choices}
         self._graph_sizes: list[int] | None = None
-        self.host.bind(parallel, top_k=1)
+        self.state.bind(parallel, top_k=1)
 
     @property
     def candidate_steps(self) -> list[int]:
-        return candidate_steps(self.host)
+        return candidate_steps(self.state)
 
     def set_cuda_graph_bs(self, cuda_graph_bs: Sequence[int] | None) -> None:
         self._graph_sizes = sorted(cuda_graph_bs) if cuda_graph_bs else None
 
     def get_steps_for_batch(self, batch_size: int) -> int:
-        return self.host.config.choices[self.host.decide(batch_size).shape].steps
+        return self.state.config.choices[self.state.decide(batch_size).shape].steps
 
     def on_verify_complete(self, num_correct_drafts_per_req: Sequence[int], batch_size: int) -> None:
         """Reports a step. Never asks for a switch: `get_steps_for_batch` decides before each step anyway."""
-        self.host.complete(num_correct_drafts_per_req, batch_size)
+        self.state.complete(num_correct_drafts_per_req, batch_size)
 
     def cuda_graph_bs_for_step(self, step: int) -> list[int] | None:
-        """The captured batch sizes that a shape can run at; None without CUDA graphs."""
+        """Returns the captured batch sizes that a shape can run at; None without CUDA graphs."""
         sizes = self._graph_sizes
         return None if sizes is None else reachable(self._shapes[step], sizes)
 
 
-def candidate_steps(host: PluginState) -> list[int]:
-    return sorted(shape.steps for shape in host.config.choices)
+def candidate_steps(state: PluginState) -> list[int]:
+    return sorted(shape.steps for shape in state.config.choices)
 
 
 def reachable(shape: Shape, sizes: Sequence[int]) -> list[int]:
-    """The sizes that batches within a shape's limit are padded to."""
+    """Returns the sizes that batches within a shape's limit are padded to."""
     limit = shape.max_batch
     if limit is None:
         return list(sizes)
@@ -83,21 +83,21 @@ def refuse_file(cfg_path: str | None) -> None:
         raise ConfigError("the steps come from ECHO_RL_CONFIG; leave out --speculative-adaptive-config")
 
 
-def hooks(host: PluginState) -> tuple[Hook, ...]:
-    """What to register."""
+def hooks(state: PluginState) -> tuple[Hook, ...]:
+    """Returns the hooks to register."""
 
     def candidates(cfg_path: str | None = None) -> list[int]:
         refuse_file(cfg_path)
-        return candidate_steps(host)
+        return candidate_steps(state)
 
     def create_worker(original: Callable[..., Any], algorithm: Any, server_args: Any) -> Any:
         from sglang.srt.runtime_context import get_spec
 
         if not get_spec().speculative_adaptive:  # SGLang switches it off with no more than a warning
-            raise ConfigError(f"SGLang runs without --speculative-adaptive (its log says why); {host.remedy()}")
+            raise ConfigError(f"SGLang runs without --speculative-adaptive (its log says why); {state.remedy()}")
         return original(algorithm, server_args)
 
-    policy = type("AdaptiveSpeculativeParams", (ChainPolicy,), {"host": host})
+    policy = type("AdaptiveSpeculativeParams", (ChainPolicy,), {"state": state})
     return (
         (PARAMS, policy, "REPLACE"),
         (CANDIDATES, candidates, "REPLACE"),

@@ -33,7 +33,7 @@ class Symbol:
     kind: str
     """``function``, ``class``, ``enum``, ``property``, or the type of a constant."""
     parameters: tuple[str, ...] = ()
-    """Of a class those of its constructor."""
+    """Its parameters; of a class those of its constructor."""
     mentions: tuple[str, ...] = ()
     """Names that its code refers to."""
     modes: tuple[str, ...] = ("adaptive", "trees")
@@ -169,7 +169,7 @@ Resolve = Callable[[str], Any]
 
 
 def installed_version() -> str | None:
-    """SGLang's version, or None where it isn't installed."""
+    """Returns SGLang's version, or None where it isn't installed."""
     try:
         return metadata.version("sglang")
     except metadata.PackageNotFoundError:
@@ -177,7 +177,7 @@ def installed_version() -> str | None:
 
 
 def check(mode: str | None = None, resolve: Resolve = pkgutil.resolve_name) -> tuple[Finding, ...]:
-    """Every symbol (of one mode, or all) compared with what is installed. Never raises for a symbol."""
+    """Compares every symbol (of one mode, or all) with what is installed. Never raises for a symbol."""
     return tuple(Finding(s, _problem(s, resolve)) for s in SYMBOLS if mode is None or mode in s.modes)
 
 
@@ -220,7 +220,7 @@ def _kind(found: Any) -> str:
 
 
 def names_in(function: Any) -> set[str]:
-    """Every name that a function's code refers to, nested functions included."""
+    """Returns every name that a function's code refers to, nested functions included."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return set(_names(code)) if code is not None else set()
 

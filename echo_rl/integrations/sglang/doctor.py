@@ -21,6 +21,8 @@ NAME = "echo-rl"
 
 @dataclass(frozen=True)
 class Row:
+    """The outcome of one check."""
+
     what: str
     ok: bool
     detail: str = ""
@@ -28,7 +30,7 @@ class Row:
 
 
 def examine(config: str | None = None) -> tuple[Row, ...]:
-    """Every check, in order; `config` is a configuration file, else the one that the environment names."""
+    """Makes every check, in order; `config` is a configuration file, else the one that the environment names."""
     version = installed_version()
     if version is None:
         return (Row("SGLang", False, f"not installed here; install sglang=={RECORDED}"),)
@@ -41,7 +43,7 @@ def examine(config: str | None = None) -> tuple[Row, ...]:
 
 
 def entry_point() -> Row:
-    """Whether SGLang would find and load the plugin."""
+    """Checks whether SGLang would find and load the plugin."""
     found = [point.value for point in entry_points(group=GROUP, name=NAME)]
     if found != [ENTRY]:
         return Row("entry point", False, f"{GROUP} has {found or 'nothing'} under {NAME}; install echo-rl again")
@@ -52,7 +54,7 @@ def entry_point() -> Row:
 
 
 def _configuration(path: str | None) -> tuple[Row, str | None]:
-    """The row, and the mode to check for (None: all)."""
+    """Returns the row, and the mode whose symbols are to be checked; None means both."""
     if not path:
         return Row("configuration", True, f"{ENVIRONMENT} is not set: the plugin would do nothing"), None
     try:
@@ -65,7 +67,7 @@ def _configuration(path: str | None) -> tuple[Row, str | None]:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """One row a check, for a terminal."""
+    """Shows one row a check, for a terminal."""
     view = Table(title="SGLang plugin", title_justify="left")
     view.add_column("check", overflow="fold")
     view.add_column("")

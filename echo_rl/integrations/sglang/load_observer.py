@@ -1,4 +1,4 @@
-"""What a controller may know of an SGLang scheduler before a step: `LoadView` from its queue, pool and batch.
+"""Makes the `LoadView` that a controller is shown before a step from SGLang's queue, pool and batch.
 
 SGLang prefills in steps of their own, so no prompt tokens ever share a decode step (`prefill_tokens` is 0).
 Everything read here follows from requests that SGLang broadcasts to all its ranks, but only the leader's
@@ -13,7 +13,7 @@ from echo_rl.contracts import LoadView
 
 
 class LoadObserver:
-    """Follows a scheduler's batches. `see` before each is run, `load` for the decode step that is about to."""
+    """Follows a scheduler's batches: `observe` is called before each is run, `load` before a decode step is planned."""
 
     def __init__(self) -> None:
         self._waiting = 0
@@ -21,10 +21,10 @@ class LoadObserver:
         self._prefill: frozenset[str] = frozenset()  # of the last prefill batch: a long prompt comes in chunks
         self._load: LoadView | None = None
 
-    def see(self, scheduler: Any, batch: Any) -> bool:
-        """Whether the batch is a decode step."""
+    def observe(self, scheduler: Any, batch: Any) -> bool:
+        """Takes note of a batch; returns whether it is a decode step."""
         if batch.forward_mode.is_decode():
-            self._see_decode(scheduler, batch)
+            self._observe_decode(scheduler, batch)
             return True
         if batch.forward_mode.is_extend():
             ids = frozenset(request.rid for request in batch.reqs)
@@ -33,14 +33,13 @@ class LoadObserver:
         return False
 
     def load(self, batch_size: int) -> LoadView:
-        """The view of the decode step seen last, for the batch that SGLang's worker counts."""
-        seen = self._load
-        if seen is None or seen.batch_size != batch_size:
-            seen = seen or LoadView(batch_size, 0, 0, 1.0, 0.0, 0)
-            return LoadView(batch_size, 0, seen.waiting, seen.mean_context, seen.kv_used, 0)
-        return seen
+        """Returns the view of the decode step observed last, for the batch that SGLang's worker counts."""
+        last = self._load or LoadView(batch_size, 0, 0, 1.0, 0.0, 0)
+        if last.batch_size != batch_size:
+            return LoadView(batch_size, 0, last.waiting, last.mean_context, last.kv_used, 0)
+        return last
 
-    def _see_decode(self, scheduler: Any, batch: Any) -> None:
+    def _observe_decode(self, scheduler: Any, batch: Any) -> None:
         waiting, requests = len(scheduler.waiting_queue), batch.reqs
         arrived = max(0, waiting - self._waiting + self._admitted)
         context = sum(request.seqlen for request in requests) / max(1, len(requests))

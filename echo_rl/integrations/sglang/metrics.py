@@ -1,4 +1,4 @@
-"""Prometheus counters of what was really speculated.
+"""Prometheus counters of what was really speculated, beside SGLang's own series.
 
 SGLang's own series stay as they are; where one keeps its meaning under a changing shape, read it there
 (`KEPT`). Its accept rate doesn't: it divides by ``verify calls * (num_draft_tokens - 1)`` with the draft

@@ -27,7 +27,7 @@ REFUSED = "echo-rl refuses to start SGLang"
 
 
 def register() -> None:
-    """Register this plugin's hooks. Raises `SystemExit` with a message where they would not hold.
+    """Registers this plugin's hooks. Raises `SystemExit` with a message where they would not hold.
 
     `SystemExit`, because SGLang catches every `Exception` of a plugin.
     """
@@ -47,33 +47,33 @@ def register() -> None:
 
 
 def install(config: PluginConfig) -> PluginState:
-    """Check everything that can be checked before a model is loaded, then register. Raises `EchoError`."""
+    """Checks everything that can be checked before a model is loaded, then registers. Raises `EchoError`."""
     require(config.mode, config.untested_version)
     config.make()  # a controller that can't be made must not be found out when the first worker is
     config.costs()
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    host = PluginState(config)
-    kind = {"adaptive": adaptive, "trees": trees}[config.mode]
-    hooks = (*kind.hooks(host), (RUN_BATCH, _before_batch(host), "BEFORE"))
+    state = PluginState(config)
+    mode = {"adaptive": adaptive, "trees": trees}[config.mode]
+    hooks = (*mode.hooks(state), (RUN_BATCH, _before_batch(state), "BEFORE"))
     before = {target: pkgutil.resolve_name(target) for target, _, _ in hooks}
     for target, hook, how in hooks:
         HookRegistry.register(target, hook, HookType[how])
-    seal(HookRegistry, hooks, before)
-    return host
+    verify_after_apply(HookRegistry, hooks, before)
+    return state
 
 
-def _before_batch(host: PluginState) -> Callable[..., None]:
-    """A plain function: SGLang wraps functions and classes."""
+def _before_batch(state: PluginState) -> Callable[..., None]:
+    """Returns a plain function, since SGLang wraps functions and classes only."""
 
     def before_batch(*args: Any, **kwargs: Any) -> None:
-        host.before_batch(*args, **kwargs)
+        state.before_batch(*args, **kwargs)
 
     return before_batch
 
 
-def seal(registry: Any, hooks: Sequence[Hook], before: dict[str, Any]) -> None:
-    """Have the registry verify, once it has applied its hooks, that ours are in place.
+def verify_after_apply(registry: Any, hooks: Sequence[Hook], before: dict[str, Any]) -> None:
+    """Makes the registry verify, once it has applied its hooks, that ours are in place.
 
     SGLang logs a hook that it can't apply and serves without it, and a later plugin may replace a class again.
     """

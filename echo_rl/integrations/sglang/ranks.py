@@ -17,13 +17,13 @@ from echo_rl.integrations.sglang.steering import Decision
 
 
 class Ranks(Protocol):
-    """The ranks that decide as one."""
+    """The ranks that take one decision together."""
 
     @property
     def leads(self) -> bool: ...
 
     def agree(self, decide: Callable[[], Decision]) -> Decision:
-        """The leader's decision, on every rank."""
+        """Returns the leader's decision on every rank."""
         ...
 
     def require_same(self, text: str) -> None:
@@ -31,8 +31,8 @@ class Ranks(Protocol):
         ...
 
 
-class Alone:
-    """A single rank."""
+class SingleRank:
+    """The only rank of a process that runs alone."""
 
     leads = True
 
@@ -43,7 +43,7 @@ class Alone:
         del text  # nobody to differ from
 
 
-class Group:
+class RankGroup:
     """The ranks of a `torch.distributed` group with a CPU backend; `levels` bounds a decision's gates.
 
     A message is [2 + levels] float64: whether the leader could decide, the shape, the gates.
@@ -57,7 +57,7 @@ class Group:
         self.leads = dist.get_rank(group) == 0
 
     def agree(self, decide: Callable[[], Decision]) -> Decision:
-        """The leader's decision. An error of the leader is raised there, and as a `RuntimeError` on the others."""
+        """Returns the leader's decision. An error of the leader is raised there, a `RuntimeError` on the others."""
         import torch
         import torch.distributed as dist
 

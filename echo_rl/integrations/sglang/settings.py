@@ -61,11 +61,11 @@ class Shape:
     """One way for SGLang to run a step; a CUDA graph is captured for each and every batch size that may use it."""
 
     steps: int
-    """Levels drafted; 0 is plain decoding."""
+    """The levels drafted; 0 is plain decoding."""
     width: int
-    """Rows verified for a request, its root included (SGLang's ``num_draft_tokens``); a chain has steps + 1."""
+    """The rows verified for a request, its root included (SGLang's ``num_draft_tokens``); a chain has steps + 1."""
     max_batch: int | None = None
-    """Most requests in a batch that may use it; None for any number."""
+    """The most requests in a batch that may use it; None for any number."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "width", "max_batch"):
@@ -85,7 +85,7 @@ class Shape:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Shape:
-        """A table of the file; its width defaults to a chain's. Raises `ConfigError`."""
+        """Reads a table of the file; its width defaults to a chain's. Raises `ConfigError`."""
         steps = values.get("steps")
         if steps is None:
             raise ConfigError("a shape has no steps; give each [[shapes]] table its steps")
@@ -93,7 +93,7 @@ class Shape:
 
     @property
     def nodes(self) -> int:
-        """Drafted nodes verified for one request."""
+        """The drafted nodes verified for one request."""
         return self.width - 1
 
     def allows(self, batch: int) -> bool:
@@ -151,7 +151,7 @@ class PluginConfig:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> PluginConfig:
-        """The whole file. Raises `ConfigError` on an unknown key, a wrong type or a value out of range."""
+        """Reads the whole file. Raises `ConfigError` on an unknown key, a wrong type or a value out of range."""
         if "controller" not in values:
             raise ConfigError(f"no controller is named; give one of {', '.join(CHAINS)}")
         shapes = values.get("shapes", ())
@@ -161,7 +161,7 @@ class PluginConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> PluginConfig:
-        """Read a ``.toml`` or ``.json`` file. Raises `ConfigError`."""
+        """Reads a ``.toml`` or ``.json`` file. Raises `ConfigError`."""
         path = Path(path)
         readers = {".toml": tomllib.loads, ".json": json.loads}
         if path.suffix not in readers:
@@ -180,7 +180,7 @@ class PluginConfig:
             raise ConfigError(f"{path}: {error}") from error
 
     def make(self) -> Controller:
-        """A new controller with the file's options, costs and gates. Raises `ConfigError`."""
+        """Makes a new controller with the file's options, costs and gates. Raises `ConfigError`."""
         known = {option.name for option in fields(registry.CONTROLLERS[self.controller].options)}
         options = dict(self.options)
         for option, name in (("profile", "profile"), ("calibration", "gates")):
@@ -191,7 +191,7 @@ class PluginConfig:
         return registry.make(self.controller, **options)
 
     def costs(self) -> CostProfile | None:
-        """The costs by which a step's seconds are split into phases; None where no rule looks at them."""
+        """Returns the costs by which a step's seconds are split into phases; None where no rule looks at them."""
         if self.profile is None and self.controller in TIMELESS:
             return None
         return CostProfile.of(self._file("profile"))

@@ -1,4 +1,4 @@
-"""Trees of a decided size: a batch-wide budget by width buckets, and ECHO's gates on the device.
+"""Runs trees of a decided size: a batch-wide budget by width buckets, and ECHO's gates on the device.
 
 SGLang verifies the same number of rows for every request of a batch, and captures a CUDA graph for each
 (steps, width) ahead of time. So a plan's budget becomes the largest prepared `Shape` whose nodes over the
@@ -7,7 +7,7 @@ whole batch fit it, and a step switches between prepared states (`tree_worker`).
 A gate stops a request where its best path is unlikely. SGLang drafts for all requests alike, so `weaken`
 scales the probabilities below the stop by a power of two: what is verified is then the request's
 likeliest nodes above the stop, wider there, and below it only what is left over. No value travels to the
-host, and since the gates' thresholds live in a tensor, captured graphs read what `Gating.set` last wrote.
+state, and since the gates' thresholds live in a tensor, captured graphs read what `Gating.set` last wrote.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def weaken(child_probs: Tensor, scores: Tensor, threshold: Tensor) -> Tensor:
 
 
 class Gating:
-    """The thresholds on the device, and whether the code that now runs is drafting under them."""
+    """Holds the gates' thresholds on the device, and whether the code that now runs drafts under them."""
 
     def __init__(self) -> None:
         self._thresholds: Tensor | None = None  # [levels]
@@ -56,14 +56,14 @@ class Gating:
         self._drafting = False
 
     def place(self, levels: int, device: Any) -> None:
-        """Make the thresholds; they must exist before a graph is captured."""
+        """Makes the thresholds, which must exist before a graph is captured."""
         import torch
 
         self._thresholds = torch.zeros(levels, device=device)
         self._values = (0.0,) * levels
 
     def set(self, gates: Sequence[float]) -> None:
-        """Thresholds of the coming step by depth; depths past the last have none. Fills only what changed."""
+        """Sets the coming step's thresholds by depth; depths past the last have none. Fills only what changed."""
         assert self._thresholds is not None, "place comes first"
         values = (*gates, *[0.0] * (len(self._values) - len(gates)))[: len(self._values)]
         for depth, (old, new) in enumerate(zip(self._values, values, strict=True)):
@@ -72,7 +72,7 @@ class Gating:
         self._values = values
 
     def draft_forward(self, original: Callable[..., Any], worker: Any, forward_batch: Any) -> Any:
-        """AROUND hook: drafting of the hooked worker class, and of nothing else, is gated."""
+        """Is an AROUND hook: drafting of the hooked worker class, and of nothing else, is gated."""
         self._drafting = self._thresholds is not None
         try:
             return original(worker, forward_batch)
@@ -83,13 +83,13 @@ class Gating:
         self, original: Callable[..., Any], i: int, topk_p: Tensor, topk_index: Tensor, hidden_states: Tensor,
         scores: Tensor, topk: int,
     ) -> Any:  # fmt: skip
-        """AROUND hook of the choice of level `i`: the gate at depth i - 1 comes before it."""
+        """Is the AROUND hook of the choice of level `i`; the gate at depth i - 1 comes before it."""
         if self._drafting and self._thresholds is not None and 0 < i <= len(self._thresholds):
             topk_p = weaken(topk_p, scores, self._thresholds[i - 1])
         return original(i, topk_p, topk_index, hidden_states, scores, topk)
 
 
-class Reserve:
+class KVReserve:
     """Keeps SGLang's KV reserve at the launch shape's.
 
     SGLang computes it from the steps in use, but reserves before the step's shape is chosen: after a
@@ -104,26 +104,26 @@ class Reserve:
         return self._most
 
 
-def tree_worker(base: Any, host: PluginState, gating: Gating) -> Any:
-    """A subclass of SGLang's EAGLE worker that prepares every shape and switches between them."""
+def tree_worker(base: Any, state: PluginState, gating: Gating) -> Any:
+    """Makes a subclass of SGLang's EAGLE worker that prepares every shape and switches between them."""
 
     class TreeWorker(base):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             from sglang.srt.runtime_context import get_parallel, get_spec
 
-            check_launch(host, get_spec())
+            check_launch(state, get_spec())
             super().__init__(*args, **kwargs)
-            host.bind(get_parallel(), top_k=self.topk)
-            gating.place(host.config.launch.steps, self.device)
+            state.bind(get_parallel(), top_k=self.topk)
+            gating.place(state.config.launch.steps, self.device)
             self._echo_states: list[Any] = []
 
         def init_cuda_graphs(self) -> None:
             super().init_cuda_graphs()
             with drafting_contexts(self._draft_worker):
-                self._echo_states = [self._prepare(shape) for shape in host.config.choices]
+                self._echo_states = [self._prepare(shape) for shape in state.config.choices]
 
         def _prepare(self, shape: Shape) -> Any:
-            if shape == host.config.launch:
+            if shape == state.config.launch:
                 return launch_state(self)
             sizes = captured_sizes()
             return self.build_adaptive_runtime_state(
@@ -133,20 +133,20 @@ def tree_worker(base: Any, host: PluginState, gating: Gating) -> Any:
             )
 
         def activate_step_by_batch(self, batch_size: int) -> None:
-            decision = host.decide(batch_size)
+            decision = state.decide(batch_size)
             gating.set(decision.gates)
             self.apply_runtime_state(self._echo_states[decision.shape])
 
-        def apply_runtime_state(self, state: Any) -> None:
-            """SGLang's own swap, which knows only steps: it would ignore a change of width alone."""
+        def apply_runtime_state(self, runtime_state: Any) -> None:
+            """Applies a state by SGLang's own swap, which compares steps alone and would ignore a change of width."""
             now = (self.speculative_num_steps, self.speculative_num_draft_tokens)
-            if now == (state.speculative_num_steps, state.speculative_num_draft_tokens):
+            if now == (runtime_state.speculative_num_steps, runtime_state.speculative_num_draft_tokens):
                 return
             self.speculative_num_steps: int = -1  # unlike any state's
-            super().apply_runtime_state(state)
+            super().apply_runtime_state(runtime_state)
 
         def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
-            host.complete(num_correct_drafts_per_req, batch_size)
+            state.complete(num_correct_drafts_per_req, batch_size)
 
     TreeWorker.__name__ = TreeWorker.__qualname__ = f"Echo{base.__name__}"
     return TreeWorker
@@ -163,16 +163,16 @@ def require_swaps(server_args: Any) -> None:
             raise ConfigError(f"SGLang can't change shapes under --{option.replace('_', '-')}; start it without")
 
 
-def check_launch(host: PluginState, spec: Any) -> None:
+def check_launch(state: PluginState, spec: Any) -> None:
     """Raises `ConfigError` unless SGLang was started with the largest shape: it only ever goes down from there."""
-    launch, top_k = host.config.launch, spec.speculative_eagle_topk or 1
+    launch, top_k = state.config.launch, spec.speculative_eagle_topk or 1
     started = (spec.speculative_num_steps, spec.speculative_num_draft_tokens)
     if spec.speculative_adaptive or top_k < 2 or started != (launch.steps, launch.width):
         raise ConfigError(
             f"SGLang was started with top-k {top_k}, {started[0]} steps and {started[1]} draft tokens"
-            f"{', adaptive' if spec.speculative_adaptive else ''}; {host.remedy()}"
+            f"{', adaptive' if spec.speculative_adaptive else ''}; {state.remedy()}"
         )
-    for shape in host.config.choices:
+    for shape in state.config.choices:
         pool = top_k + (shape.steps - 1) * top_k**2 if shape.steps else 0
         if shape.nodes > pool:
             raise ConfigError(
@@ -183,7 +183,7 @@ def check_launch(host: PluginState, spec: Any) -> None:
 
 @contextmanager
 def drafting_contexts(draft_worker: Any) -> Iterator[None]:
-    """The contexts under which SGLang builds the states of its draft worker."""
+    """Enters the contexts under which SGLang builds the states of its draft worker."""
     from sglang.srt.speculative import eagle_worker_v2 as stock
 
     with ExitStack() as stack:
@@ -194,7 +194,7 @@ def drafting_contexts(draft_worker: Any) -> Iterator[None]:
 
 
 def captured_sizes() -> list[int] | None:
-    """The batch sizes that SGLang captures decode graphs for; None where it captures none."""
+    """Returns the batch sizes that SGLang captures decode graphs for; None where it captures none."""
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase
     from sglang.srt.runtime_context import get_exec
     from sglang.srt.speculative.eagle_worker_v2 import check_cuda_graph_backend
@@ -205,7 +205,7 @@ def captured_sizes() -> list[int] | None:
 
 
 def launch_state(worker: Any) -> Any:
-    """The state that SGLang itself has built for the shape it was started with."""
+    """Returns the state that SGLang itself has built for the shape it was started with."""
     from sglang.srt.speculative.adaptive_runtime_state import SpecRuntimeState
 
     draft, target = worker._draft_worker, worker._target_worker.model_runner
@@ -221,8 +221,8 @@ def launch_state(worker: Any) -> Any:
     )
 
 
-def hooks(host: PluginState) -> tuple[Hook, ...]:
-    """What to register."""
+def hooks(state: PluginState) -> tuple[Hook, ...]:
+    """Returns the hooks to register."""
     gating = Gating()
 
     def create_worker(original: Callable[..., Any], algorithm: Any, server_args: Any) -> Any:
@@ -231,12 +231,12 @@ def hooks(host: PluginState) -> tuple[Hook, ...]:
         require_swaps(server_args)
         worker = original(algorithm, server_args)
         if worker is not EAGLEWorkerV2:
-            raise ConfigError(f"SGLang would draft with {worker.__name__}, not with EAGLE; {host.remedy()}")
-        return tree_worker(worker, host, gating)
+            raise ConfigError(f"SGLang would draft with {worker.__name__}, not with EAGLE; {state.remedy()}")
+        return tree_worker(worker, state, gating)
 
     return (
         (CREATE_WORKER, create_worker, "AROUND"),
         (DRAFT_FORWARD, gating.draft_forward, "AROUND"),
         (SELECT, gating.select, "AROUND"),
-        (RESERVE, Reserve(), "AROUND"),
+        (RESERVE, KVReserve(), "AROUND"),
     )
