@@ -60,7 +60,7 @@ class Visitor(Client):
         try:
             return await get(endpoint, path)
         finally:
-            endpoint.close()
+            await endpoint.close()
 
 
 def name(request_id: str) -> str:

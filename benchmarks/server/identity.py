@@ -112,7 +112,7 @@ async def under_swaps(url: str, setting: Identity, temperature: float, prompts: 
     record = await visitor.serve(config, setting.concurrency)
     in_flight = await swapping
     stats = json.loads(await visitor.ask("/admin/stats"))
-    visitor.close()
+    await visitor.close()
     pairs = zip(record.run.requests, record.texts, strict=True)
     return {
         "temperature": temperature,

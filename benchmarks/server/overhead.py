@@ -100,7 +100,7 @@ class Sides:
     async def _choose(self, controller: str) -> None:
         client = Client(self.url)
         await client.set_controller(controller, None)
-        client.close()
+        await client.close()
 
     def _run(self, controller: str, side: str, block: int, max_tokens: int) -> dict[str, Any]:
         first, count = block * self.setting.requests, self.setting.requests
@@ -129,7 +129,7 @@ class Sides:
         record = await visitor.serve(config, self.setting.concurrency)
         front = cpu_seconds(self.server.process.pid) - front
         after = (await visitor.ask("/metrics")).decode()
-        visitor.close()
+        await visitor.close()
         steps, busy = (
             total(after, f"echo_rl:step_seconds_{part}") - total(before, f"echo_rl:step_seconds_{part}")
             for part in ("count", "sum")

@@ -74,7 +74,7 @@ async def under_load(args: Args, url: str, prompts: list[Prompt], chrome: Chrome
     experiment = {"control": args.control, "treatment": args.treatment, "block_seconds": args.block_seconds}
     endpoint = Endpoint(url)
     await post(endpoint, "/admin/ab", {**experiment, "blocks": args.blocks, "harm": 0.0})
-    endpoint.close()
+    await endpoint.close()
     load = asyncio.create_task(send(args, url, prompts))
     try:
         await asyncio.to_thread(chrome.get, f"{url}/ui")
@@ -122,7 +122,7 @@ async def send(args: Args, url: str, prompts: list[Prompt]) -> None:
             Ends(seconds=args.seconds + args.patience + 60),
         )
     finally:
-        client.close()
+        await client.close()
 
 
 def small(picture: bytes) -> bytes:

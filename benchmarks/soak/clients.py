@@ -117,7 +117,7 @@ class SoakClient:
         except (OSError, ProtocolError) as error:
             request.outcome, request.detail = "broken", f"{type(error).__name__}: {error}"
         finally:
-            endpoint.close()
+            await endpoint.close()
             request.ended = time.monotonic()
         return request
 

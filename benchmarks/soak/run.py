@@ -237,7 +237,7 @@ class Soak:
             async with asyncio.timeout(REST_SECONDS):
                 return Totals.of(await get(endpoint, "/admin/stats"), await get(endpoint, "/metrics"))
         finally:
-            endpoint.close()
+            await endpoint.close()
 
     async def _sample(self) -> None:
         while True:

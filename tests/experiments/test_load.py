@@ -76,7 +76,7 @@ class FakeServer:
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
-                length = next(int(line[15:]) for line in head.split("\r\n") if line.startswith("Content-Length:"))
+                length = next((int(line[15:]) for line in head.split("\r\n") if line.startswith("Content-Length:")), 0)
                 method, path, _ = head.split(" ", 2)
                 self.heads.append(head)
                 body = json.loads(await reader.readexactly(length) or b"null")
@@ -149,7 +149,7 @@ def ask(server, times=1, **options):
             for _ in range(times):
                 streams.append(Stream(time.perf_counter))
                 await client.complete(b"{}", streams[-1])
-            client.close()
+            await client.close()
             return streams, client
 
     return asyncio.run(asyncio.wait_for(work(), 60))
@@ -244,6 +244,7 @@ def test_what_is_not_http_is_a_protocol_error():
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
             client, stream = Client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"), Stream(time.time)
             await client.complete(b"{}", stream)
+            await client.close()
             return stream
 
     assert asyncio.run(work()).error.startswith("protocol: ")
@@ -251,8 +252,9 @@ def test_what_is_not_http_is_a_protocol_error():
 
 def test_nobody_listening_is_a_connection_error():
     async def work():
-        stream = Stream(time.time)
-        await Client("http://127.0.0.1:1").complete(b"{}", stream)
+        client, stream = Client("http://127.0.0.1:1"), Stream(time.time)
+        await client.complete(b"{}", stream)
+        await client.close()
         return stream
 
     assert asyncio.run(work()).error.startswith("connection: ")
@@ -291,7 +293,7 @@ def test_a_key_is_sent_as_it_is_written():
         async with FakeServer() as server:
             client, stream = Client(server.url, key="schlüssel"), Stream(time.time)
             await client.complete(b"{}", stream)
-            client.close()
+            await client.close()
             return server.heads[0]
 
     assert "Authorization: Bearer schlüssel" in asyncio.run(work())
@@ -320,7 +322,7 @@ def driven(server, workload, ends, **options) -> LoadRecord:
             record = await drive(
                 client, Arrivals(parse(workload), 0), request_source(), lambda r: b"{}", ends, **options
             )
-            client.close()
+            await client.close()
             return record
 
     return asyncio.run(asyncio.wait_for(work(), 60))
@@ -359,7 +361,9 @@ def test_arrivals_that_a_busy_client_missed_are_recorded():
                 time.sleep(next(pauses, 0.0))
                 return source(suite)
 
-            return await drive(client, Arrivals(parse("poisson:100"), 0), late, lambda r: b"{}", Ends(seconds=0.25))
+            record = await drive(client, Arrivals(parse("poisson:100"), 0), late, lambda r: b"{}", Ends(seconds=0.25))
+            await client.close()
+            return record
 
     record = asyncio.run(asyncio.wait_for(work(), 60))
     expected = driven(FakeServer(slow(30.0)), "poisson:100", Ends(seconds=0.25))
@@ -388,6 +392,7 @@ def test_the_server_is_told_at_once_that_a_request_is_given_up():
             client = Client(server.url)
             await drive(client, Arrivals(parse("closed:1"), 0), request_source(), lambda r: b"{}", Ends(seconds=1.0))
             await asyncio.wait_for(server.lost.wait(), 15.0)
+            await client.close()
 
     asyncio.run(work())
 

@@ -99,8 +99,8 @@ class Client:
             raise ConfigError(f"{self.url} answers {method} {path} with something else than a JSON object")
         return found
 
-    def close(self) -> None:
-        self._endpoint.close()
+    async def close(self) -> None:
+        await self._endpoint.close()
 
 
 def _said(answer: Answer) -> str:

@@ -1,4 +1,4 @@
-"""HTTP/1.1 over raw asyncio sockets, parsed by httptools. Knows nothing of what is asked.
+"""A server's HTTP address and the exchanges with it, by aiohttp. Knows nothing of what is asked.
 
 A body is handed on as it comes; only that of an error is kept.
 """
@@ -10,10 +10,21 @@ import gc
 import importlib.util
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
-from urllib.parse import urlsplit
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
-from httptools import HttpParserError, HttpResponseParser
+from aiohttp import (
+    ClientConnectionError,
+    ClientConnectorError,
+    ClientPayloadError,
+    ClientResponseError,
+    ClientSession,
+    ClientTimeout,
+    DummyCookieJar,
+    TCPConnector,
+    TraceConfig,
+)
+from yarl import URL
 
 from echo_rl.errors import ConfigError
 
@@ -53,137 +64,81 @@ class Answer:
     retry_after: float | None = None
     """Seconds that the server asks to wait; None where it says nothing, or a date."""
     body: bytearray = field(default_factory=bytearray)
+    reused: bool = False
+    """The request was sent over a connection that an earlier one had left open."""
 
 
 class ProtocolError(Exception):
     """The peer sent something that is not what was agreed on."""
 
 
-class Connection(asyncio.Protocol):
-    """A socket with at most one exchange under way."""
-
-    def __init__(self) -> None:
-        self.reusable = False
-        self.answer = Answer()
-        self._transport: asyncio.Transport | None = None
-        self._parser: HttpResponseParser | None = None
-        self._done: asyncio.Future[None] | None = None
-        self._sink: Sink | None = None
-
-    async def exchange(self, request: bytes, sink: Sink | None) -> Answer:
-        """`sink` takes the body of a 200 piece by piece. Raises `ConnectionError` and `ProtocolError`."""
-        self.answer, self._sink, self._parser = Answer(), sink, HttpResponseParser(self)
-        if self._transport is None or self._transport.is_closing():
-            raise ConnectionResetError("the connection is closed")
-        self._done = asyncio.get_running_loop().create_future()
-        self.reusable = False
-        self._transport.write(request)
-        try:
-            await self._done
-        finally:
-            self._done = None
-            if not self.reusable:
-                self.close()
-        return self.answer
-
-    def close(self) -> None:
-        """At once, so that a server sees an unfinished request as given up."""
-        if self._transport is not None:
-            self._transport.abort()
-
-    # ------------------------------------------------------------------ called by asyncio
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        if self._done is None or self._parser is None or self._done.done():
-            self.close()  # nobody asked
-            return
-        try:
-            self._parser.feed_data(data)
-        except HttpParserError as error:
-            cause = error.__context__ or error.__cause__ or error
-            self._fail(ProtocolError(str(cause) or type(cause).__name__))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.reusable, self._transport = False, None
-        self._fail(ConnectionResetError("the server closed the connection"))
-
-    def _fail(self, error: Exception) -> None:
-        if self._done is not None and not self._done.done():
-            self._done.set_exception(error)
-
-    # ------------------------------------------------------------------ called by httptools
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == b"retry-after" and value.strip().isdigit():
-            self.answer.retry_after = float(value)
-
-    def on_headers_complete(self) -> None:
-        assert self._parser is not None
-        self.answer.status = self._parser.get_status_code()
-
-    def on_body(self, body: bytes) -> None:
-        if self._sink is not None and self.answer.status == OK:
-            self._sink(body)
-        elif len(self.answer.body) < MOST_KEPT:
-            self.answer.body += body
-
-    def on_message_complete(self) -> None:
-        assert self._parser is not None
-        if self.answer.status >= OK and self._done is not None and not self._done.done():
-            self.reusable = self._parser.should_keep_alive()
-            self._done.set_result(None)
-
-
 class Endpoint:
-    """A server's address and the connections to it that are free. Belongs to one event loop."""
+    """A server's address and a session of kept-alive connections to it. Belongs to one event loop; close it there."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
         """`url` with or without ``/v1`` at its end; `key` is sent as a bearer token. Raises `ConfigError`."""
         try:
-            parts = urlsplit(url)
-            host, port = parts.hostname, parts.port
+            address = URL(url)
         except ValueError as error:
             raise ConfigError(f"the server is {url!r} ({error}); give a URL like http://127.0.0.1:8000") from error
-        if parts.scheme not in ("http", "https") or not host:
+        if address.scheme not in ("http", "https") or not address.host:
             raise ConfigError(f"the server is {url!r}; give a URL like http://127.0.0.1:8000")
-        self.tls = parts.scheme == "https"
-        self.host, self.port = host, port or (443 if self.tls else 80)
-        self.base = parts.path.rstrip("/").removesuffix("/v1")
-        self._headers = f"Host: {parts.netloc.rpartition('@')[2]}\r\nContent-Type: application/json\r\n"
+        self._base = f"{address.origin()}{address.raw_path.rstrip('/').removesuffix('/v1')}"
         self._key = key
-        self._free: list[Connection] = []
+        self._session: ClientSession | None = None
 
     async def fetch(
         self, method: str, path: str, body: bytes = b"", sink: Sink | None = None, key: str | None = None
     ) -> Answer:
-        """One exchange; `key` instead of the endpoint's own. Raises `OSError` and `ProtocolError`."""
+        """One exchange; `sink` takes the body of a 200 piece by piece, and `key` is sent instead of the endpoint's own.
+
+        Raises `OSError` where the server can't be reached or hangs up, and `ProtocolError`.
+        """
         bearer = key or self._key
-        secret = f"Authorization: Bearer {bearer}\r\n" if bearer else ""
-        head = f"{method} {self.base}{path} HTTP/1.1\r\n{self._headers}{secret}Content-Length: {len(body)}\r\n\r\n"
-        request = head.encode() + body
-        while self._free:
-            connection = self._free.pop()
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {bearer}"} if bearer else {})
+        while True:
+            answer = Answer()
             try:
-                return self._keep(connection, await connection.exchange(request, sink))
-            except ConnectionError:
-                if connection.answer.status:  # else it was closed while it lay idle: try the next
-                    raise
-        connection = await self._connect()
-        return self._keep(connection, await connection.exchange(request, sink))
+                await self._exchange(answer, sink, method=method, url=self._base + path, data=body, headers=headers)
+                return answer
+            except ClientConnectorError:
+                raise
+            except (ClientConnectionError, ClientPayloadError) as error:
+                if answer.status or not answer.reused:  # else it was closed while it lay idle: try the next
+                    raise ConnectionResetError("the server closed the connection") from error
+            except ClientResponseError as error:
+                raise ProtocolError(" ".join(error.message.split())) from error
 
-    def close(self) -> None:
-        while self._free:
-            self._free.pop().close()
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
 
-    async def _connect(self) -> Connection:
-        loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(Connection, self.host, self.port, ssl=self.tls or None)
-        return connection
+    async def _exchange(self, answer: Answer, sink: Sink | None, **request: Any) -> None:
+        self._session = self._session or _session()
+        async with self._session.request(**request, allow_redirects=False, trace_request_ctx=answer) as response:
+            answer.status = response.status
+            wait = response.headers.get("Retry-After", "").strip()
+            answer.retry_after = float(wait) if wait.isdecimal() else None
+            async for piece in response.content.iter_any():
+                if sink is not None and answer.status == OK:
+                    sink(piece)
+                elif len(answer.body) < MOST_KEPT:
+                    answer.body += piece
 
-    def _keep(self, connection: Connection, answer: Answer) -> Answer:
-        if connection.reusable:
-            self._free.append(connection)
-        return answer
+
+def _session() -> ClientSession:
+    """Without limits of its own, cookies or compression: what is measured is the server."""
+    tracing = TraceConfig()
+    tracing.on_connection_reuseconn.append(_mark_reused)
+    return ClientSession(
+        connector=TCPConnector(limit=0),
+        timeout=ClientTimeout(total=None),
+        cookie_jar=DummyCookieJar(),
+        skip_auto_headers=("Accept-Encoding",),
+        trace_configs=[tracing],
+    )
+
+
+async def _mark_reused(session: ClientSession, context: SimpleNamespace, event: Any) -> None:
+    del session, event
+    context.trace_request_ctx.reused = True  # the answer

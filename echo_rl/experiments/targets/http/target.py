@@ -84,7 +84,7 @@ class HttpTarget:
         try:
             return await use(client)
         finally:
-            client.close()
+            await client.close()
 
     async def _run(self, run: Run, arm: ServerArm) -> LoadRecord:
         return await self._with(arm.url, lambda client: self._block(client, run, arm))
