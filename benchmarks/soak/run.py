@@ -41,8 +41,9 @@ BODY = 65_536
 DRAIN_SECONDS = 60
 RETRY_SECONDS = 0.3
 """Seconds that a client waits that was told to come later."""
-REST_SECONDS, EMPTY_SECONDS, BACK_SECONDS = 240.0, 15.0, 300.0
-"""The most seconds until every client has ended, until the server then holds nothing, and until an engine is back."""
+REST_SECONDS, EMPTY_SECONDS, BACK_SECONDS, REPEAT_SECONDS = 240.0, 15.0, 300.0, 240.0
+"""The most seconds until every client has ended, until the server then holds nothing, until an engine is back, and
+that a run goes on past its plan until enough answers were compared."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ class Plan:
     swap_every: float = 5.0
     experiment_every: float = 20.0
     sample_every: float = 2.0
+    repeats: float = 0.0
+    """The run goes on past `seconds` until the answers to repeated requests are more than so many times the different
+    requests, and every client has sent each kind of request."""
     seed: int = 0
 
     @property
@@ -104,6 +108,8 @@ class Soak:
         self.open = asyncio.Event()
         """Whether clients may send."""
         self.busy = 0
+        self.rounds = 0
+        """How many clients have sent each kind of request."""
         self.stopping_at = float("inf")
         """When the server was told to end, by `time.monotonic`."""
         self.began = time.monotonic()
@@ -130,6 +136,7 @@ class Soak:
                     await asyncio.sleep(max(0.0, at - self.now))
                     await self._happen(name)
                 await asyncio.sleep(max(0.0, self.plan.seconds - self.now))
+                await self._repeat()
                 await self._rest(last=True)
                 code = await self._end()
             finally:
@@ -145,6 +152,7 @@ class Soak:
         client, kinds = SoakClient(self.url, self.size, rng), [*WEIGHTS]
         for kind in rng.sample(kinds, len(kinds)):
             await self._send(client, kind)
+        self.rounds += 1
         while True:
             await self._send(client, rng.choices(kinds, list(WEIGHTS.values()))[0])
 
@@ -230,6 +238,15 @@ class Soak:
             self.counters, wrong = compare_counters(self.requests, totals, log, self.engine_losses)
             self.violations += wrong
         self.open.set()
+
+    async def _repeat(self) -> None:
+        """Lets the load go on until `Plan.repeats` holds, which takes a busy machine longer."""
+        end = self.now + REPEAT_SECONDS
+        while self.plan.repeats and self.now < end:
+            texts = compare_texts(self.requests)
+            if texts["compared"] > self.plan.repeats * texts["requests"] and self.rounds == self.plan.clients:
+                return
+            await asyncio.sleep(0.1)
 
     async def _totals(self) -> Totals:
         endpoint = Endpoint(self.url)

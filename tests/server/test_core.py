@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from itertools import cycle
+from itertools import count, cycle
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from echo_rl.controllers.base import BaseController
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, IntegrityError, PlanViolation
 from echo_rl.server.config import ControllerManagerOptions, ExperimentOptions
+from echo_rl.server.core import engine_core
 from echo_rl.server.core.engine_core import CoreOptions, EngineCore
 from echo_rl.server.core.worker import build_controller
 from echo_rl.server.guard.validation import Limits
@@ -382,7 +384,15 @@ def start(ticket=1, control="none", treatment="chain:steps=2", blocks=4, harm=1.
     return StartExperiment(ticket, ExperimentOptions(control, treatment, block_seconds, blocks, harm, seed=3))
 
 
-def test_an_experiment_alternates_its_arms_and_leaves_the_control_in_force():
+@pytest.fixture
+def clocked(monkeypatch):
+    """An engine each of whose steps takes a millisecond by the core's clock, however busy the machine is."""
+    clock = count(0.0, 0.001)
+    monkeypatch.setattr(engine_core, "time", SimpleNamespace(time=time.time, perf_counter=clock.__next__))
+    return ServedFake(0.0)
+
+
+def test_an_experiment_alternates_its_arms_and_leaves_the_control_in_force(clocked):
     def scene(director):
         yield [long_request(), start()]
         yield from director.until_reply(1)
@@ -391,7 +401,7 @@ def test_an_experiment_alternates_its_arms_and_leaves_the_control_in_force():
             yield []
         yield from [[Inspect(4)], []]
 
-    director = play(scene, ServedFake(0.001), spec="eagle3", switch={"deadline": 5.0})
+    director = play(scene, clocked, spec="eagle3", switch={"deadline": 5.0})
     reports = director.of(ExperimentReport)
     assert [report.state for report in reports] == ["running"] * 8 + ["done"]
     assert reports[0].value["ratio"] is None and reports[-1].value["blocks"] == {"control": 4, "treatment": 4}
@@ -402,14 +412,14 @@ def test_an_experiment_alternates_its_arms_and_leaves_the_control_in_force():
     assert director.stats[-1].controller == director.reply(4).value["controller"] == "none"
 
 
-def test_a_harmful_treatment_is_stopped_early():
+def test_a_harmful_treatment_is_stopped_early(clocked):
     def scene(director):
         yield [long_request(), start(control="chain:steps=4", treatment="none", blocks=50)]
         yield from director.until_reply(1)
         while director.of(ExperimentReport)[-1].state == "running":
             yield []
 
-    director = play(scene, ServedFake(0.001), switch={"deadline": 5.0})
+    director = play(scene, clocked, switch={"deadline": 5.0})
     last = director.of(ExperimentReport)[-1]
     assert last.state == "harm" and last.value["blocks"]["treatment"] < 10
     assert director.reply(1).value["state"] == "running"

@@ -29,7 +29,7 @@ from tests import tiny
 
 PLAN = Plan(
     seconds=14.0, clients=8, kills=1, pauses=1, freezes=0, rests=1, pause_seconds=0.5,
-    swap_every=0.7, experiment_every=3.0, sample_every=0.2,
+    swap_every=0.7, experiment_every=3.0, sample_every=0.2, repeats=1.0,
 )  # fmt: skip
 
 
