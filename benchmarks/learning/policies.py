@@ -25,6 +25,7 @@ from echo_rl.controllers.wrappers.timed import TimedController
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.profile import CostProfile
 from echo_rl.env.reward import RewardOptions
+from echo_rl.learning.clone import CloneOptions
 from echo_rl.learning.learner import LearnerOptions
 from echo_rl.learning.play import World, measure
 from echo_rl.learning.train import TrainConfig, train
@@ -95,8 +96,11 @@ def script() -> None:
     runs: dict[str, TrainConfig] = {**SEEDS, **{name: ABLATIONS[name] for name in args.ablations}}
     if args.quick:
         args = replace(args, steps=60, seeds=2, workloads=("closed:1", "closed:8"))
-        small = LearnerOptions(steps=4_096)
-        runs = {name: replace((SEEDS | ABLATIONS)[name], learner=small) for name in ("seed0", "reward tokens")}
+        small, few = LearnerOptions(steps=4_096), CloneOptions(2_000, epochs=4)
+        runs = {
+            name: replace((SEEDS | ABLATIONS)[name], learner=small, clone=few, evaluation_steps=60)
+            for name in ("seed0", "reward tokens")
+        }
     place.work.mkdir(parents=True, exist_ok=True)
     profile, test = CostProfile.default(), Trace.load(args.trace).split(BASE.held_out)[1]
     ledger = Ledger(place.work, {"trace": test.digest, "profile": digest_of(repr(profile).encode())})

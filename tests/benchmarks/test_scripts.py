@@ -55,11 +55,12 @@ def scripts(monkeypatch, tmp_path):
     return run
 
 
-def test_losslessness_finds_no_difference_in_float32(scripts):
+def test_losslessness_finds_no_difference_in_float32(scripts, tmp_path):
     found = scripts(losslessness, "--dtypes", "float32")["dtypes"]["float32"]
     assert found["diverged_requests"] == 0 and found["tokens"] > 1000
     assert found["logit_gap_everywhere"]["p10"] >= 0 and found["logit_gap_at_divergence"] is None
     assert {cell["controller"] for cell in found["cells"]} == set(losslessness.controllers())
+    check_filled(losslessness, tmp_path / "quick", "| float32 |")
 
 
 def test_losslessness_goes_on_in_the_same_environment_alone(scripts, monkeypatch):
@@ -102,17 +103,16 @@ def tables_of(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("script", "more", "shown"),
+    ("script", "shown"),
     [
-        (throughput, (), "| 8 | `echo` |"),
-        (acceptance, (), "| "),
-        (losslessness, ("--dtypes", "float32"), "| float32 |"),
-        (plain_decoding, (), "| transformers |"),
+        (throughput, "| 8 | `echo` |"),
+        (acceptance, "| "),
+        (plain_decoding, "| transformers |"),
     ],
     ids=lambda value: getattr(value, "__name__", "").rpartition(".")[2] or None,
 )
-def test_a_script_that_serves_live_fills_its_tables(script, more, shown, scripts, tmp_path):
-    scripts(script, *more)
+def test_a_script_that_serves_live_fills_its_tables(script, shown, scripts, tmp_path):
+    scripts(script)
     check_filled(script, tmp_path / "quick", shown)
 
 
