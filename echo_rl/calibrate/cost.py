@@ -10,17 +10,18 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from scipy.optimize import isotonic_regression
 
 from echo_rl.costs.files import read_record, write_record
-from echo_rl.costs.interpolation import Axis, Surface
+from echo_rl.costs.interpolation import Axis, Surface, monotone
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError
 from echo_rl.utils.result_store import differing
@@ -98,13 +99,15 @@ def measure(
     taken = _resume(samples, identity)
     rounds = [point for r in range(grid.repeats) for point in _shuffled(points, r) if len(taken.get(point, [])) <= r]
     saved = time.monotonic()
-    for point in _shown(rounds, console):
-        kind, a, b, c = point
-        seconds = time_verify(a, b, c) if kind == "verify" else time_draft(a, b, c, grid.draft_context)
-        taken.setdefault(point, []).append(_checked(seconds, point))
-        if samples is not None and time.monotonic() - saved > SAVE_EVERY:
-            _save(samples, identity, taken)
-            saved = time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=console is None) as progress:
+        for point in progress.track(rounds, description="measuring"):
+            kind, a, b, c = point
+            seconds = time_verify(a, b, c) if kind == "verify" else time_draft(a, b, c, grid.draft_context)
+            taken.setdefault(point, []).append(_checked(seconds, point))
+            if samples is not None and time.monotonic() - saved > SAVE_EVERY:
+                _save(samples, identity, taken)
+                saved = time.monotonic()
     if samples is not None:
         _save(samples, identity, taken)
     return fit(taken, machine, grid, provenance)
@@ -120,16 +123,10 @@ def fit(taken: dict[Point, list[float]], machine: Machine, grid: Grid, provenanc
     rows, contexts = grid.verify_rows, grid.contexts
     verify = []
     for b in grid.batches:
-        columns = []
-        for c in contexts:
-            real = isotonic([usual["verify", b, r, c] for r in rows if r >= b])
-            columns.append([real[0]] * (len(rows) - len(real)) + real)
-        verify.append(_rising(columns))
-    draft = []
-    for b in grid.batches:
-        lines = _rising([isotonic([usual["draft", b, w, d] for d in grid.depths]) for w in grid.widths])
-        draft.append(tuple(zip(*lines, strict=True)))
-    surfaces = {"verify": tuple(verify), "draft": tuple(draft)}
+        real = np.stack([isotonic([usual["verify", b, r, c] for r in rows if r >= b]) for c in contexts], axis=1)
+        verify.append(np.pad(real, ((len(rows) - len(real), 0), (0, 0)), mode="edge"))
+    draft = [[isotonic([usual["draft", b, w, d] for d in grid.depths]) for w in grid.widths] for b in grid.batches]
+    surfaces = {"verify": monotone(verify), "draft": monotone(draft)}
     axes = {"verify": (grid.batches, rows, contexts), "draft": (grid.batches, grid.widths, grid.depths)}
     residuals = [
         math.log(seconds / _at(surfaces[kind], axes[kind], at))
@@ -152,24 +149,9 @@ def fit(taken: dict[Point, list[float]], machine: Machine, grid: Grid, provenanc
 
 
 def isotonic(values: Sequence[float], weights: Sequence[float] | None = None) -> list[float]:
-    """The closest non-decreasing sequence in the (weighted) least squares sense: pool adjacent violators."""
-    blocks: list[tuple[float, float, int]] = []  # (mean, weight, length), means rising
-    for value, own in zip(values, weights or [1.0] * len(values), strict=True):
-        mean, weight, length = value, own, 1
-        while blocks and blocks[-1][0] > mean:
-            before, heavy, count = blocks.pop()
-            mean = (before * heavy + mean * weight) / (heavy + weight)
-            weight, length = weight + heavy, length + count
-        blocks.append((mean, weight, length))
-    return [mean for mean, _, length in blocks for _ in range(length)]
-
-
-def _rising(columns: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
-    """Columns made non-decreasing from one to the next, transposed: [rows][columns]."""
-    risen = [tuple(columns[0])]
-    for column in columns[1:]:
-        risen.append(tuple(max(a, b) for a, b in zip(risen[-1], column, strict=True)))
-    return tuple(zip(*risen, strict=True))
+    """The closest non-decreasing sequence in the (weighted) least squares sense."""
+    risen: list[float] = isotonic_regression(values, weights=weights).x.tolist()
+    return risen
 
 
 def _at(surface: Surface, axes: tuple[Axis, Axis, Axis], at: Sequence[int]) -> float:
@@ -185,16 +167,6 @@ def _checked(seconds: float, point: Point) -> float:
 
 def _shuffled(points: Sequence[Point], seed: int) -> list[Point]:
     return random.Random(seed).sample(points, len(points))
-
-
-def _shown(points: Sequence[Point], console: Console | None) -> Iterator[Point]:
-    """The points behind a progress bar, or plainly without a console."""
-    if console is None:
-        yield from points
-        return
-    columns = (TextColumn("{task.description}"), *Progress.get_default_columns()[1:2], MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        yield from progress.track(points, description="measuring")
 
 
 def _save(path: Path, identity: Mapping[str, object], taken: dict[Point, list[float]]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
 from echo_rl.codec import gates_asked
 from echo_rl.contracts import Backend, LoadView, Request, SpecPlan, StepReport
@@ -152,7 +153,7 @@ def _column(values: Sequence[float]) -> Floats:
 
 
 def _fit_overheads(profile: CostProfile, samples: Sequence[Sample]) -> CostProfile:
-    """Least squares of the time outside the passes, twice: the second time without what the first calls outliers."""
+    """Non-negative least squares of the time outside the passes, then again without what the first calls outliers."""
     used = [s.report for s in samples]
     if len(used) < FEWEST:
         return profile
@@ -160,25 +161,11 @@ def _fit_overheads(profile: CostProfile, samples: Sequence[Sample]) -> CostProfi
     batch = np.array([float(r.load.batch_size) for r in used])
     matrix = np.stack([np.ones(len(used)), batch, on, on * np.array([float(r.verified) for r in used])], axis=1)
     rest = np.array([max(0.0, r.times.total - r.times.verify - r.times.draft) for r in used])
-    fit = _least_squares(matrix, rest)
-    error = np.abs(rest - matrix @ fit)
-    fit = _least_squares(matrix[error <= 3.0 * np.median(error)], rest[error <= 3.0 * np.median(error)])
+    error = np.abs(rest - matrix @ nnls(matrix, rest)[0])
+    near = error <= 3.0 * np.median(error)
+    fit = nnls(matrix[near], rest[near])[0]
     step, request, speculative, node = (float(x) for x in fit)
     return replace(profile, step_overhead=step, request_overhead=request, spec_overhead=speculative, node_overhead=node)
-
-
-def _least_squares(matrix: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Non-negative: columns that want to be negative are dropped, the most negative first."""
-    kept = list(range(matrix.shape[1]))
-    while kept:
-        fit = np.linalg.lstsq(matrix[:, kept], values, rcond=None)[0]
-        if fit.min() >= 0.0:
-            break
-        kept.pop(int(fit.argmin()))
-    full = np.zeros(matrix.shape[1])
-    if kept:
-        full[kept] = fit
-    return full
 
 
 def _scale_verify(profile: CostProfile, clean: Sequence[Sample]) -> CostProfile:

@@ -1,4 +1,4 @@
-"""What every environment of the control problem shares: its settings, its spaces and the check of its actions."""
+"""Holds what all environments of the problem share: their settings, their spaces and the check of actions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEANS = ("batch", "budget", "depth", "width")
 
 @dataclass(frozen=True)
 class SpecEnvOptions:
-    """What is served, how it is judged and how an episode is cut. Raises `ConfigError`."""
+    """The settings of an environment: its workloads, its reward and its episodes. Raises `ConfigError`."""
 
     workloads: tuple[Workload, ...] = tuple(closed(c) for c in (1, 2, 4, 8, 16, 32))
     """One is drawn for each episode."""
@@ -29,7 +29,7 @@ class SpecEnvOptions:
     gates: Gates = ()
     """The calibrated sparse thresholds, (depth, tau)."""
     reward: RewardOptions = field(default_factory=RewardOptions)
-    """How steps are judged."""
+    """The form of the reward and its constants."""
     horizon: int = 512
     """Environment steps an episode."""
     action_repeat: int = 1

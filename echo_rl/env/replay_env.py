@@ -38,7 +38,7 @@ class ReplayEnv(gym.Env[NDArray[np.float32], NDArray[np.int64]]):
 
     @property
     def options(self) -> ReplayEnvOptions:
-        """What is served and how it is judged."""
+        """The settings that it was made by."""
         return self._vector.options
 
     def reset(

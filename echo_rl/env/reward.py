@@ -1,4 +1,4 @@
-"""What a serving step was worth, over E environments at once ([E] arrays). Knows nothing of requests or actions.
+"""Scores serving steps, those of E environments at once ([E] arrays). Knows nothing of requests or actions.
 
 Serving has no end, so the goal is the average reward: tokens a second. `tokens - rho * seconds` with
 rho the running throughput has its optimum exactly there (a step is good iff it beats the running rate).
@@ -36,7 +36,7 @@ class RewardOptions:
     slo_tpot: float = 0.05
     """Seconds a token that a request may take under ``goodput``."""
     slo_weight: float = 1.0
-    """What ``goodput`` takes off for a step in which no request kept to that."""
+    """The amount that ``goodput`` takes off for a step in which no request kept to that."""
 
     def __post_init__(self) -> None:
         if self.form not in get_args(Form):
@@ -170,7 +170,7 @@ class RewardMeter:
 
     @property
     def _rows(self) -> NDArray[np.int64] | int:
-        """Whose usual speeds each environment goes by."""
+        """The rows of the usual speeds that the environments go by."""
         return 0 if self._shared else np.arange(len(self._fresh))
 
 

@@ -27,7 +27,7 @@ class TimedStep:
 
     report: StepReport
     seconds: float
-    """What its two phases took."""
+    """The time that its two phases took together."""
     gains: tuple[int, ...]
     """Tokens of each decoding request."""
 

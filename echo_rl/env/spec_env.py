@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from echo_rl.codec import ObservationEncoder
-from echo_rl.contracts import Backend, Controller, LoadView, Request, SpecPlan, StepReport
+from echo_rl.contracts import Backend, Controller, Request, SpecPlan
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.env.options import MEANS, SpecEnvOptions, action_space, checked, observation_space
 from echo_rl.env.reward import RewardMeter
@@ -31,7 +31,7 @@ class Steerable(Controller, Protocol):
 
 
 class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
-    """How much to speculate in the next serving step, decided from the server's load, acceptance and costs.
+    """Decides how much to speculate in the next serving step, from the server's load, acceptance and costs.
 
     The backend serves a workload; before every step that has decoding requests the action sets
     that step's speculation. Steps that process prompts alone pass inside `reset` and `step` without being
@@ -143,7 +143,8 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
             self._meter = RewardMeter(self.options.reward)
         self._meter.reset(np.ones(1, dtype=np.bool_))
         self._steps = 0
-        return self._observe(self._server.advance(self._learn)), {"workload": workload.name}
+        load = self._server.advance(self._encoder.update)
+        return self._encoder.observe(load), {"workload": workload.name}
 
     def step(self, action: ArrayLike) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Serve `action_repeat` steps under this action.
@@ -151,33 +152,26 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
         Raises `ConfigError` on a bad action or before the first reset, and what the backend raises;
         after the latter the environment must be reset.
         """
-        indices, load = self._checked(action), self._server.load
+        indices, load = tuple(checked(action, self.action_space).tolist()), self._server.load
+        self.options.table.knobs(np.array(indices))  # refuses what is outside the table
         if load is None:
             raise ConfigError("the environment has no step to decide on; call reset() first")
         rows = []
         for _ in range(self.options.action_repeat):
             self._controller.steer(self.options.table.plan(indices, load, self.options.gates))
             served = self._server.serve(self._controller.plan(load))
-            self._learn(served.report)
+            self._encoder.update(served.report)
             rows.append(self._judge(served))
-            load = self._server.advance(self._learn)
+            load = self._server.advance(self._encoder.update)
         self._steps += 1
         info = {name: sum(row[name] for row in rows) for name in rows[0]}
         info |= {name: info[name] / len(rows) for name in MEANS}
         reward = info.pop("reward")
-        return self._observe(load), reward, False, self._steps >= self.options.horizon, info
+        return self._encoder.observe(load), reward, False, self._steps >= self.options.horizon, info
 
     def close(self) -> None:
         """Cancel what is in flight; the backend is idle afterwards. A reset begins anew."""
         self._server.clear()
-
-    def _checked(self, action: ArrayLike) -> tuple[int, ...]:
-        indices = checked(action, self.action_space)
-        self.options.table.knobs(indices)  # refuses what is outside the table
-        return tuple(indices.tolist())
-
-    def _learn(self, report: StepReport) -> None:
-        self._encoder.update(report)
 
     def _judge(self, served: TimedStep) -> dict[str, float]:
         """The reward, its terms and the facts of a step."""
@@ -197,6 +191,3 @@ class SpecEnv(gym.Env[Observation, NDArray[np.int64]]):
             "depth": float(plan.max_depth if plan.speculates else 0),
             "width": float(plan.width if plan.speculates else 0),
         }
-
-    def _observe(self, load: LoadView) -> Observation:
-        return self._encoder.observe(load)

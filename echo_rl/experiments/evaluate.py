@@ -45,7 +45,7 @@ SHAPES: tuple[tuple[float, int, int], ...] = (
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is compared. `none` and `echo` are measured whether named or not."""
+    """The arms and loads of a ranking. `none` and `echo` are measured whether named or not."""
 
     arms: tuple[str, ...] = ()
     """Controllers; options as ``echo:name=value,name=value``."""

@@ -1,4 +1,4 @@
-"""What an experiment runs, and in which order. Pure descriptions: nothing here runs anything.
+"""Plans what an experiment runs, and in which order. Pure descriptions: nothing here runs anything.
 
 A *run* is one arm that serves one block of one workload. Within a block every arm meets the same requests, one arm
 after the other, in an order that rotates and reverses from block to block (A B, B A, ...), so that the machine's drift
@@ -20,7 +20,7 @@ class Run:
 
     block: int
     workload: str
-    """As `workloads.arrivals.parse` reads it."""
+    """The workload's text, which `workloads.arrivals.parse` reads."""
     arm: str
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ class Load:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What a benchmark measures. The first arm is the baseline of speed-ups and of output equality."""
+    """The arms and loads of a benchmark. The first arm is the baseline of speed-ups and of output equality."""
 
     arms: tuple[str, ...]
     loads: tuple[Load, ...]

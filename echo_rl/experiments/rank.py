@@ -50,7 +50,7 @@ def pooled(blocks: Sequence[Block]) -> float:
 
 
 def report(loads: Sequence[int], measured: Measured) -> dict[str, Any]:
-    """As plain JSON types: a cell per load and arm, the overall ranking, and who wins each load.
+    """The result as plain JSON types: a cell per load and arm, the overall ranking, and the winner of each load.
 
     `BOUNDS` have cells but no rank.
     """

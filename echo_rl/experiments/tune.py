@@ -33,7 +33,7 @@ Options = dict[str, Any]
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """What is searched, and on how much."""
+    """The controllers that are tuned, and the blocks that decide it."""
 
     controllers: tuple[str, ...] = ()
     """Names without options; all when empty."""

@@ -84,7 +84,7 @@ class TelemetryCallback(UpdateCallback):
             self.logger.record("serving/speedup", sums["plain_seconds"] / sums["seconds"])
         for name in sums.keys() - {"tokens", "seconds", "plain_seconds"}:
             self.logger.record(f"mean/{name}", sums[name] / count)
-        actions = torch.as_tensor(self.locals["rollout_buffer"].actions).flatten(0, 1)  # [n_steps * lanes, knobs]
+        actions = torch.as_tensor(self.locals["rollout_buffer"].actions).flatten(0, 1)  # [n_steps * num_envs, knobs]
         for knob, choices in zip(KNOBS, actions.T, strict=True):
             self.logger.record(f"choice/{knob}", choices)
         self.logger.record("choice/plain_share", float((actions[:, 0] == 0).float().mean()))

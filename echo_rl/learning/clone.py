@@ -82,15 +82,15 @@ def demonstrate(scene: Scene, make: MakeController, options: CloneOptions, seed:
     scenes = list(product(scene.worlds, scene.workloads))
     share = max(1, options.steps // len(scenes))
     for number, (world, workload) in enumerate(scenes, seed):
-        lane, disturb = ObservationEncoder(scene.profile), _Disturbance(scene, options.disturbed, number)
-        played = play(world, make(), workload, share, number, lane.update, disturb)
+        encoder, disturb = ObservationEncoder(scene.profile), _Disturbance(scene, options.disturbed, number)
+        played = play(world, make(), workload, share, number, encoder.update, disturb)
         for step, (load, plan, served) in enumerate(played):
             if step % (scene.repeat * scene.horizon) == 0:
-                lane.reset()  # so that beginnings are seen often enough
+                encoder.reset()  # so that beginnings are seen often enough
             if step % scene.repeat == 0:
-                observations.append(lane.observe(load))
+                observations.append(encoder.observe(load))
                 actions.append(scene.table.nearest(plan.budget / load.batch_size, plan.max_depth, plan.width))
-            lane.update(served.report)
+            encoder.update(served.report)
     return Demonstrations(np.stack(observations), np.array(actions, dtype=np.int64))
 
 

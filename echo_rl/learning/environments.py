@@ -4,44 +4,40 @@
     env = gymnasium.make("EchoRL/Replay-v0", workloads=("closed:8", "bursty:0.5,8,5,5"))
     envs = gymnasium.make_vec("EchoRL/Replay-v0", num_envs=256, workloads=("closed:16",))
 
-`SpecEnv`'s docstring specifies the problem. Heavy modules are imported when an environment is made.
+`SpecEnv`'s docstring specifies the problem. What needs torch is imported when a live environment is made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from gymnasium.vector import AutoresetMode
+
+from echo_rl.codec import ActionTable
+from echo_rl.config import EngineConfig
+from echo_rl.contracts import SamplingParams, SpecPlan
+from echo_rl.controllers.echo.gates import GateCalibration
+from echo_rl.costs.batched_profile import BatchedCostProfile
+from echo_rl.costs.profile import CostProfile
+from echo_rl.env.options import SpecEnvOptions, refuse_rendering
+from echo_rl.env.replay_env import ReplayEnv
+from echo_rl.env.reward import Form, RewardOptions
+from echo_rl.env.spec_env import SpecEnv
+from echo_rl.env.vector_env import ReplayEnvOptions, ReplayVectorEnv
 from echo_rl.errors import ConfigError
-
-if TYPE_CHECKING:
-    from gymnasium.vector import AutoresetMode
-
-    from echo_rl.codec import ActionTable
-    from echo_rl.config import EngineConfig
-    from echo_rl.controllers.echo.gates import GateCalibration
-    from echo_rl.costs.batched_profile import BatchedCostProfile
-    from echo_rl.costs.profile import CostProfile
-    from echo_rl.env.replay_env import ReplayEnv
-    from echo_rl.env.reward import Form, RewardOptions
-    from echo_rl.env.spec_env import SpecEnv
-    from echo_rl.env.vector_env import ReplayEnvOptions, ReplayVectorEnv
-    from echo_rl.replay.trace import Trace
+from echo_rl.replay.trace import Trace
+from echo_rl.workloads.arrivals import parse
+from echo_rl.workloads.datasets import load_prompts
+from echo_rl.workloads.requests import chat_requests
 
 WORKLOADS = ("closed:1", "closed:2", "closed:4", "closed:8", "closed:16", "closed:32")
 
 
-def make_replay(
-    trace: Trace | str | Path | None = None,
-    workloads: str | Sequence[str] = WORKLOADS,
-    render_mode: str | None = None,
-    **settings: Any,
-) -> ReplayEnv:
-    """The environment over a replay in simulated time. The settings are those of `replay_setting`, which see."""
-    from echo_rl.env.replay_env import ReplayEnv
-
-    return ReplayEnv(*replay_setting(trace, workloads, **settings), render_mode=render_mode)
+def make_replay(render_mode: str | None = None, **settings: Any) -> ReplayEnv:
+    """The environment over a replay in simulated time, made by the settings of `replay_setting`."""
+    return ReplayEnv(*replay_setting(**settings), render_mode=render_mode)
 
 
 def make_replay_vec(
@@ -50,10 +46,7 @@ def make_replay_vec(
     render_mode: str | None = None,
     **settings: Any,
 ) -> ReplayVectorEnv:
-    """The vector environment of so many replays, stepped together, that policies are trained on. See
-    `replay_setting`."""
-    from echo_rl.env.vector_env import ReplayVectorEnv
-
+    """So many such environments, stepped together as policies are trained on them."""
     return ReplayVectorEnv(*replay_setting(**settings), num_envs, autoreset_mode, render_mode)
 
 
@@ -73,15 +66,8 @@ def replay_setting(
     `options` are other fields of `ReplayEnvOptions`. Raises `ConfigError` and `TraceError`, and `TypeError` on an
     option that there isn't.
     """
-    from echo_rl.codec import ActionTable
-    from echo_rl.controllers.echo.gates import GateCalibration
-    from echo_rl.costs.batched_profile import BatchedCostProfile
-    from echo_rl.costs.profile import CostProfile
-    from echo_rl.env.vector_env import ReplayEnvOptions
-    from echo_rl.replay.trace import Trace
-
     if not isinstance(trace, Trace):
-        trace = Trace.packaged() if trace is None else Trace.load(Path(trace))
+        trace = Trace.of(Path(trace) if trace else None)
     known = GateCalibration.of(calibration)
     common = _common(workloads, reward, table or ActionTable(), known)
     chosen = ReplayEnvOptions(**common, score_power=known.score_power, **options)
@@ -108,18 +94,8 @@ def make_live(
     `SpecEnvOptions`, the rest is as in `replay_setting`. Raises `ConfigError`, what `Engine.load` and `load_prompts`
     raise, and Gymnasium's `UnsupportedMode` on any render mode.
     """
-    from echo_rl.codec import ActionTable
-    from echo_rl.config import EngineConfig
-    from echo_rl.contracts import SamplingParams, SpecPlan
-    from echo_rl.controllers.echo.gates import GateCalibration
     from echo_rl.controllers.policy.ppo import Steered
-    from echo_rl.costs.batched_profile import BatchedCostProfile
-    from echo_rl.costs.profile import CostProfile
-    from echo_rl.env.options import SpecEnvOptions, refuse_rendering
-    from echo_rl.env.spec_env import SpecEnv
     from echo_rl.runtime.engine import Engine
-    from echo_rl.workloads.datasets import load_prompts
-    from echo_rl.workloads.requests import chat_requests
 
     refuse_rendering(render_mode)
     gates = GateCalibration.of(calibration)
@@ -142,9 +118,6 @@ def _common(
     workloads: str | Sequence[str], reward: RewardOptions | Form, table: ActionTable, calibration: GateCalibration
 ) -> dict[str, Any]:
     """The settings that the live environment and the replay share."""
-    from echo_rl.env.reward import RewardOptions
-    from echo_rl.workloads.arrivals import parse
-
     return {
         "workloads": tuple(map(parse, (workloads,) if isinstance(workloads, str) else workloads)),
         "table": table,

@@ -40,11 +40,11 @@ class LearnerOptions:
     """PPO's settings."""
 
     steps: int = 900_000
-    """Env steps in all, over all lanes."""
+    """Env steps in all, over all environments."""
     lr: tuple[float, float] = (1e-3, 1e-4)
     """Adam's rate at the start and at the end, linear in between."""
     n_steps: int = 64
-    """Env steps a lane between updates."""
+    """Env steps of each environment between updates."""
     batch_size: int = 256
     """Env steps an optimiser step."""
     n_epochs: int = 6
@@ -74,7 +74,7 @@ class LearnerOptions:
     threads: int = 1
     """Torch threads while training; one is fastest for nets this small."""
     seed: int = 0
-    """The seed of the weights, the drawn actions and the lanes."""
+    """The seed of the weights, the drawn actions and the environments."""
 
     def __post_init__(self) -> None:
         counts = (self.steps, self.n_steps, self.n_epochs, self.evaluate_every, self.checkpoint_every, self.threads)
@@ -142,11 +142,7 @@ def fit(
         done = int(state["steps"]) if state else 0
         model = build(options, env, done)
         model.set_logger(configure(str(out / "tensorboard"), ["tensorboard"]))
-        run = TrainingProgress()
-        if state:
-            run = _restore(model, state)
-        else:
-            run.notes = dict(start(model.policy))
+        run = _restore(model, state) if state else TrainingProgress(notes=dict(start(model.policy)))
 
         def keep(policy: Policy, scores: Mapping[str, float]) -> None:
             facts = {"metrics": dict(scores), "steps": model.num_timesteps, "notes": run.notes}
@@ -157,12 +153,8 @@ def fit(
             options.evaluate_every, options.checkpoint_every,
         )  # fmt: skip
         if done < options.steps:
-            _learn(
-                model,
-                options,
-                [ScheduleCallback(options.entropy, options.critic_updates), TelemetryCallback(), keeper],
-                console,
-            )
+            schedule = ScheduleCallback(options.entropy, options.critic_updates)
+            _learn(model, options.steps, [schedule, TelemetryCallback(), keeper], console)
     return model, run
 
 
@@ -209,11 +201,11 @@ def _restore(model: PPO, state: Mapping[str, Any]) -> TrainingProgress:
     return TrainingProgress(state["curve"], state["best"], state["notes"])
 
 
-def _learn(model: PPO, options: LearnerOptions, callbacks: list[BaseCallback], console: Console | None) -> None:
+def _learn(model: PPO, steps: int, callbacks: list[BaseCallback], console: Console | None) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=console is None) as progress:
-        bar = ProgressCallback(
-            progress, progress.add_task("training", total=options.steps, completed=model.num_timesteps)
+        task = progress.add_task("training", total=steps, completed=model.num_timesteps)
+        left = steps - model.num_timesteps  # Stable-Baselines3 adds what has been done
+        model.learn(
+            left, callback=[*callbacks, ProgressCallback(progress, task)], reset_num_timesteps=False, log_interval=1
         )
-        left = options.steps - model.num_timesteps  # Stable-Baselines3 adds what has been done
-        model.learn(left, callback=[*callbacks, bar], reset_num_timesteps=False, log_interval=1)

@@ -60,7 +60,7 @@ class TrainConfig:
     calibration: Path | None = None
     """The drafter's gates; None takes this machine's own, else the packaged ones."""
     workloads: tuple[str, ...] = (*CLOSED, "poisson:1", "bursty:0.5,4,5,5")
-    """Workloads that lanes serve, drawn anew for each episode; see `arrivals.parse`."""
+    """Workloads that the servers serve, drawn anew for each episode; see `arrivals.parse`."""
     lanes: int = 32
     """Servers side by side."""
     horizon: int = 64
@@ -134,7 +134,7 @@ class TrainingInputs:
 
     @classmethod
     def load(cls, config: TrainConfig) -> TrainingInputs:
-        trace = Trace.packaged() if config.trace is None else Trace.load(config.trace)
+        trace = Trace.of(config.trace)
         seen = trace.split(config.held_out)[0]
         table = ActionTable()
         trace.require(max(table.depths), max(table.widths))

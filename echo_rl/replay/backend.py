@@ -138,7 +138,7 @@ class ReplayBackend:
         return self._scheduled
 
     def _view(self, step: ScheduledStep) -> LoadView:
-        """What a controller sees of the step."""
+        """The load of the step as a controller sees it."""
         loads = step.loads
         return LoadView(
             batch_size=int(loads.batch[0]),

@@ -17,7 +17,7 @@ from echo_rl.replay.trace import Trace
 def recorded_forest(
     trace: Trace, step: ScheduledStep, plan: SpecPlan, extend: Callable[[Frontier, SpecPlan], Tensor]
 ) -> Forest:
-    """What this plan would have drafted, cut where `extend` stops a request. Raises `TraceError` past the trace."""
+    """The forest of this plan, cut where `extend` stops a request. Raises `TraceError` past the trace."""
     if plan.max_depth > trace.max_depth:
         raise TraceError(
             f"the trace holds {trace.max_depth} levels, not {plan.max_depth}; record with "
@@ -69,7 +69,7 @@ def selected_levels(selection: Selection) -> int:
 
 
 def reached_by_depth(selection: Selection, accepted: Tensor) -> tuple[int, ...]:
-    """Per depth: requests with a selected node there whose path was accepted up to it."""
+    """For each depth, the number of requests with a selected node there whose path was accepted up to it."""
     owner = torch.repeat_interleave(torch.arange(len(selection.counts)), selection.counts)
     has = torch.zeros(len(accepted), selected_levels(selection), dtype=torch.bool)
     has[owner, selection.depths] = True

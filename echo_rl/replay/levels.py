@@ -51,7 +51,7 @@ class _Drafted:
 
 
 def restrict(levels: Sequence[Level], width: int) -> Restricted:
-    """What a plan of `width` would have drafted at every position."""
+    """The forests that a plan of `width` would have drafted, one for each position."""
     drafted = list(_walk(levels, width))
     sizes = [level.scores.shape[1] for level in drafted]
     starts = np.cumsum([0, *sizes])
@@ -73,7 +73,7 @@ def restrict(levels: Sequence[Level], width: int) -> Restricted:
 
 
 def beams(levels: Sequence[Level], width: int) -> list[NDArray[np.bool_]]:
-    """Which expanded nodes of each level ([P, F] bool) a plan of some width up to `width` expands."""
+    """For each level, the expanded nodes ([P, F] bool) that a plan of some width up to `width` expands."""
     needed = [np.zeros(level.parents.shape, dtype=bool) for level in levels]
     for w in range(1, width + 1):
         for mask, level in zip(needed, _walk(levels, w), strict=True):
@@ -100,7 +100,7 @@ def _walk(levels: Sequence[Level], width: int) -> Iterator[_Drafted]:
 
 
 def _groups(parents: Ints, beam: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-    """Where each beam node's children are among a level's expansions [P, w], and whether they are there."""
+    """The place of each beam node's children among a level's expansions [P, w], and whether they are there."""
     match = parents[:, None, :] == beam[:, :, None]  # [P, w, F]
     return match.argmax(2), match.any(2)
 

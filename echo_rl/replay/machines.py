@@ -16,7 +16,7 @@ LEVEL, BEND, REST = 0.4, 0.8, 0.5
 """Log ratios to the given machine, at most, either way: of all passes alike; of the largest passes against the smallest
 (memory bounds the small ones, arithmetic the large ones); of drafting, and of what is outside the passes."""
 PLACE = (0.1, 0.8)
-"""Where the bend lies, as a share of the way from one row to the most that were measured, in octaves."""
+"""The place of the bend, as a share of the way from one row to the most that were measured, in octaves."""
 SHARPNESS = (0.3, 1.0)
 """Octaves over which passes turn from small to large."""
 

@@ -43,7 +43,7 @@ class RecordOptions:
 
     @property
     def expanded(self) -> int:
-        """What `EngineConfig.max_expanded` must allow."""
+        """The expanded nodes a request that `EngineConfig.max_expanded` must allow."""
         return SpecPlan(1, self.depth, self.width, nested=True).expanded
 
 

@@ -42,7 +42,7 @@ class ReplaySchedulerOptions:
 
 @dataclass(frozen=True)
 class ScheduledStep:
-    """Who takes part in the servers' coming step."""
+    """The requests that take part in the servers' coming step."""
 
     loads: BatchedLoadView
     counts: Ints  # [E] decoding requests
@@ -59,7 +59,7 @@ class ScheduledStep:
 
 @dataclass(frozen=True)
 class CommittedStep:
-    """What a step brought its requests."""
+    """The tokens that a step brought its requests."""
 
     kept: Ints  # [R] tokens of each decoding request, not counting any past its end
     ended: frozenset[int]  # tickets of finished requests, those that ended with their first token included
@@ -85,7 +85,7 @@ class ReplayScheduler:
         self._keep(self._state[SERVER] != server)
 
     def in_flight(self, server: int = 0) -> int:
-        """How many requests a server has, waiting and running."""
+        """The number of requests of a server, waiting and running."""
         return len(self._waiting[server]) + self._running[server]
 
     def add(self, response: int, server: int = 0) -> int:
@@ -155,7 +155,7 @@ class ReplayScheduler:
         return frozenset(state[TICKET, over].tolist())
 
     def _loads(self, decoding: Ints, counts: Ints) -> BatchedLoadView:
-        """What controllers see of the step."""
+        """The load of the step as controllers see it."""
         state, options = self._state, self.options
         held = state[PROMPT] - state[LEFT] + state[SERVED] + state[EMITTED]
         blocks = sums(state[SERVER], -(-held // options.block_size), self.count)

@@ -1,4 +1,4 @@
-"""How long a simulated step takes: the measured cost surface applied to what it did, for E servers."""
+"""Tells how long a simulated step takes: applies the measured cost surface to what it did, for E servers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEAST = 0.1
 
 @dataclass(frozen=True)
 class Work:
-    """What E steps did, [E] each."""
+    """The work that E steps did, [E] each."""
 
     batch: Floats
     context: Floats
@@ -58,13 +58,13 @@ def step_phases(costs: BatchedCostProfile, work: Work) -> Phases:
 
 @dataclass(frozen=True)
 class Plain:
-    """What steps would have taken without speculation and noise, [E] each: the measure of what speculation brings."""
+    """The seconds of steps without speculation and noise, [E] each: the measure of what speculation brings."""
 
     decode: Floats  # a step of the decoding requests alone: a token each
     prompts: Floats  # what the prompt tokens add to it, whatever is decided
 
     def besides(self, seconds: Floats) -> Floats:
-        """What steps that took so long would have taken without their prompts, by prediction."""
+        """The predicted seconds, without their prompts, of steps that took so long."""
         return np.maximum(seconds - self.prompts, LEAST * self.decode)
 
     def worth(self, decoded: Floats, batch: Floats) -> Floats:

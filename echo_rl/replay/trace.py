@@ -165,7 +165,7 @@ class Trace:
 
 
 def key(prompt: Sequence[int], params: SamplingParams) -> tuple[Any, ...]:
-    """What decides a request's tokens: its prompt and how they are drawn."""
+    """The values that decide a request's tokens: its prompt and how they are drawn."""
     p = params
     return tuple(prompt), p.temperature, p.top_k, p.top_p, p.seed, p.max_new_tokens, p.stop, p.ignore_eos
 

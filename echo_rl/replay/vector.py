@@ -83,7 +83,7 @@ class VectorReplay:
             suite: np.array([i for i, r in enumerate(trace.responses) if r.suite == suite]) for suite in trace.suites
         }
         self.count, self._scheduler = count, ReplayScheduler(trace, self._limits, count)
-        self._arrivals: list[Arrivals | None] = [None] * count
+        self._arrivals: dict[int, Arrivals] = {}  # by server, of those that were reset
         self._generators = [np.random.default_rng(0) for _ in range(count)]
         self.now = np.zeros(count)
         self._scheduled = self._scheduler.schedule()
@@ -131,7 +131,7 @@ class VectorReplay:
         return VectorReplayStep(outcomes, tokens, decoded, phases.total, plain, kept, reference)
 
     def _decide(self, step: ScheduledStep, knobs: Knobs, budgets: Ints, unseen: Floats) -> tuple[VectorVerdict, Work]:
-        """What these knobs bring on the forests of the coming step, and what the step does for it."""
+        """The verdict of these knobs on the forests of the coming step, and the work that the step does for it."""
         depth = np.where(budgets > 0, knobs.depth, 0)
         rows = zip(depth.tolist(), knobs.gate.tolist(), knobs.floor.tolist(), strict=True)
         gates = np.stack([self._gate_row(*row) for row in rows])
@@ -179,7 +179,8 @@ class VectorReplay:
         """Take arrivals and serve prompts alone in these servers until in each some request decodes."""
         for _ in range(IDLE_STEPS):
             for server in servers:
-                self._take_arrivals(server)
+                for suite in self._arrivals[server].due(float(self.now[server]), self._scheduler.in_flight(server)):
+                    self._scheduler.add(int(self._generators[server].choice(self._suites[suite])), server)
             self._scheduled = self._scheduler.schedule()
             decoding = self._scheduled.counts.tolist()
             servers = [server for server in servers if not decoding[server]]
@@ -192,12 +193,6 @@ class VectorReplay:
             self._scheduler.prefill(reading)
         raise ConfigError("no request decodes; the workload brings too few, give it higher rates")
 
-    def _take_arrivals(self, server: int) -> None:
-        arrivals = self._arrivals[server]
-        assert arrivals is not None, "reset the server first"
-        for suite in arrivals.due(float(self.now[server]), self._scheduler.in_flight(server)):
-            self._scheduler.add(int(self._generators[server].choice(self._suites[suite])), server)
-
     def _pass_time(self, server: int) -> None:
         """A step without a decoding request, or where there is none at all the wait for one."""
         if self._scheduler.in_flight(server):
@@ -205,11 +200,9 @@ class VectorReplay:
             rows = machine.prefill_weight * int(self._scheduled.loads.prefill[server])
             self.now[server] += machine.verify_seconds(1, rows) + machine.step_overhead
             return
-        arrivals, now = self._arrivals[server], float(self.now[server])
-        assert arrivals is not None, "reset the server first"
-        upcoming = arrivals.next_time(now)
+        upcoming = self._arrivals[server].next_time(float(self.now[server]))
         assert upcoming is not None, "a workload must go on"
-        self.now[server] = max(now, upcoming)
+        self.now[server] = max(self.now[server], upcoming)
 
 
 def _confidence(step: ScheduledStep, first: NDArray[np.float32]) -> Floats:

@@ -40,7 +40,7 @@ class BatchedPlan:
 
 @dataclass(frozen=True)
 class VectorVerdict:
-    """What one step's speculation came to."""
+    """The nodes that one step drafted, verified and accepted."""
 
     accepted: Ints  # [R] nodes
     first: Floats  # [R] probability of the likeliest first token

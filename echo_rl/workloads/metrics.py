@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import zip_longest
 
 import numpy as np
 
@@ -58,13 +59,10 @@ def mean_accepted_tokens(steps: Iterable[StepRecord]) -> float | None:
 
 def depth_counts(steps: Iterable[StepRecord]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(reached, accepted) summed over steps, index = depth, ragged steps padded with zeros."""
-    reached: list[int] = []
-    accepted: list[int] = []
-    for step in steps:
-        _add_ragged(reached, step.reached_by_depth)
-        _add_ragged(accepted, step.accepted_by_depth)
-    _add_ragged(accepted, (0,) * len(reached))
-    return tuple(reached), tuple(accepted)
+    known = list(steps)
+    ragged = [step.reached_by_depth for step in known], [step.accepted_by_depth for step in known]
+    reached, accepted = (tuple(map(sum, zip_longest(*counts, fillvalue=0))) for counts in ragged)
+    return reached, accepted + (0,) * (len(reached) - len(accepted))
 
 
 def acceptance_by_depth(reached: Sequence[int], accepted: Sequence[int]) -> tuple[float | None, ...]:
@@ -89,12 +87,6 @@ def phase_seconds(steps: Iterable[StepRecord]) -> dict[str, float]:
             total[phase] += getattr(step.times, phase)
         total["other"] += max(0.0, step.seconds - step.times.total)
     return total
-
-
-def _add_ragged(total: list[int], counts: Sequence[int]) -> None:
-    total.extend([0] * (len(counts) - len(total)))
-    for index, count in enumerate(counts):
-        total[index] += count
 
 
 # ----------------------------------------------------------------------------- latency

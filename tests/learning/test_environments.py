@@ -130,7 +130,7 @@ def test_unknown_settings_and_render_modes_are_refused(trace):
 
 def test_a_recording_comes_as_a_file_too_and_one_workload_as_one_text(trace, tmp_path):
     trace.save(tmp_path / "trace.safetensors")
-    env = make_replay(tmp_path / "trace.safetensors", "closed:1", table=TABLE)
+    env = make_replay(trace=tmp_path / "trace.safetensors", workloads="closed:1", table=TABLE)
     _, info = env.reset(seed=0)
     assert info == {"workload": "closed:1"} and env.step([3, 2, 2, 2, 0])[4]["budget"] == 1.0
     env.close()
@@ -138,6 +138,6 @@ def test_a_recording_comes_as_a_file_too_and_one_workload_as_one_text(trace, tmp
 
 def test_an_action_table_past_the_recording_or_the_engine_is_refused(trace):
     with pytest.raises(TraceError, match="3 levels of width 3"):
-        make_replay(trace)
+        make_replay(trace=trace)
     with pytest.raises(ConfigError, match="max_expanded=40"):
         make_live(EngineConfig(max_expanded=40))

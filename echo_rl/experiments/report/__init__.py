@@ -1,1 +1,1 @@
-"""What an experiment found: tables, pictures and pages."""
+"""Shows what experiments found in tables, pictures and pages."""

@@ -1,4 +1,4 @@
-"""What an A/B comparison found: ratios paired by block, and what was decided, by batch size and time."""
+"""Reports what an A/B comparison found: ratios paired by block, and what was decided, by batch size and time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMES = 24
 
 @dataclass(frozen=True)
 class Decisions:
-    """What was decided, as means over steps with decoding requests."""
+    """A controller's decisions, as means over steps with decoding requests."""
 
     steps: int
     batch: float
@@ -84,7 +84,7 @@ def compare(a: Sequence[RunRecord], b: Sequence[RunRecord], slo: SLO | None = No
 
 
 def by_batch(a: Sequence[StepRecord], b: Sequence[StepRecord]) -> list[dict[str, Any]]:
-    """What each side decided at each batch size that occurred."""
+    """Each side's decisions at each batch size that occurred."""
     rows = []
     for low, high in BUCKETS:
         sides = [
@@ -96,7 +96,7 @@ def by_batch(a: Sequence[StepRecord], b: Sequence[StepRecord]) -> list[dict[str,
 
 
 def over_time(a: Sequence[StepRecord], b: Sequence[StepRecord], times: int = TIMES) -> list[dict[str, Any]]:
-    """What each side decided in each stretch of a block, blocks laid over each other; `time` is a stretch's middle."""
+    """Each side's decisions in each stretch of a block, blocks laid over each other; `time` is a stretch's middle."""
     length = max((step.end for step in [*a, *b]), default=0.0) / times
     binned: list[tuple[list[StepRecord], list[StepRecord]]] = [([], []) for _ in range(times)]
     for side, steps in enumerate((a, b)):

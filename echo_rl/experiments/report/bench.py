@@ -1,4 +1,4 @@
-"""What a benchmark found: a cell per arm and load, blocks pooled, speed-ups paired by block."""
+"""Reports what a benchmark found: a cell per arm and load, blocks pooled, speed-ups paired by block."""
 
 from __future__ import annotations
 

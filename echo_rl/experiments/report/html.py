@@ -52,7 +52,7 @@ def png(figure: Figure) -> str:
 
 
 def verdict(ratio: Interval) -> str:
-    """Who is faster, as far as the interval tells."""
+    """The side that is faster, as far as the interval tells."""
     if ratio.low is None:
         return "one block: no interval"
     return {1: "B is faster", -1: "A is faster", 0: "no clear difference"}[ratio.side()]

@@ -48,7 +48,7 @@ def _table(title: str, labels: Sequence[str], names: Sequence[str], rows: Sequen
 
 
 def _width(labels: Sequence[str], names: Sequence[str], rows: Sequence[Row]) -> int:
-    """Of the table at its narrowest, borders and padding included."""
+    """The width of the table at its narrowest, borders and padding included."""
     own = [min(LABEL, _label_width(label, place, rows)) for place, label in enumerate(labels)]
     own += [_value_width(name, rows) for name in names]
     return sum(own) + 3 * len(own) + 1

@@ -1,4 +1,4 @@
-"""What a load test found: a cell per arm and workload, blocks pooled, ratios paired by block."""
+"""Reports what a load test found: a cell per arm and workload, blocks pooled, ratios paired by block."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LATENCIES: Mapping[str, Callable[[RequestRecord], float | None]] = {
     "e2e": lambda request: request.finish - request.arrival,
 }
 SEEN = ("concurrency", "seconds", "requests", "output_tokens", "tokens_per_second", "latency", "goodput")
-"""Of `metrics.summary`, what a client can know."""
+"""The entries of `metrics.summary` that a client can know."""
 
 
 def report(

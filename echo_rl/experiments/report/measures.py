@@ -1,4 +1,4 @@
-"""What the results of all experiments are made of: rates of tokens, and whether two runs gave the same outputs."""
+"""Measures what all experiments report: rates of tokens, and whether two runs gave the same outputs."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def headline(workload: Workload) -> str:
 
 
 def compare_outputs(ours: RunRecord, baseline: RunRecord) -> dict[str, Any]:
-    """How many requests and tokens were compared, and where each differing request first differs.
+    """The numbers of requests and tokens that were compared, and where each differing request first differs.
 
-    Requests that both runs served; of one that either run cut off, as many tokens as both have.
+    Compares requests that both runs served; of one that either run cut off, as many tokens as both have.
     """
     expected = {request.id: request for request in baseline.requests}
     pairs = [

@@ -42,7 +42,7 @@ def _bench_values(cell: Result) -> dict[str, str]:
 
 
 def equality(result: Result) -> tuple[bool, str]:
-    """Whether every arm of a benchmark gave the baseline's tokens, and a sentence that says so or where it did not."""
+    """True where every arm of a benchmark gave the baseline's tokens, with a sentence that tells where it did not."""
     others = [cell for cell in result["cells"] if cell["arm"] != result["baseline"]]
     tokens = sum(cell["outputs"]["tokens"] for cell in others)
     lines = [
@@ -93,7 +93,7 @@ def _load_values(cell: Result, compared: bool) -> dict[str, str]:
 
 
 def remarks(result: Result) -> list[str]:
-    """What the table of a load test leaves out: overall ratios, unequal outputs, errors, the client's own cost."""
+    """The lines below the table of a load test: overall ratios, unequal outputs, errors, the client's own cost."""
     cells = result["cells"]
     lines = [
         f"{arm} over {result['baseline']}, all workloads: {_ratio(ratio)}" for arm, ratio in result["overall"].items()

@@ -1,1 +1,1 @@
-"""Where the runs of an experiment are served: a replay or a live engine in this process, or a server over HTTP."""
+"""Serves the runs of an experiment: on a replay or a live engine in this process, or a server over HTTP."""

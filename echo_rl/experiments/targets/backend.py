@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """Where controllers serve: a backend and what it is asked. A request's suite is its id up to the first slash."""
+    """A backend that controllers serve on, and what it is asked. A request's suite is its id up to the first slash."""
 
     name: str
     backend: Backend
@@ -28,7 +28,7 @@ class Target:
     idle: Callable[[float], None] | None = None
     """Lets the clock reach a time without work; None sleeps."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """What the results depend on; a folder of results belongs to one environment."""
+    """Everything that the results depend on; a folder of results belongs to one environment."""
     depth: int | None = None
     """The deepest plan that it can serve, None: any. Deeper plans are cut to it."""
     width: int | None = None
@@ -69,5 +69,5 @@ class Target:
 
 
 def facts(trace: Trace) -> dict[str, str]:
-    """What an environment says of the trace whose requests are served."""
+    """The lines of an environment that tell the trace whose requests are served."""
     return {"trace": f"{trace.provenance}, {len(trace.responses)} responses", "trace digest": trace.digest}

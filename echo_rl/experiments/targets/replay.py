@@ -14,7 +14,7 @@ from echo_rl.utils.result_store import digest
 
 
 def replay_target(trace: Trace, noise: bool = True) -> Target:
-    """At this machine's measured costs; plans are cut to what the trace holds."""
+    """A replay at this machine's measured costs; plans are cut to what the trace holds."""
     profile = CostProfile.default()
     backend = ReplayBackend(trace, BatchedCostProfile(profile), ReplayOptions(noise=noise))
     environment = {"version": __version__, **facts(trace), "profile": profile.provenance, "noise": str(noise)}
@@ -25,7 +25,7 @@ def replay_target(trace: Trace, noise: bool = True) -> Target:
 
 
 def exact_replay(trace: Trace, costs: BatchedCostProfile, concurrency: int) -> Target:
-    """At the given costs, with room for so many requests at once; a plan that the trace doesn't hold is an error."""
+    """A replay at these costs with room for so many requests; a plan that the trace doesn't hold is an error."""
     limits = ReplaySchedulerOptions(max_batch=max(ReplaySchedulerOptions.max_batch, concurrency))
     backend = ReplayBackend(trace, costs, ReplayOptions(limits))
     return Target("replay", backend, trace.requests(), backend.clock, backend.idle)

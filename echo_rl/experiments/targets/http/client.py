@@ -1,4 +1,4 @@
-"""What is asked of a server: chat completions, its models, and which controller decides."""
+"""Asks a server for chat completions, its models, and which controller decides."""
 
 from __future__ import annotations
 

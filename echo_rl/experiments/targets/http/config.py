@@ -1,4 +1,4 @@
-"""What a load test sends where. A pure description: nothing here runs anything."""
+"""Describes what a load test sends where. A pure description: nothing here runs anything."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LoadConfig:
     speculate: bool = True
     """False: every request asks for plain decoding, an extension of ``echo-rl serve``."""
     retry: int = 0
-    """How often a request is sent again after 429 or 503, after the wait that the server asks for."""
+    """Times that a request is sent again after 429 or 503, after the wait that the server asks for."""
     timeout: float = 600.0
     """Seconds after which a request counts as failed."""
     slo: SLO | None = None
@@ -70,7 +70,7 @@ class LoadConfig:
 
     @property
     def servers(self) -> dict[str, ServerArm]:
-        """By label: what tells an arm from the others."""
+        """The arms by their labels, which say what tells an arm from the others."""
         found = {}
         for url, model, controller in product(self.urls, self.models or (None,), self.controllers or (None,)):
             parts = (controller, model if len(self.models) > 1 else None, url if len(self.urls) > 1 else None)
@@ -79,7 +79,7 @@ class LoadConfig:
 
     @property
     def runs(self) -> list[Run]:
-        """In the order they run. Raises `ConfigError` where there is nothing to run, or two arms are the same."""
+        """All runs in their order. Raises `ConfigError` where there is nothing to run, or two arms are the same."""
         count = len(self.urls) * max(1, len(self.models)) * max(1, len(self.controllers))
         if len(self.servers) < count:
             raise ConfigError("two arms are the same; give each URL, model and controller once")
@@ -91,7 +91,7 @@ class LoadConfig:
         return Ends(self.seconds, self.requests)
 
     def params(self, number: int) -> SamplingParams:
-        """Of the request with this number."""
+        """The sampling of the request with this number."""
         return SamplingParams(self.temperature, seed=self.seed + number, max_new_tokens=self.max_tokens)
 
     def requests_for(self, prompts: Sequence[Prompt]) -> list[Request]:

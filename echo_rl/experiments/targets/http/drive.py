@@ -24,10 +24,10 @@ PAUSE = 0.1
 
 @dataclass(frozen=True)
 class Ends:
-    """When a run is over, whichever comes first."""
+    """The ends of a run: it is over at whichever comes first."""
 
     seconds: float | None = None
-    """What is in flight then is given up and recorded as cut."""
+    """Seconds after which what is in flight is given up and recorded as cut."""
     requests: int | None = None
     """Once so many have been sent and all have ended."""
 
@@ -109,13 +109,13 @@ class _Run:
                 task.cancel()
 
     def _due(self, now: float) -> list[tuple[float, str]]:
-        """When each request arrived that came before the end, and its suite; no more than are still to be sent."""
+        """The arrival and suite of each request that came before the end; no more than are still to be sent."""
         found = self.arrivals.since(self.seen, now, self.in_flight)
         self.seen = now
         return [(arrival, suite) for arrival, suite in found if arrival < self.seconds][: self.requests - self.sent]
 
     async def _wait(self) -> None:
-        """Until a request ends, the next one is due or the time is up."""
+        """Wait until a request ends, the next one is due or the time is up."""
         upcoming = self.arrivals.next_time(self.seen) if self.sent < self.requests else None
         until = min(self.seconds, math.inf if upcoming is None else upcoming)
         self.ended.clear()

@@ -1,4 +1,4 @@
-"""What a block of load leaves behind."""
+"""Records a block of load as the client saw it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LoadRecord:
 
     run: RunRecord
     texts: tuple[str, ...]
-    """What each request got."""
+    """The text that each request got."""
     chunks: int
     """Pieces of text that came."""
     retries: int
@@ -28,7 +28,7 @@ class LoadRecord:
 
     @property
     def served(self) -> RunRecord:
-        """Without the failed requests: what they got does not count as output."""
+        """The run without its failed requests: what they got does not count as output."""
         return replace(self.run, requests=tuple(r for r in self.run.requests if r.error is None))
 
     @property

@@ -38,13 +38,13 @@ class Stream:
     def __init__(self, clock: Callable[[], float]) -> None:
         self.texts: list[str] = []
         self.times: list[float] = []
-        """When each text came."""
+        """The time at which each text came."""
         self.finish_reason: str | None = None
         self.error: str | None = None
         """``kind: message``; a request with an error has failed, whatever text came before."""
         self.prompt_tokens = 0
         self.completion_tokens = 0
-        """As the server says; 0 where it doesn't, as of an answer that was cut."""
+        """The tokens that the server counted; 0 where it doesn't say, as of an answer that was cut."""
         self._clock = clock
         self._events = Events()
 
@@ -76,7 +76,7 @@ class Stream:
         return "".join(self.texts)
 
     def token_times(self, density: float = 0.0) -> list[float]:
-        """When each token came: as many as the server says, else `density` a character, else one a chunk (`spread`)."""
+        """The time of each token: as many as the server says, else `density` a character, else one a chunk."""
         sizes = [len(text) for text in self.texts]
         return spread(self.times, sizes, self.completion_tokens or round(density * sum(sizes)) or len(sizes))
 
@@ -98,7 +98,7 @@ def spread(times: Sequence[float], sizes: Sequence[int], total: int) -> list[flo
 
 
 def message(body: Any) -> str:
-    """What an error in OpenAI's format says, in one line."""
+    """The message of an error in OpenAI's format, in one line."""
     error = body.get("error", body) if isinstance(body, dict) else body
     text = error.get("message", error) if isinstance(error, dict) else error
     return " ".join(str(text).split())[:300]

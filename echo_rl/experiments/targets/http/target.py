@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Keys:
-    """What opens the servers. Never stored or shown."""
+    """The keys that open the servers. They are never stored or shown."""
 
     api: str | None = None
     admin: str | None = None
@@ -48,9 +48,9 @@ class HttpTarget:
         self._requests = config.requests_for(prompts)
         self.workloads = {text: config.workload(text, prompts) for text in config.workloads}
         self.models: dict[str, str] = {}
-        """By URL, what the server lists first."""
+        """The model that each server (URL) lists first."""
         self.previous: dict[str, str] = {}
-        """By URL, the controller to put back."""
+        """The controller of each server (URL) to put back."""
         for url in config.urls:
             run_async(self._greet(url))
 
