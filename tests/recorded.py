@@ -6,7 +6,8 @@ import numpy as np
 
 from echo_rl.contracts import SamplingParams
 from echo_rl.replay.levels import Level
-from echo_rl.replay.trace import Response, Trace
+from echo_rl.replay.response import Response
+from echo_rl.replay.trace import Trace
 
 DEPTH, WIDTH = 5, 4
 

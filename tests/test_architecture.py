@@ -10,6 +10,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,19 @@ def test_rooms_of_the_server_import_one_way(path):
     dotted = (name.split(".") for name in imports(path) if name.startswith("echo_rl.server."))
     imported = {server_room(names[2]) for names in dotted} - {room}
     assert imported <= SERVER_ROOMS.get(room, set()), f"the server's {room} must not import {imported}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    names = {
+        path: ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        for root, folder in ((ROOT, "echo_rl"), (ROOT / "kernels", "echo_kernels"), (ROOT, "benchmarks"))
+        for path in sources(str((root / folder).relative_to(ROOT)))
+    }
+    graph = {
+        name: {other for other in set(imports(path)) & set(names.values()) if not f"{name}.".startswith(f"{other}.")}
+        for path, name in names.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError with the modules of a circle
 
 
 def test_kernels_are_used_by_the_runtime_alone():

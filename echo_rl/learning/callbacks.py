@@ -18,7 +18,7 @@ from echo_rl.controllers.policy.network import Policy
 from echo_rl.errors import PolicyError
 
 if TYPE_CHECKING:
-    from echo_rl.learning.learner import TrainingProgress
+    from echo_rl.learning.progress import TrainingProgress
 
 KNOBS = ("nodes", "depth", "width", "gate", "floor")
 

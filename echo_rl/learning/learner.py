@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from echo_rl.controllers.policy.network import Activation, Policy
 from echo_rl.errors import ConfigError
 from echo_rl.learning.callbacks import EvaluationCallback, ProgressCallback, ScheduleCallback, TelemetryCallback
 from echo_rl.learning.export import ACTIVATIONS
+from echo_rl.learning.progress import TrainingProgress
 from echo_rl.utils.files import replacing
 from echo_rl.utils.result_store import differing
 
@@ -92,15 +93,6 @@ class LearnerOptions:
             raise ConfigError(f"target_kl is {self.target_kl}; give a positive number, or None for no limit")
         if any(width < 1 for width in self.net) or self.activation not in ACTIVATIONS:
             raise ConfigError(f"net is {self.net}, activation {self.activation!r}; give widths >= 1, tanh or relu")
-
-
-@dataclass
-class TrainingProgress:
-    """The progress of a run: everything that a resume needs besides PPO's own state."""
-
-    curve: list[dict[str, float]] = field(default_factory=list)  # an evaluation each: step and scores
-    best: float = float("-inf")
-    notes: dict[str, Any] = field(default_factory=dict)  # plain values that the caller wants kept
 
 
 def build(options: LearnerOptions, env: VecEnv, done: int = 0) -> PPO:

@@ -23,7 +23,8 @@ from echo_rl.controllers.base import BaseController
 from echo_rl.controllers.selection import pack
 from echo_rl.errors import ConfigError
 from echo_rl.replay.levels import Level, beams
-from echo_rl.replay.trace import Response, Trace
+from echo_rl.replay.response import Response
+from echo_rl.replay.trace import Trace
 from echo_rl.utils.result_store import claim, digest_of
 from echo_rl.workloads.driver import serve
 

@@ -24,26 +24,11 @@ from numpy.typing import NDArray
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.errors import ConfigError, TraceError
 from echo_rl.replay.levels import Level, Restricted, restrict
+from echo_rl.replay.response import Response
+from echo_rl.replay.trace_file import read_trace, write_trace
 from echo_rl.utils.result_store import digest_of
 
 Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Response:
-    """One recorded answer. `tokens` goes `depth` tokens past its end: drafted trees reach there too."""
-
-    suite: str
-    prompt: tuple[int, ...]
-    params: SamplingParams
-    tokens: tuple[int, ...]
-    length: int
-    """Tokens that the request really got."""
-    finish_reason: str
-
-    @property
-    def positions(self) -> int:
-        return self.length - 1
 
 
 @dataclass(frozen=True)
@@ -142,16 +127,12 @@ class Trace:
 
     def save(self, path: Path, half: bool = False) -> None:
         """Write the trace; `half` keeps log-probabilities in 16 bits: near-ties may then turn out otherwise."""
-        from echo_rl.replay.trace_file import write_trace
-
-        write_trace(self, path, half)
+        write_trace(path, self.responses, self.levels, self.provenance, half)
 
     @classmethod
     def load(cls, path: Path) -> Trace:
         """Read a trace. Raises `TraceError` where the file is missing, damaged or of another version."""
-        from echo_rl.replay.trace_file import read_trace
-
-        return read_trace(path)
+        return cls(*read_trace(path))
 
     @classmethod
     def of(cls, path: Path | None) -> Trace:

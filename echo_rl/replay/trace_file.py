@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,21 @@ from safetensors.numpy import save_file
 from echo_rl.contracts import SamplingParams
 from echo_rl.errors import TraceError
 from echo_rl.replay.levels import Level
-from echo_rl.replay.trace import Response, Trace
+from echo_rl.replay.response import Response
 from echo_rl.utils.files import replacing
 
 KIND = "echo-rl trace"
 TRACE_VERSION = 1
 
 
-def write_trace(trace: Trace, path: Path, half: bool = False) -> None:
+def write_trace(
+    path: Path, responses: Sequence[Response], levels: Sequence[Level], provenance: str, half: bool
+) -> None:
     """Write the file; it is replaced whole or not at all."""
-    body = {"responses": [asdict(r) for r in trace.responses], "provenance": trace.provenance}
+    body = {"responses": [asdict(r) for r in responses], "provenance": provenance}
     header = {"kind": KIND, "version": str(TRACE_VERSION), "body": json.dumps(body)}
     tensors: dict[str, NDArray[Any]] = {}
-    for d, level in enumerate(trace.levels):
+    for d, level in enumerate(levels):
         used = _used(level, d)
         tensors |= {
             f"{d}.counts": used.sum(1).astype(np.uint8),
@@ -39,8 +42,11 @@ def write_trace(trace: Trace, path: Path, half: bool = False) -> None:
         save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, part, metadata=header)
 
 
-def read_trace(path: Path) -> Trace:
-    """Raises `TraceError` where the file is missing, damaged or of another version."""
+def read_trace(path: Path) -> tuple[tuple[Response, ...], tuple[Level, ...], str]:
+    """The responses, levels and provenance of a file.
+
+    Raises `TraceError` where it is missing, damaged or of another version.
+    """
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
@@ -56,7 +62,7 @@ def read_trace(path: Path) -> Trace:
     try:
         body = json.loads(header["body"])
         levels = tuple(_level(tensors, d) for d in range(len(tensors) // 4))
-        return Trace(tuple(map(_response, body["responses"])), levels, body["provenance"])
+        return tuple(map(_response, body["responses"])), levels, body["provenance"]
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise TraceError(f"the trace {path} is damaged ({error}); record it again") from error
 

@@ -16,6 +16,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+MAX_FAN = 64
+"""Most children a node that `gate_topk` offers: it takes them one by one."""
+
 
 @dataclass(frozen=True)
 class Candidates:

@@ -13,12 +13,10 @@ from torch import Tensor
 
 from echo_kernels import device_reference
 from echo_kernels.checks import need, need_dtype, need_float, need_matrix
-from echo_kernels.device_interface import Candidates, DeviceImplementation, DrawKeys, Level, TreeRows, Walk
+from echo_kernels.device_interface import MAX_FAN, Candidates, DeviceImplementation, DrawKeys, Level, TreeRows, Walk
 from echo_kernels.dispatch import backend
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-MAX_FAN = 64
-"""Most children a node that `gate_topk` offers: it takes them one by one."""
 
 
 class DeviceOps:

@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
 
 from echo_rl.runtime.tokenizer import Tokenizer
 from tests import tiny
-from tests.server.engine_clients import tiny_host
+from tests.server.engine_clients import tiny_client
 from tests.server.front_world import FakeEngineClient, make_app, serving
 
 EXAMPLES = 60
@@ -40,7 +40,7 @@ def url(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
     tokenizer = Tokenizer.load(tiny.target_folder(root / "target"))
     bounds = {"max_queue": 8, "max_tokens": 4, "max_body_bytes": 20_000}
-    with serving(lambda: tiny_host(root, controller="none"), tokenizer, **bounds) as url:
+    with serving(lambda: tiny_client(root, controller="none"), tokenizer, **bounds) as url:
         yield url
 
 

@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from echo_kernels import reference
-from echo_kernels.device_interface import Level
-from echo_kernels.device_ops import MAX_FAN
+from echo_kernels.device_interface import MAX_FAN, Level
 from echo_kernels.triton.aot_spec import KernelSpec
 
 SPAN = 4096

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from echo_kernels.device_ops import MAX_FAN
+from echo_kernels.device_interface import MAX_FAN
 from echo_rl.contracts import Controller, FollowsPlan, SpecPlan
 from echo_rl.runtime.scheduler import Batch
 
