@@ -30,7 +30,7 @@ class Ab:
     on: tuple[Literal["replay", "live"], ...] = ("replay",)
     """Simulated time over recorded responses, the live engine, or both."""
     workloads: tuple[str, ...] = ("closed:1", "closed:4", "closed:16", "poisson:2", "bursty:0.5,6,5,5")
-    """What arrives: closed:N, poisson:RATE, bursty:LOW,HIGH,ON,OFF, ramp:LOW,HIGH,SECONDS or shift:SECONDS,N."""
+    """The arrivals: closed:N, poisson:RATE, bursty:LOW,HIGH,ON,OFF, ramp:LOW,HIGH,SECONDS or shift:SECONDS,N."""
     blocks: int = 6
     """Blocks a workload; intervals come from resampling them."""
     seconds: float | None = 20.0
@@ -50,7 +50,7 @@ class Ab:
     seed: int = 0
     """The seed of the arrivals, the requests' order and the noise of the replay."""
     out: Path = Path("results/ab")
-    """Where the runs, the result and the report go."""
+    """The folder of the runs, the result and the report."""
     engine: EngineOptions = field(default_factory=EngineConfig)
 
     def run(self) -> int:

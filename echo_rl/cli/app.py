@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Annotated, Protocol
+from pkgutil import resolve_name
+from typing import Annotated, Any, NamedTuple, Protocol, Union
 
 import tyro
 
@@ -28,85 +28,65 @@ class Command(Protocol):
         ...
 
 
-class Heavy:
-    """A command whose options are library dataclasses: its module is imported only when it is named."""
+class Group(NamedTuple):
+    """Commands whose options are library dataclasses: their module is imported only when the group is named."""
 
-    def run(self) -> int:
-        raise AssertionError("parsed by its own module")
-
-
-@dataclass(frozen=True)
-class Calibrate(Heavy):
-    """Measure this machine's costs (cost), model a GPU's (roofline), or find where this drafter's gates cut (gates)."""
+    path: str
+    """Where the commands are, below this package: ``module:name``."""
+    help: str
 
 
 @dataclass(frozen=True)
-class Drafter(Heavy):
-    """Write training conversations (synthesize), or train a drafter on them (train)."""
+class Unparsed:
+    """Stands for a `Group` in the help; its arguments are parsed by its own module."""
 
 
-@dataclass(frozen=True)
-class Record(Heavy):
-    """Record responses with the widest forest at every position, for replay."""
-
-
-@dataclass(frozen=True)
-class Train(Heavy):
-    """Train a policy on replayed servers; rerun it to go on where it stopped."""
-
-
-@dataclass(frozen=True)
-class Eval(Heavy):
-    """Rank controllers on recorded responses in simulated time."""
-
-
-@dataclass(frozen=True)
-class Tune(Heavy):
-    """Search the options of controllers on recorded responses, for eval --tuned."""
-
-
-@dataclass(frozen=True)
-class Sglang(Heavy):
-    """Check the plugin against the SGLang that is installed (doctor), or print a configuration for it (example)."""
-
-
-GROUPS: dict[str, tuple[str, type[Heavy]]] = {
-    "calibrate": ("echo_rl.cli.calibrate", Calibrate),
-    "drafter": ("echo_rl.cli.drafter", Drafter),
-    "record": ("echo_rl.cli.record", Record),
-    "eval": ("echo_rl.cli.evaluate", Eval),
-    "tune": ("echo_rl.cli.tune", Tune),
-    "train": ("echo_rl.cli.train", Train),
-    "sglang": ("echo_rl.cli.sglang", Sglang),
+COMMANDS: dict[str, type[Command] | Group] = {
+    "generate": Generate,
+    "serve": Serve,
+    "demo": Demo,
+    "bench": Bench,
+    "ab": Ab,
+    "load": Load,
+    "calibrate": Group(
+        "calibrate:AnyCommand",
+        "Measure this machine's costs (cost), model a GPU's (roofline), or find where this drafter's gates "
+        "cut (gates).",
+    ),
+    "drafter": Group(
+        "drafter:AnyCommand", "Write training conversations (synthesize), or train a drafter on them (train)."
+    ),
+    "record": Group("record:Record", "Record responses with the widest forest at every position, for replay."),
+    "eval": Group("evaluate:Eval", "Rank controllers on recorded responses in simulated time."),
+    "tune": Group("tune:Tune", "Search the options of controllers on recorded responses, for eval --tuned."),
+    "train": Group("train:Train", "Train a policy on replayed servers; rerun it to go on where it stopped."),
+    "sglang": Group(
+        "sglang:AnyCommand",
+        "Check the plugin against the SGLang that is installed (doctor), or print a configuration for it (example).",
+    ),
+    "weights": Weights,
+    "version": Version,
 }
-
-AnyCommand = (
-    Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Serve, tyro.conf.subcommand("serve")]
-    | Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[Bench, tyro.conf.subcommand("bench")]
-    | Annotated[Ab, tyro.conf.subcommand("ab")]
-    | Annotated[Load, tyro.conf.subcommand("load")]
-    | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
-    | Annotated[Drafter, tyro.conf.subcommand("drafter")]
-    | Annotated[Record, tyro.conf.subcommand("record")]
-    | Annotated[Eval, tyro.conf.subcommand("eval")]
-    | Annotated[Tune, tyro.conf.subcommand("tune")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Sglang, tyro.conf.subcommand("sglang")]
-    | Annotated[Weights, tyro.conf.subcommand("weights")]
-    | Annotated[Version, tyro.conf.subcommand("version")]
-)
 
 
 def parse(argv: Sequence[str] | None = None) -> Command:
-    """The command that the arguments name. Exits with help or usage as argparse does."""
+    """Returns the command that the arguments name. Exits with help or usage as argparse does."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command: Command
-    if arguments and arguments[0] in GROUPS:
-        module, group = GROUPS[arguments[0]]
-        kinds = import_module(module).AnyCommand
-        command = tyro.cli(kinds, args=arguments[1:], prog=f"echo-rl {arguments[0]}", description=group.__doc__)
-    else:
-        command = tyro.cli(AnyCommand, args=arguments, prog="echo-rl", description=DESCRIPTION)
+    group = COMMANDS.get(arguments[0]) if arguments else None
+    kind, program, description = _all_commands(), "echo-rl", DESCRIPTION
+    if isinstance(group, Group):
+        kind, description = resolve_name(f"echo_rl.cli.{group.path}"), group.help
+        program = f"echo-rl {arguments.pop(0)}"
+    command: Command = tyro.cli(kind, args=arguments, prog=program, description=description)
     return command
+
+
+def _all_commands() -> Any:
+    """Returns the union of all commands, each under its name."""
+    named = [
+        Annotated[Unparsed, tyro.conf.subcommand(name, description=kind.help)]
+        if isinstance(kind, Group)
+        else Annotated[kind, tyro.conf.subcommand(name)]
+        for name, kind in COMMANDS.items()
+    ]
+    return Union[tuple(named)]  # noqa: UP007

@@ -41,7 +41,7 @@ class Bench:
     slo_tpot: float | None = None
     """Seconds per output token that count as good."""
     out: Path = Path("results/bench")
-    """Where the blocks, the result and the plots go."""
+    """The folder of the blocks, the result and the plots."""
     engine: EngineOptions = field(default_factory=EngineConfig)
 
     def run(self) -> int:

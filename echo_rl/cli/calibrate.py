@@ -63,7 +63,7 @@ class Gates:
     out: Path = OUT
     """Folder of ``gates.json`` and of its plot."""
     prompts: int | None = None
-    """How many of the package's own prompts are observed; all by default."""
+    """The number of the package's own prompts that are observed; all by default."""
     max_new_tokens: int = 96
     """The most tokens that are generated for a prompt."""
     options: Annotated[GateOptions, tyro.conf.arg(name="")] = field(default_factory=GateOptions)

@@ -16,7 +16,7 @@ class Demo:
     """Plain decoding, EAGLE-3 and ECHO on the same real prompts; exits with 1 if float32 outputs differ."""
 
     out: Path = Path("results/demo")
-    """Where the result and the plots go; what was there of an earlier demo is replaced."""
+    """The folder of the result and the plots; those of an earlier demo are replaced."""
     engine: EngineOptions = field(default_factory=EngineConfig)
 
     def run(self) -> int:

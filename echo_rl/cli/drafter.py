@@ -14,7 +14,7 @@ from echo_rl.drafting.train_config import TrainConfig
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """How the embedded target runs that writes the conversations: by plain decoding."""
+    """Settings of the embedded target that writes the conversations, by plain decoding."""
 
     device: str = EngineConfig.device
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` (the GPU of that number)."""

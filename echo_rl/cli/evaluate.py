@@ -37,7 +37,7 @@ class Eval:
     full: bool = False
     """Print tokens/s, speed-ups with intervals and MAT of every load, too."""
     out: Path = Path("results/eval")
-    """Where the cells, ``result.json`` and ``speedup.png`` go."""
+    """The folder of the cells, ``result.json`` and ``speedup.png``."""
 
     def run(self) -> int:
         from rich.console import Console
@@ -74,6 +74,3 @@ class Eval:
             arms=arms, concurrency=self.concurrency, blocks=self.blocks, requests=self.requests, seed=self.seed,
             hindsight=self.hindsight,
         )  # fmt: skip
-
-
-AnyCommand = Eval

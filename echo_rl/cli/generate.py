@@ -22,7 +22,7 @@ class Generate:
     """Complete one prompt, streaming the text; speed and mean accepted tokens (MAT) follow on stderr."""
 
     prompt: tyro.conf.Positional[str | None] = None
-    """What to answer; read from standard input where it is absent."""
+    """The text to answer; read from standard input where it is absent."""
     controller: str = "echo"
     """The controller: ``none``, ``eagle3``, ``echo``, ...; options as ``echo:name=value,name=value``."""
     raw: bool = False
@@ -58,7 +58,7 @@ class Generate:
 
 
 def read_prompt(argument: str | None) -> str:
-    """The argument, or standard input up to its end. Raises `RequestError` where there is neither, or no UTF-8."""
+    """Returns the argument, else all of standard input. Raises `RequestError` where there is neither, or no UTF-8."""
     if argument is None and sys.stdin.isatty():
         raise RequestError("there is no prompt; give one as an argument or on standard input")
     try:

@@ -27,7 +27,7 @@ class Load:
     url: tuple[str, ...] = ("http://127.0.0.1:8000",)
     """Servers, with or without ``/v1``."""
     workloads: tuple[str, ...] = ("closed:1", "closed:4", "closed:16")
-    """What arrives: closed:N, poisson:RATE, bursty:LOW,HIGH,ON,OFF, ramp:LOW,HIGH,SECONDS or shift:SECONDS,N."""
+    """The arrivals: closed:N, poisson:RATE, bursty:LOW,HIGH,ON,OFF, ramp:LOW,HIGH,SECONDS or shift:SECONDS,N."""
     arms: tuple[str, ...] = ()
     """Controllers to switch the server between, the first being the baseline; ``echo-rl serve`` only, whose admin
     key this needs. ``ppo:checkpoint=NAME`` takes a checkpoint of the server. None: whichever is in force."""
@@ -52,7 +52,7 @@ class Load:
     speculation: Literal["on", "off"] = "on"
     """``off`` asks for plain decoding in every request; ``echo-rl serve`` only."""
     retry: int = 0
-    """How often a request is sent again after 429 or 503, after the wait that the server asks for."""
+    """The most times that a request is sent again after 429 or 503, after the wait that the server asks for."""
     timeout: float = 600.0
     """Seconds after which a request counts as failed."""
     slo_ttft: float = 2.0
@@ -62,7 +62,7 @@ class Load:
     extra: str = "{}"
     """More fields for every request, as a JSON object: ``'{"ignore_eos": true}'``."""
     out: Path = Path("results/load")
-    """Where the blocks, the result and the plots go."""
+    """The folder of the blocks, the result and the plots."""
 
     def run(self) -> int:
         from rich.console import Console
@@ -110,7 +110,7 @@ class Load:
 
 
 def key(variable: str) -> str | None:
-    """A key out of the environment, as a server reads its own. Raises `ConfigError` where no header can hold it."""
+    """Returns a key of the environment, as a server reads its own. Raises `ConfigError` where no header can hold it."""
     text = os.environ.get(variable, "").strip()
     if not text.isprintable():
         raise ConfigError(f"the key in ${variable} holds a control character; write it on one line")

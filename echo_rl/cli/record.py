@@ -20,7 +20,7 @@ class Record:
     out: Path = Path("results/trace")
     """Folder of ``trace.safetensors`` and of the parts so far."""
     prompts: int | None = None
-    """How many prompts, the suites in turn; all by default."""
+    """The number of prompts, taken from the suites in turn; all by default."""
     suite: Literal["all", "mt_bench", "humaneval", "gsm8k"] = "all"
     """The suite that the prompts are taken from."""
     max_new_tokens: int = 96
@@ -47,6 +47,3 @@ class Record:
         positions = sum(response.positions for response in trace.responses)
         console.print(f"{len(trace.responses)} responses, {positions} positions: {self.out / 'trace.safetensors'}")
         return 0
-
-
-AnyCommand = Record

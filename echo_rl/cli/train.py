@@ -24,6 +24,3 @@ class Train:
         scores = ", ".join(f"{name} {value:.3f}" for name, value in done.best.items() if "/" not in name)
         console.print(f"{done.policy}: {scores}; on {done.machine}", soft_wrap=True)
         return 0
-
-
-AnyCommand = Train

@@ -21,7 +21,7 @@ class Tune:
     held_out: float = 0.3
     """Share of the prompts kept for `eval`, which must be given the same."""
     out: Path = Path("results/tune")
-    """Where ``tuned.json`` goes."""
+    """The folder of ``tuned.json``."""
 
     def run(self) -> int:
         from rich.console import Console
@@ -37,6 +37,3 @@ class Tune:
         console.print(tables.tuned(tuned, console.width))
         console.print(f"Written: {self.out / 'tuned.json'}", soft_wrap=True)
         return 0
-
-
-AnyCommand = Tune

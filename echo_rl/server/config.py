@@ -11,14 +11,14 @@ from echo_rl.errors import ConfigError
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Where to listen, whom to serve and how much. Raises `ConfigError` on values out of range."""
+    """Names the address to listen on, the keys and the bounds. Raises `ConfigError` on values out of range."""
 
     host: str = "127.0.0.1"
     """Address to listen on. Without an admin key, /admin answers on a loopback address alone."""
     port: int = 8000
     """0 takes a free one, which the log names."""
     served_model_name: str | None = None
-    """What clients call the model; by default its name or the last part of its path."""
+    """The model's name for clients; by default its own name or the last part of its path."""
     max_queue: int = 256
     """Most completions unfinished at once, waiting ones included; more are refused with 429."""
     max_tokens: int | None = None
@@ -49,13 +49,13 @@ class ServerConfig:
                 raise ConfigError(f"{field.name} is {value}; give a number above 0")
 
     def model_name(self, model: str) -> str:
-        """What clients call an engine's `model`, a name or a path."""
+        """Returns the name by which clients know an engine's `model`, a name or a path."""
         return self.served_model_name or Path(model).name or model
 
 
 @dataclass(frozen=True)
 class ControllerManagerOptions:
-    """How a server treats its controllers."""
+    """A server's rules for its controllers."""
 
     fallback: str = "echo"
     """Specification of the controller that decides wherever the active one fails."""
@@ -69,7 +69,7 @@ class ControllerManagerOptions:
 
 @dataclass(frozen=True)
 class ExperimentOptions:
-    """Which controllers an experiment compares, for how long, and when it stops early. Raises `ConfigError`."""
+    """The controllers that an experiment compares, its length, and its rule to stop early. Raises `ConfigError`."""
 
     control: str
     """Specification of the controller that stays in force afterwards."""

@@ -76,7 +76,7 @@ Command = Submit | Cancel | SetController | StartExperiment | StopExperiment | T
 
 @dataclass(frozen=True)
 class StepStats:
-    """What the metrics and the live view need to know of one step."""
+    """The statistics of one step, for the metrics and the live view."""
 
     step: StepRecord
     """The record of the step; its `end` counts from the epoch."""
@@ -119,7 +119,7 @@ class Ready:
     max_context: int
     vocab: int
     environment: dict[str, str] = field(default_factory=dict)
-    """What timings depend on: device, dtype, threads, model, drafter."""
+    """The settings that timings depend on: device, dtype, threads, model, drafter."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Refused:
     request_id: str
     message: str
     unforeseen: bool = False
-    """Whether the engine failed on it, rather than refused what it asks for."""
+    """True where the engine failed on it, rather than refused what it asks for."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Reply:
     ticket: int
     value: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
-    """What was wrong with the command, which then changed nothing."""
+    """The fault of the command, which then changed nothing."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How a process of the server is scheduled by the operating system, and what its garbage collector walks through."""
+"""Settles how the operating system schedules a process of the server, and what its garbage collector skips."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a controller's specification is shown to clients: without the folders that it names."""
+"""Shows a controller's specification to clients without the folders that it names."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_tokens_that_come_together_each_count_with_their_share():
 
 def test_servers_of_one_process_count_apart():
     one, other = (Metrics("m", FakeEngineClient()) for _ in range(2))
-    one.prompt(3)
+    one.prompt_tokens.inc(3)
     assert Reading(one.registry)("sglang:prompt_tokens_total") == 3
     assert Reading(other.registry)("sglang:prompt_tokens_total") == 0
 

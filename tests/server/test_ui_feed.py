@@ -7,6 +7,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -15,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_rl.contracts import RequestTree
+from echo_rl.server import ui
 from echo_rl.server.api.auth import Keys
 from echo_rl.server.messages import ExperimentReport, Ready
-from echo_rl.server.ui import ASSETS, feed, stream
+from echo_rl.server.ui import feed, stream
 from echo_rl.server.ui.feed import COUNTERS, MOST_TREES, Feed, add_ragged, encode
 from echo_rl.server.ui.sessions import MOST_SESSIONS, SESSION_SECONDS, Sessions
 from echo_rl.server.ui.stream import Viewers
@@ -257,7 +259,7 @@ def test_the_page_needs_no_key_and_loads_nothing_from_elsewhere(client):
     assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
     assert "default-src 'self'" in page.headers["content-security-policy"]
     assert page.headers["x-content-type-options"] == "nosniff"
-    for name in ASSETS:
+    for name in (path.name for path in (Path(ui.__file__).parent / "static").iterdir()):
         asset = client.get(f"/ui/static/{name}")
         assert asset.status_code == 200 and asset.content
         text = asset.text.replace("http://www.w3.org/2000/svg", "")

@@ -1,4 +1,4 @@
-"""How deep drafted chains were accepted lately, and the forest that a controller is shown in place of SGLang's.
+"""Tracks how deep drafted chains are accepted, and makes the forest that a controller is shown for SGLang's.
 
 SGLang's draft scores never leave the device. What a step reports is how many drafted tokens each request
 had accepted, so the running chance of acceptance at every depth stands in for the drafter's confidence.

@@ -1,4 +1,4 @@
-"""What the plugin uses of SGLang: every symbol with its kind and parameters, checked against the installed version.
+"""Lists every symbol of SGLang that the plugin uses, and checks its kind and parameters in the installed version.
 
 SGLang has no stable interface at these places, so nothing is assumed: the table was recorded from the version
 named in `RECORDED` and is compared by inspection before a hook is registered. `mentions` are names that the

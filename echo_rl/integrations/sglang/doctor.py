@@ -1,4 +1,4 @@
-"""Whether this plugin and the installed SGLang fit, as rows for a table. Starts no server."""
+"""Checks whether this plugin and the installed SGLang fit, and shows the rows of a table. Starts no server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Row:
     what: str
     ok: bool
     detail: str = ""
-    """What is wrong and what to do, or what was found."""
+    """The fault and its remedy, or the finding."""
 
 
 def examine(config: str | None = None) -> tuple[Row, ...]:

@@ -1,8 +1,8 @@
 """Prometheus counters of what was really speculated, beside SGLang's own series.
 
-SGLang's own series stay as they are; where one keeps its meaning under a changing shape, read it there
-(`KEPT`). Its accept rate doesn't: it divides by ``verify calls * (num_draft_tokens - 1)`` with the draft
-tokens of the moment (`WRONG`), so true counts are exported beside it under ``echo_rl:spec_*``.
+SGLang's own series stay as they are and keep their meaning under a changing shape, but for ``spec_accept_rate``: it
+divides by ``verify calls * (num_draft_tokens - 1)`` with the draft tokens of the moment. True counts are exported
+beside it: rate(echo_rl:spec_accepted_tokens_total) / rate(echo_rl:spec_verified_tokens_total).
 """
 
 from __future__ import annotations
@@ -12,17 +12,6 @@ from dataclasses import asdict
 from typing import Any
 
 from echo_rl.integrations.sglang.steering import Steering
-
-KEPT: Mapping[str, str] = {
-    "sglang:spec_accept_length": "accepted drafts and bonus token, per request and verify pass",
-    "sglang:spec_num_steps": "levels drafted by the shape in use",
-    "sglang:spec_num_draft_tokens": "rows verified for a request by the shape in use",
-    "sglang:spec_verify_calls_total": "verify passes of finished requests",
-}
-WRONG: Mapping[str, str] = {
-    "sglang:spec_accept_rate": "rate(echo_rl:spec_accepted_tokens_total) / rate(echo_rl:spec_verified_tokens_total)",
-}
-"""Series whose meaning a changing shape breaks, and what to read instead."""
 
 COUNTERS: Mapping[str, tuple[str, str]] = {
     "steps": ("echo_rl:spec_steps", "Decode steps that were reported."),

@@ -10,25 +10,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from echo_rl.errors import ConfigError
 from echo_rl.integrations.sglang.steering import Decision
-
-
-class Ranks(Protocol):
-    """The ranks that take one decision together."""
-
-    @property
-    def leads(self) -> bool: ...
-
-    def agree(self, decide: Callable[[], Decision]) -> Decision:
-        """Returns the leader's decision on every rank."""
-        ...
-
-    def require_same(self, text: str) -> None:
-        """Raises `ConfigError` on every rank unless all hold the same text."""
-        ...
 
 
 class SingleRank:
@@ -37,9 +22,11 @@ class SingleRank:
     leads = True
 
     def agree(self, decide: Callable[[], Decision]) -> Decision:
+        """Returns the leader's decision on every rank."""
         return decide()
 
     def require_same(self, text: str) -> None:
+        """Raises `ConfigError` on every rank unless all hold the same text."""
         del text  # nobody to differ from
 
 
@@ -89,3 +76,6 @@ class RankGroup:
 
         gates = (*decision.gates, *[0.0] * (self._levels - len(decision.gates)))
         return torch.tensor([1.0, float(decision.shape), *gates], dtype=torch.float64)
+
+
+Ranks = SingleRank | RankGroup

@@ -37,7 +37,7 @@ steps = 0               # plain decoding
 """
 ENVIRONMENT = "ECHO_RL_CONFIG"
 PACKAGED = "packaged"
-"""As `profile` or `gates`: what ``echo-rl calibrate`` measured on this machine, else what ships with the package."""
+"""The `profile` or `gates` that ``echo-rl calibrate`` measured on this machine, else those of the package."""
 
 Mode = Literal["adaptive", "trees"]
 
@@ -108,7 +108,7 @@ DEFAULT_SHAPES: Mapping[str, tuple[Shape, ...]] = {
 
 @dataclass(frozen=True)
 class PluginConfig:
-    """What the file says. Raises `ConfigError`, naming the remedy."""
+    """The contents of the file. Raises `ConfigError`, naming the remedy."""
 
     controller: str
     """A controller's name (`CHAINS`, `TREES`)."""

@@ -1,4 +1,4 @@
-"""What the hooks of one SGLang process share: the configuration, the load observer and the controller's steering.
+"""Holds what the hooks of one SGLang process share: the configuration, the load observer and the steering.
 
 Made by `plugin` and handed to every hook, so that nothing lives in a module. Knows SGLang only by the
 objects that it is given.
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class PluginState:
-    """What one process's hooks share. `bind` is called once SGLang has made its worker; unbound it refuses to serve."""
+    """The state of one process's hooks. `bind` is called once SGLang has its worker; unbound it refuses to serve."""
 
     def __init__(self, config: PluginConfig, registry: Any = None) -> None:
         """`registry` is where the Prometheus counters are kept; None means the process's own."""

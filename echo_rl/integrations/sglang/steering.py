@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Decision:
-    """What every rank of a process group does in the next step."""
+    """The next step of every rank of a process group."""
 
     shape: int
     """The index into the shapes."""
@@ -38,7 +38,7 @@ class Decision:
 
 @dataclass
 class Counts:
-    """What was done so far; the totals hold under a changing budget. Only `Steering` writes them."""
+    """The totals so far, which hold under a changing budget. Only `Steering` writes them."""
 
     steps: int = 0
     plain_steps: int = 0
@@ -50,7 +50,7 @@ class Counts:
     decisions: int = 0
     switches: int = 0
     failures: int = 0
-    """How often the controller raised; where it was to decide, the step decoded plainly."""
+    """The times that the controller raised; where it was to decide, the step decoded plainly."""
     lost: int = 0
     """The launched steps whose report never came."""
 
@@ -62,10 +62,8 @@ class LaunchedStep:
     load: LoadView
     plan: SpecPlan
     shape: Shape
-    decided: bool
-    """Whether its plan was made for it, rather than repeated from the step before."""
     timed: bool
-    """Whether nothing else was run between the step before and this one."""
+    """True where nothing else was run between the step before and this one."""
 
 
 class Steering:
@@ -109,7 +107,7 @@ class Steering:
             self._decide(load)
         index = self._largest_fitting(load.batch_size)
         shape = self.shapes[index]
-        step = LaunchedStep(load, self._effective(shape), shape, decided, not self._interrupted)
+        step = LaunchedStep(load, self._effective(shape), shape, not self._interrupted)
         self._launched.append(step)
         self._unreported = step if decided else self._unreported
         self._interrupted = False

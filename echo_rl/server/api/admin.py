@@ -88,7 +88,7 @@ class Stats(BaseModel):
     """Steps by how the engine served them; empty where it counts nothing."""
     environment: dict[str, str]
     core: dict[str, Any]
-    """What the engine core holds; its ``kv`` is "conserved" or says what is not. Empty while there is no core."""
+    """The core's own account; its ``kv`` is "conserved" or says what is not. Empty while there is no core."""
 
 
 def make_router(front: Front, catalog: ControllerCatalog, check: AuthCheck) -> APIRouter:
@@ -147,7 +147,7 @@ def make_router(front: Front, catalog: ControllerCatalog, check: AuthCheck) -> A
 
     @router.get("/stats")
     async def stats() -> Stats:
-        """What the server holds."""
+        """Count what the server holds."""
         info = client.ready_info if client.ready else None
         return Stats(
             ready=front.ready,

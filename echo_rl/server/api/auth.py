@@ -73,7 +73,7 @@ def admin_check(keys: Keys, bound: str) -> AuthCheck:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether it is an IP address that only this machine reaches. Names are not trusted to be one."""
+    """Returns whether it is an IP address that only this machine reaches. Names are not trusted to be one."""
     try:
         return ip_address(address).is_loopback
     except ValueError:
@@ -81,7 +81,7 @@ def is_loopback(address: str) -> bool:
 
 
 def _is_local(request: Request) -> bool:
-    """Whether this machine asks, without a proxy and by its own name (a foreign page's browser names another host)."""
+    """Returns whether this machine asks directly and by its own name; a foreign page's browser names another host."""
     if request.client is None or any(header in request.headers for header in FORWARDED):
         return False
     name = request.url.hostname or ""

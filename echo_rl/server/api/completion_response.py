@@ -20,7 +20,7 @@ from echo_rl.contracts import RequestOutput, TokenLogprob
 from echo_rl.server.api.errors import ApiError, as_api_error
 from echo_rl.server.api.front import Front
 from echo_rl.server.api.openai_format import DONE, ChunkWriter, CompletionFormat, error_event, usage
-from echo_rl.server.api.request_stats import CLIENT_GONE, RequestStats, stats_of
+from echo_rl.server.api.request_stats import CLIENT_GONE, KEY, RequestStats
 from echo_rl.server.api.schemas import Body
 from echo_rl.server.client.streams import OutputStream
 
@@ -38,7 +38,7 @@ STREAM_HEADERS = [
 
 
 class Choice:
-    """What one completion has so far."""
+    """The state of one completion that is being served."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -72,6 +72,7 @@ class CompletionResponse(Response):
     """Serves `body`; `form` says how the answer looks."""
 
     _stats: RequestStats
+    """Given by `RequestStatsMiddleware`."""
 
     def __init__(self, front: Front, body: Body, form: CompletionFormat) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class CompletionResponse(Response):
         self._streaming = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._stats = stats_of(scope)
+        self._stats = scope[KEY]
         self._stats.streamed = bool(self._body.stream)
         if not await unless_gone(receive, self._serve(scope, receive, send)):
             self._stats.status = CLIENT_GONE
@@ -105,7 +106,7 @@ class CompletionResponse(Response):
     async def _submit(self) -> OutputStream:
         requests = await self._front.requests(self._stats.id, self._body)
         self._stats.prompt_tokens = sum(len(request.prompt) for request in requests) // self._body.copies
-        self._front.metrics.prompt(self._stats.prompt_tokens)
+        self._front.metrics.prompt_tokens.inc(self._stats.prompt_tokens)
         self._choices = {request.id: Choice(index) for index, request in enumerate(requests)}
         return self._front.engine_client.submit(*requests)
 
@@ -129,12 +130,12 @@ class CompletionResponse(Response):
                 metrics.more_tokens(count, now - choice.last)
             else:
                 choice.first = now
-                metrics.first_token(now - stats.started)
+                metrics.ttft.observe(now - stats.started)
             choice.last = now
             choice.tokens += count
             stats.first_token = stats.first_token or now
             stats.output_tokens += count
-            metrics.generated(count)
+            metrics.generated_tokens.inc(count)
         if output.finish_reason == "error":
             raise ApiError(500, output.error or "the engine failed on this request", code="engine_error")
         if output.finish_reason == "cancelled":

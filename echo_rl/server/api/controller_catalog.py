@@ -101,7 +101,7 @@ def _split_policy(text: str) -> tuple[str, str | None]:
 
 
 def _is_plain(annotation: Any) -> bool:
-    """Whether an option is a number or a Boolean; a text or a record may name a file."""
+    """Returns whether an option is a number or a Boolean; a text or a record may name a file."""
     return str(annotation).removesuffix(" | None") in ("int", "float", "bool")
 
 

@@ -1,4 +1,4 @@
-"""What all routes share, and how a client's prompts become requests for the engine."""
+"""Holds the state that all routes share, and turns a client's prompts into requests for the engine."""
 
 from __future__ import annotations
 

@@ -30,28 +30,19 @@ class Metrics:
         metrics = ModelMetrics(model)
         self.registry, self._client, self._steps = metrics.registry, client, StepMetrics(metrics)
         client.on_stats(self._steps.step)
-        self._ttft = metrics.histogram("sglang:time_to_first_token_seconds", "Time to first token.", FIRST_BUCKETS)
+        self.ttft = metrics.histogram("sglang:time_to_first_token_seconds", "Time to first token.", FIRST_BUCKETS)
         self._itl = metrics.histogram("sglang:inter_token_latency_seconds", "Time between tokens.", BETWEEN_BUCKETS)
         self._tpot = metrics.histogram(
             "sglang:time_per_output_token_seconds", "A request's time per token after the first.", BETWEEN_BUCKETS
         )
         self._e2e = metrics.histogram("sglang:e2e_request_latency_seconds", "Time of whole requests.", WHOLE_BUCKETS)
-        self._prompt = metrics.counter("sglang:prompt_tokens_total", "Prompt tokens.")
-        self._generated = metrics.counter("sglang:generation_tokens_total", "Generated tokens.")
+        self.prompt_tokens = metrics.counter("sglang:prompt_tokens_total", "Prompt tokens.")
+        self.generated_tokens = metrics.counter("sglang:generation_tokens_total", "Generated tokens.")
         self._requests = metrics.counter("sglang:num_requests_total", "Requests that were served to their end.")
         self._aborted = metrics.counter("sglang:num_aborted_requests_total", "Requests that were cancelled or failed.")
         self._answers = metrics.counters("echo_rl:http_requests_total", "HTTP requests.", "route", "status")
         self._restarts = metrics.gauge("echo_rl:core_restarts", "Times that the engine was started again.")
         self.registry.register(ClientTotals(model, client))
-
-    def prompt(self, tokens: int) -> None:
-        self._prompt.inc(tokens)
-
-    def generated(self, tokens: int) -> None:
-        self._generated.inc(tokens)
-
-    def first_token(self, seconds: float) -> None:
-        self._ttft.observe(seconds)
 
     def more_tokens(self, count: int, seconds: float) -> None:
         """Counts tokens that came together, so long after those before; each with its share, as SGLang does it."""

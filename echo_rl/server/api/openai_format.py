@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from echo_rl.contracts import TokenLogprob
 
@@ -15,47 +15,28 @@ Spell = Callable[[int], bytes]
 """Returns the bytes that a token stands for."""
 
 
-class CompletionFormat(Protocol):
-    """How the choices of an answer look on the wire."""
+class TextFormat:
+    """The format of /v1/completions."""
 
-    prefix: str
+    prefix = "cmpl-"
     """The prefix of completion ids."""
-    kind: str
-    """The ``object`` of whole answers."""
-    chunk_kind: str
-    """The ``object`` of chunks."""
-    opening: str | None
+    kind, chunk_kind = "text_completion", "text_completion"
+    """The ``object`` of whole answers and of chunks."""
+    opening: str | None = None
     """The members of the first chunk of each choice; None sends no such chunk."""
-    closing: str
+    closing = '"text":""'
     """The members of a chunk beside a finish reason."""
 
     def delta(self, text: str) -> str:
         """Returns new text of a choice, as members of a JSON object."""
-        ...
-
-    def choice(self, text: str) -> dict[str, Any]:
-        """Returns the whole text of a choice, as members of a JSON object."""
-        ...
-
-    def logprobs(self, tokens: Sequence[TokenLogprob], spell: Spell, offsets: Sequence[int]) -> dict[str, Any]:
-        """Returns log-probabilities; `offsets` are the lengths of the choice's text before each token."""
-        ...
-
-
-class TextFormat:
-    """The format of /v1/completions."""
-
-    prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
-    opening: str | None = None
-    closing = '"text":""'
-
-    def delta(self, text: str) -> str:
         return f'"text":{json.dumps(text)}'
 
     def choice(self, text: str) -> dict[str, Any]:
+        """Returns the whole text of a choice, as members of a JSON object."""
         return {"text": text}
 
     def logprobs(self, tokens: Sequence[TokenLogprob], spell: Spell, offsets: Sequence[int]) -> dict[str, Any]:
+        """Returns log-probabilities; `offsets` are the lengths of the choice's text before each token."""
         names = [_name(spell(t.token)) for t in tokens]
         tops = [
             {name: _finite(t.logprob), **{_name(spell(i)): _finite(p) for i, p in reversed(t.top)}}
@@ -70,7 +51,7 @@ class TextFormat:
 
 
 class ChatFormat:
-    """The format of /v1/chat/completions."""
+    """The format of /v1/chat/completions; its members are those of `TextFormat`."""
 
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
     opening: str | None = '"delta":{"role":"assistant","content":"","refusal":null}'
@@ -88,6 +69,9 @@ class ChatFormat:
             for t in tokens
         ]
         return {"content": content, "refusal": None}
+
+
+CompletionFormat = TextFormat | ChatFormat
 
 
 class ChunkWriter:

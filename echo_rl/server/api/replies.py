@@ -1,4 +1,4 @@
-"""What /v1 answers, for the OpenAPI document. Answers are written straight from dictionaries, not through these."""
+"""Describes the answers of /v1 for the OpenAPI document. They are written from dictionaries, not through these."""
 
 from __future__ import annotations
 

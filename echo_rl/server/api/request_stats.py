@@ -1,4 +1,4 @@
-"""What is logged and measured of one HTTP request, from its arrival to its last byte."""
+"""Measures one HTTP request from its arrival to its last byte, for the log and the metrics."""
 
 from __future__ import annotations
 
@@ -55,12 +55,6 @@ class RequestStats:
     @property
     def e2e(self) -> float | None:
         return None if self.finished is None else self.finished - self.started
-
-
-def stats_of(scope: Scope) -> RequestStats:
-    """Returns the statistics that `RequestStatsMiddleware` gave this request."""
-    stats: RequestStats = scope[KEY]
-    return stats
 
 
 class RequestStatsMiddleware:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from echo_rl.runtime.tokenizer import Tokenizer
 
 SEEDS = 2**63
-EVERY_TOKEN = "Of every token, also those of a stop string and of the turn's end, which the text leaves out."
+EVERY_TOKEN = "Covers every token, also those of a stop string and of the turn's end, which the text leaves out."
 
 
 @dataclass(frozen=True)

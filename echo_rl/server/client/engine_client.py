@@ -61,7 +61,7 @@ class EngineClient:
         self._last_good = LastGood(config.controller, config.switch.trial_steps)
         self._fallbacks, self._rollbacks, self._serving = (RestartSafeCounter() for _ in range(3))
         self.ready_info: Ready | None = None
-        """What the core said of the engine when it was last loaded."""
+        """The core's description of the engine that it loaded last."""
         self.experiment: ExperimentReport | None = None
         """The running experiment, or the last one."""
 
@@ -69,17 +69,17 @@ class EngineClient:
 
     @property
     def ready(self) -> bool:
-        """Whether the engine is loaded and takes requests."""
+        """Returns whether the engine is loaded and takes requests."""
         return self._supervisor.state == "ready" and not self._draining
 
     @property
     def alive(self) -> bool:
-        """Whether the engine is loading or serving: not before `start`, after `stop` or once it is given up."""
+        """Returns whether the engine is loading or serving: not before `start`, after `stop` or once it is given up."""
         return self._supervisor.state in ("loading", "ready")
 
     @property
     def dead(self) -> bool:
-        """Whether the engine exited so often that it is given up."""
+        """Returns whether the engine exited so often that it is given up."""
         return self._supervisor.state == "dead"
 
     @property
@@ -282,10 +282,6 @@ class EngineClient:
             subscription.put(update)
 
     # ------------------------------------------------------------------------- exits and restarts
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._streams)
 
     def controller_for(self, exits: int) -> str:
         return self._last_good.for_attempt(exits)

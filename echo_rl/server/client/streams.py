@@ -1,4 +1,4 @@
-"""What readers of an engine client iterate over: the outputs of requests, and the updates of every step.
+"""Streams that readers of an engine client iterate over: the outputs of requests, and the updates of every step.
 
 Everything belongs to one event loop; there are no threads.
 """
@@ -24,7 +24,7 @@ class Inbox(Generic[T]):
     """A queue for one reader. Ends after `end`, once every item is taken."""
 
     def __init__(self, limit: int | None = None) -> None:
-        """With a `limit` the oldest items beyond it are dropped."""
+        """`limit` is the most items that wait for the reader; the oldest beyond it are dropped."""
         self._items: deque[T] = deque(maxlen=limit)
         self._waiter: asyncio.Future[None] | None = None
         self._ended = False

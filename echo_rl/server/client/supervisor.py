@@ -34,7 +34,7 @@ class SupervisorConfig:
     controller: str = "echo"
     """Specification of the first controller, as on the command line."""
     isolation: Literal["process", "thread"] = "process"
-    """Where the engine runs: a crash or a hang in a thread can't be ended, so ``thread`` is for tests and embedding."""
+    """A crash or a hang of the engine in a thread can't be ended, so ``thread`` is for tests and embedding."""
     stall_seconds: float = 60.0
     """Seconds without a step, while requests are in flight, after which the engine counts as hung."""
     start_seconds: float = 1800.0
@@ -50,7 +50,7 @@ class SupervisorConfig:
     backoff: float = 0.5
     """Seconds before the first restart; they double with every further exit within the window."""
     switch: ControllerManagerOptions = field(default_factory=ControllerManagerOptions)
-    """How the core treats its controllers."""
+    """The core's rules for its controllers."""
 
     def __post_init__(self) -> None:
         if self.isolation not in WORKERS:
@@ -58,11 +58,11 @@ class SupervisorConfig:
 
 
 class Listener(Protocol):
-    """What an `EngineSupervisor` needs of the engine client."""
+    """The engine client as its `EngineSupervisor` sees it."""
 
     @property
-    def busy(self) -> bool:
-        """Whether the core has work, so that it hangs where it takes no step."""
+    def in_flight(self) -> int:
+        """Returns how many requests the core has, which hangs where it takes no step for them."""
         ...
 
     def controller_for(self, exits: int) -> str:
@@ -91,7 +91,7 @@ class EngineSupervisor:
         self.state: Literal["new", "loading", "ready", "dead", "stopped"] = "new"
         self.restarts = 0
         self.draining = False
-        """Whether the server shuts down, so that a core which exits is not started again."""
+        """True while the server shuts down, so that a core which exits is not started again."""
         self._channel: ClientChannel | None = None
         self._loading: asyncio.Future[Ready] | None = None
         self._closed = asyncio.Event()  # the core's stream has ended
@@ -181,7 +181,7 @@ class EngineSupervisor:
         while True:
             await asyncio.sleep(stall / 8)
             silent = time.monotonic() - self._last_progress
-            if self.state == "ready" and self._listener.busy and silent > stall:
+            if self.state == "ready" and self._listener.in_flight and silent > stall:
                 self._failure = f"no step for {silent:.1f} s while requests were in flight"
                 self.state = "loading"
                 self._spawn(self._recover())

@@ -1,4 +1,4 @@
-"""Which controller decides: the active one, its replacement while the engine serves, the roll-back, the experiment.
+"""Chooses who decides: the active controller, its replacement while the engine serves, the roll-back, the experiment.
 
 Everything changes between two steps. A new controller is built and dry-run in a thread of its own, so that no step
 waits for it. Knows nothing of engines, requests or transports.
@@ -64,7 +64,7 @@ class ControllerManager:
         return self._arms[self._experiment.arm] if self._experiment is not None else self._main
 
     def is_active(self, controller: ActiveController) -> bool:
-        """Whether this one may still decide, since it was not dropped."""
+        """Returns whether this one may still decide, since it was not dropped."""
         return controller is self._main or controller in self._arms.values()
 
     @property

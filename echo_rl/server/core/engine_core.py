@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Protocol
 
 from echo_rl.contracts import Backend, Request, StepReport
@@ -45,7 +46,7 @@ class ServedEngine(Backend, Protocol):
     """An engine that a server can run: `runtime.engine.Engine` is one."""
 
     trace_trees: bool
-    """Whether step reports carry the verified trees."""
+    """Step reports carry the verified trees where this is true."""
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` if KV blocks are not conserved."""
@@ -69,7 +70,7 @@ class EngineCore:
         """Raises `ConfigError` where the controller `spec` is not usable."""
         self._engine = engine
         self._manager = ControllerManager(make_controller, spec, options.limits, options.switch)
-        self._knee, self._serving_counts = _KneeCache(options.profile), options.serving_counts
+        self._knee, self._serving_counts = _knee_by(options.profile), options.serving_counts
         self._in_flight: set[str] = set()
         self._violations = 0
         self._steps = 0
@@ -188,17 +189,11 @@ class EngineCore:
         )
 
 
-class _KneeCache:
-    """Computes K_max once for each batch size and octave of context; 0 without a profile or a batch."""
+def _knee_by(profile: CostProfile | None) -> Callable[[int, float], int]:
+    """Returns a function to K_max at a batch size and context, which is 0 without a profile or a batch."""
 
-    def __init__(self, profile: CostProfile | None) -> None:
-        self._profile = profile
-        self._known: dict[tuple[int, int], int] = {}
+    @cache
+    def at_octave(batch: int, octave: int) -> int:
+        return profile.knee(batch, 2.0**octave - 1.0) if profile is not None and batch else 0
 
-    def __call__(self, batch: int, context: float) -> int:
-        if self._profile is None or not batch:
-            return 0
-        octave = round(math.log2(context + 1.0))
-        if (batch, octave) not in self._known:
-            self._known[batch, octave] = self._profile.knee(batch, 2.0**octave - 1.0)
-        return self._known[batch, octave]
+    return lambda batch, context: at_octave(batch, round(math.log2(context + 1.0)))

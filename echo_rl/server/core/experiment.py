@@ -35,7 +35,7 @@ RUNNING, DONE, STOPPED, HARM = "running", "done", "stopped", "harm"
 
 @dataclass(frozen=True)
 class Block:
-    """What one arm did in one block."""
+    """Sums up one arm's steps of one block."""
 
     tokens: int
     seconds: float
@@ -51,7 +51,7 @@ class Switchback:
         self.options = options
         self.state = RUNNING
         self.reason: str | None = None
-        """Why the experiment is over."""
+        """The reason of its end, once it is over."""
         self._random = random.Random(options.seed)
         self._order: list[str] = []  # the rest of the pair under way
         self._blocks: dict[str, list[Block]] = {CONTROL: [], TREATMENT: []}

@@ -1,4 +1,4 @@
-"""Where an engine core runs: in a process of its own, or in a thread of its client's.
+"""Runs an engine core in a process of its own, or in a thread of its client's.
 
 Loads the engine there, then runs the core over a channel. The client imports this without loading torch.
 """
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import Controller
@@ -109,23 +109,6 @@ def build_controller(spec: str) -> Controller:
     return registry.make(arm.controller, **arm.options)
 
 
-class Worker(Protocol):
-    """A core that runs somewhere."""
-
-    def kill(self) -> None:
-        """Ends it at once, as far as that is possible; returns immediately."""
-        ...
-
-    def join(self, seconds: float) -> None:
-        """Waits up to so many seconds for its end."""
-        ...
-
-    @property
-    def exit_reason(self) -> str:
-        """Returns how it ended, for where it sent no `Failed`."""
-        ...
-
-
 class ProcessWorker:
     """A spawned process; a crash, a hang or a leak of the engine ends with it."""
 
@@ -137,9 +120,11 @@ class ProcessWorker:
         sock.close()  # the child has its own
 
     def kill(self) -> None:
+        """Ends it at once; returns immediately."""
         self._process.kill()
 
     def join(self, seconds: float) -> None:
+        """Waits up to so many seconds for its end."""
         self._process.join(seconds)
 
     @property
@@ -148,6 +133,7 @@ class ProcessWorker:
 
     @property
     def exit_reason(self) -> str:
+        """Returns how it ended, for where it sent no `Failed`."""
         code = self._process.exitcode
         if code is None:
             return "the engine process closed its connection"
@@ -170,6 +156,9 @@ class ThreadWorker:
 
     def join(self, seconds: float) -> None:
         self._thread.join(seconds)
+
+
+Worker = ProcessWorker | ThreadWorker
 
 
 def run_core(

@@ -38,7 +38,7 @@ class BackgroundCaller:
         self._answers: SimpleQueue[Answer] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self.busy = False
-        """Whether a call's answer is still to be taken."""
+        """True while a call's answer is still to be taken."""
 
     def post(self, call: Call) -> None:
         """Begins a call; the answer of the one before must have been taken."""

@@ -81,7 +81,7 @@ class Guarded:
         self.fallbacks: dict[str, int] = dict.fromkeys(CAUSES, 0)
         """Decisions that the fallback took over, by cause; once retired, every step counts under that cause."""
         self.retired: str | None = None
-        """Why the controller is retired and never decides again; None while it may."""
+        """The reason that the controller is retired and never decides again; None while it may."""
         self._controller: Controller | None = controller
         self._fallback, self._deadline, self._limits = fallback, deadline, limits or Limits()
         self._threaded = threaded_methods(controller) if threaded is None else threaded
@@ -100,7 +100,7 @@ class Guarded:
 
     @property
     def overdue(self) -> bool:
-        """Whether a call is past its deadline and may hang."""
+        """Returns whether a call is past its deadline and may hang."""
         return self.retired is None and self._overdue_since is not None
 
     # ------------------------------------------------------------------------- decisions
@@ -229,7 +229,7 @@ class Guarded:
         return value
 
     def _is_back(self) -> bool:
-        """Whether the overdue call has returned; its answer is dropped. Retires a controller that hangs."""
+        """Returns whether the overdue call is back, and drops its answer. Retires a controller that hangs."""
         assert self._overdue_since is not None
         if self._thread.wait(0.0) is not None:
             self._overdue_since = None

@@ -22,12 +22,12 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engine can do, beyond what a `LoadView` holds."""
+    """The engine's limits that no `LoadView` holds."""
 
     expanded: int = 96
     """Most nodes that the drafter expands for one request (`EngineConfig.max_expanded`)."""
     drafter: bool = True
-    """Whether there is a drafter; without one nothing speculates."""
+    """False where there is no drafter, so that nothing speculates."""
 
 
 class UnsoundDecision(Exception):

@@ -7,13 +7,11 @@ need no key; the stream and what opens it are behind `check`. Nothing is loaded 
 from __future__ import annotations
 
 from collections.abc import Callable
-from hashlib import sha256
-from importlib.resources import files
-from pathlib import PurePath
 from typing import Any
 
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
+from fastapi.staticfiles import StaticFiles
 
 from echo_rl.server.client.engine_client import EngineClient
 from echo_rl.server.ui.sessions import SESSION_SECONDS, Sessions
@@ -22,8 +20,6 @@ from echo_rl.server.ui.stream import Viewers
 AuthCheck = Callable[..., Any]
 """A FastAPI dependency that raises `HTTPException` (401, 403) without access to the live data."""
 
-ASSETS = ("index.html", "style.css", "icon.svg", "app.js", "model.js", "tree.js", "charts.js", "admin.js", "dom.js")
-TYPES = {".html": "text/html", ".css": "text/css", ".svg": "image/svg+xml", ".js": "text/javascript"}
 POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
 HEADERS = {
     "Content-Security-Policy": POLICY,
@@ -41,18 +37,18 @@ def make_router(client: EngineClient, check: AuthCheck) -> APIRouter:
     opens ``GET /ui/stream?token=`` with it: the same data.
     """
     router = APIRouter(prefix="/ui", include_in_schema=False)
-    assets = {name: Asset(name) for name in ASSETS}
+    static = StaticFiles(packages=[(__name__, "static")])
     sessions, viewers = Sessions(), Viewers(client)
-
-    @router.get("")
-    async def page(request: Request) -> Response:
-        return assets["index.html"].response(request)
 
     @router.get("/static/{name}")
     async def asset(request: Request, name: str) -> Response:
-        if name not in assets:
-            raise HTTPException(404, "the live view has no such file")
-        return assets[name].response(request)
+        response = await static.get_response(name, request.scope)
+        response.headers.update(HEADERS)
+        return response
+
+    @router.get("")
+    async def page(request: Request) -> Response:
+        return await asset(request, "index.html")
 
     @router.post("/session", dependencies=[Depends(check)])
     async def session(response: Response) -> dict[str, Any]:
@@ -70,21 +66,6 @@ def make_router(client: EngineClient, check: AuthCheck) -> APIRouter:
         return open_stream(client, viewers)
 
     return router
-
-
-class Asset:
-    """A file of the page, read once; a browser that has it already gets 304."""
-
-    def __init__(self, name: str) -> None:
-        self._body = (files(__name__) / "static" / name).read_bytes()
-        self._type = TYPES[PurePath(name).suffix]
-        self._tag = f'"{sha256(self._body).hexdigest()[:16]}"'
-
-    def response(self, request: Request) -> Response:
-        headers = {**HEADERS, "ETag": self._tag}
-        if request.headers.get("if-none-match") == self._tag:
-            return Response(status_code=304, headers=headers)
-        return Response(self._body, media_type=self._type, headers=headers)
 
 
 def open_stream(client: EngineClient, viewers: Viewers) -> Response:

@@ -11,7 +11,7 @@ MOST_SESSIONS = 256
 
 
 class Sessions:
-    """Random tokens, each good once and for a minute. Of more than 256 unused ones the oldest are forgotten."""
+    """Random tokens, each good once and for a minute. The oldest are forgotten beyond 256 unused ones."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
