@@ -7,8 +7,9 @@ the arms of each load, and a replay is charged the mean of the two. Needs a trac
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import combinations, product
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import tyro
+from scipy.stats import kendalltau
 
 from benchmarks.common import CONSOLE, RESULTS, EngineOptions, Ledger, Place, main
 from echo_rl.calibrate.cost import Grid
@@ -36,7 +38,6 @@ from echo_rl.replay.trace import Trace
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.environment import load_engine
 from echo_rl.utils.result_store import write_json
-from echo_rl.utils.statistics import kendall
 from echo_rl.workloads.arrivals import closed
 from echo_rl.workloads.driver import serve
 from echo_rl.workloads.records import RunRecord
@@ -137,6 +138,18 @@ def mean_profile(a: CostProfile, b: CostProfile) -> CostProfile:
     scalars: dict[str, Any] = {name: (getattr(a, name) + getattr(b, name)) / 2.0 for name in SCALARS}
     verify, draft = ((np.asarray(x) + np.asarray(y)) / 2.0 for x, y in ((a.verify, b.verify), (a.draft, b.draft)))
     return replace(a, verify=monotone(verify), draft=monotone(draft), **scalars)
+
+
+def kendall(a: Mapping[str, float], b: Mapping[str, float]) -> float | None:
+    """Kendall's tau-b (1945) of two rankings, by the names that both score; ties count half on their side.
+
+    1 where they agree on every pair, -1 where on none; None where either cannot tell any two apart.
+    """
+    names = sorted(a.keys() & b.keys())
+    if len(names) < 2:
+        return None
+    tau = float(kendalltau(*([scores[name] for name in names] for scores in (a, b)))[0])
+    return None if math.isnan(tau) else tau
 
 
 def agreement(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:

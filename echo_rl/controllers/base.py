@@ -23,7 +23,8 @@ class BaseController(ABC):
 
     name: str = ""
 
-    def __init__(self) -> None:
+    def __init__(self, options: Any = None) -> None:
+        self.options = options
         self._node_cap: int | None = None
         self.materials: tuple[object, ...] = ()
         """Everything that it was made of besides its options, such as the contents of the files that these name."""

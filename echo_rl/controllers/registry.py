@@ -10,43 +10,9 @@ from types import MappingProxyType
 from typing import Any
 
 from echo_rl.contracts import Controller
-from echo_rl.controllers.baselines.bandit import Bandit, BanditOptions
-from echo_rl.controllers.baselines.batch_level import (
-    DSpark,
-    DSparkOptions,
-    SglangAdaptive,
-    SglangAdaptiveOptions,
-    Tetris,
-    TetrisOptions,
-)
-from echo_rl.controllers.baselines.cost_aware import Cast, CastOptions, Evict, EvictOptions, Smart, SmartOptions
-from echo_rl.controllers.baselines.dynamic import (
-    Ddd,
-    DddOptions,
-    Eagle2,
-    Eagle2Options,
-    OptTree,
-    OptTreeOptions,
-    Talon,
-    TalonOptions,
-)
-from echo_rl.controllers.baselines.fixed import (
-    Chain,
-    ChainOptions,
-    Eagle3,
-    Eagle3Options,
-    Fixed,
-    FixedOptions,
-    NoneOptions,
-    NoSpeculation,
-    Static,
-    StaticOptions,
-)
-from echo_rl.controllers.baselines.goodput import AdaSpec, AdaSpecOptions, TurboSpec, TurboSpecOptions
-from echo_rl.controllers.baselines.oracle import Oracle, OracleOptions
-from echo_rl.controllers.baselines.sequoia import Sequoia, SequoiaOptions
-from echo_rl.controllers.echo.echo import Echo, EchoDense, EchoFixed, EchoFixedOptions, EchoOptions, EchoUnscheduled
-from echo_rl.controllers.policy.ppo import Ppo, PpoOptions
+from echo_rl.controllers.baselines import bandit, batch_level, cost_aware, dynamic, fixed, goodput, oracle, sequoia
+from echo_rl.controllers.echo import echo
+from echo_rl.controllers.policy import ppo
 from echo_rl.costs.profile import CostProfile
 from echo_rl.errors import ConfigError, UnknownController
 
@@ -63,31 +29,31 @@ CONTROLLERS: Mapping[str, Family] = MappingProxyType(
     {
         family.controller.name: family
         for family in (
-            Family(NoSpeculation, NoneOptions),
-            Family(Chain, ChainOptions),
-            Family(Static, StaticOptions),
-            Family(Fixed, FixedOptions),
-            Family(Eagle3, Eagle3Options),
-            Family(Eagle2, Eagle2Options),
-            Family(Ddd, DddOptions),
-            Family(Talon, TalonOptions),
-            Family(OptTree, OptTreeOptions),
-            Family(Sequoia, SequoiaOptions),
-            Family(Smart, SmartOptions),
-            Family(Cast, CastOptions),
-            Family(Evict, EvictOptions),
-            Family(Tetris, TetrisOptions),
-            Family(SglangAdaptive, SglangAdaptiveOptions),
-            Family(DSpark, DSparkOptions),
-            Family(TurboSpec, TurboSpecOptions),
-            Family(AdaSpec, AdaSpecOptions),
-            Family(Bandit, BanditOptions),
-            Family(Echo, EchoOptions),
-            Family(EchoDense, EchoOptions),
-            Family(EchoFixed, EchoFixedOptions),
-            Family(EchoUnscheduled, EchoOptions),
-            Family(Ppo, PpoOptions),
-            Family(Oracle, OracleOptions),
+            Family(fixed.NoSpeculation, fixed.NoneOptions),
+            Family(fixed.Chain, fixed.ChainOptions),
+            Family(fixed.Static, fixed.StaticOptions),
+            Family(fixed.Fixed, fixed.FixedOptions),
+            Family(fixed.Eagle3, fixed.Eagle3Options),
+            Family(dynamic.Eagle2, dynamic.Eagle2Options),
+            Family(dynamic.Ddd, dynamic.DddOptions),
+            Family(dynamic.Talon, dynamic.TalonOptions),
+            Family(dynamic.OptTree, dynamic.OptTreeOptions),
+            Family(sequoia.Sequoia, sequoia.SequoiaOptions),
+            Family(cost_aware.Smart, cost_aware.SmartOptions),
+            Family(cost_aware.Cast, cost_aware.CastOptions),
+            Family(cost_aware.Evict, cost_aware.EvictOptions),
+            Family(batch_level.Tetris, batch_level.TetrisOptions),
+            Family(batch_level.SglangAdaptive, batch_level.SglangAdaptiveOptions),
+            Family(batch_level.DSpark, batch_level.DSparkOptions),
+            Family(goodput.TurboSpec, goodput.TurboSpecOptions),
+            Family(goodput.AdaSpec, goodput.AdaSpecOptions),
+            Family(bandit.Bandit, bandit.BanditOptions),
+            Family(echo.Echo, echo.EchoOptions),
+            Family(echo.EchoDense, echo.EchoOptions),
+            Family(echo.EchoFixed, echo.EchoFixedOptions),
+            Family(echo.EchoUnscheduled, echo.EchoOptions),
+            Family(ppo.Ppo, ppo.PpoOptions),
+            Family(oracle.Oracle, oracle.OracleOptions),
         )
     }
 )

@@ -34,7 +34,7 @@ from echo_rl.drafting.warm_start import TargetParts, warm_start
 from echo_rl.errors import ConfigError
 from echo_rl.runtime.drafters.folder import DrafterConfig, save_drafter
 from echo_rl.utils.files import replacing
-from echo_rl.utils.result_store import digest
+from echo_rl.utils.result_store import differing, digest
 
 STATE_FILE = "training_state.pt"
 
@@ -154,11 +154,8 @@ class TrainingRun:
                 "from the best drafter so far"
             ) from error
         ignored = ("out", "updates", "evaluate_every", "checkpoint_every")
-        theirs, ours = (
-            {k: v for k, v in c.items() if k not in ignored} for c in (state["config"], asdict(self.config))
-        )
-        if theirs != ours:
-            changed = sorted(key for key in ours if theirs.get(key) != ours[key])
+        changed = sorted(set(differing(state["config"], asdict(self.config))) - set(ignored))
+        if changed:
             raise ConfigError(
                 f"{self.state_path} was trained with another {', '.join(changed)}; use another out folder"
             )

@@ -92,17 +92,12 @@ def _walk(levels: Sequence[Level], width: int) -> Iterator[_Drafted]:
     yield _Drafted(scores, places, np.full_like(places, -1), root, root == 0)
     for level in levels[1:]:
         beam = np.argsort(-scores, axis=1, kind="stable")[:, :width]  # best first
-        groups, found = _groups(level.parents, places[rows, beam])
+        match = level.parents[:, None, :] == places[rows, beam][:, :, None]  # [P, w, F] the beam nodes' children
+        groups, found = match.argmax(2), match.any(2)
         children = np.where(found[:, :, None], level.scores[rows, groups, :width], -np.inf)
         scores = children.reshape(positions, -1)
         places = (groups[:, :, None] * level.scores.shape[2] + np.arange(width)).reshape(positions, -1)
         yield _Drafted(scores, places, np.repeat(beam, width, axis=1), groups, found)
-
-
-def _groups(parents: Ints, beam: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-    """The place of each beam node's children among a level's expansions [P, w], and whether they are there."""
-    match = parents[:, None, :] == beam[:, :, None]  # [P, w, F]
-    return match.argmax(2), match.any(2)
 
 
 def _find(places: Ints, wanted: Ints) -> Ints:

@@ -112,7 +112,8 @@ class Trace:
         """(train, held-out) by prompt: all responses to one prompt stay together. Of nothing held out both are all."""
         if not held_out:
             return self, self
-        prompts = sorted({r.prompt for r in self.responses}, key=lambda p: _hash(p, seed))
+        texts = {r.prompt: f"{seed}:{','.join(map(str, r.prompt))}".encode() for r in self.responses}
+        prompts = sorted(texts, key=lambda prompt: hashlib.sha256(texts[prompt]).hexdigest())
         if len(prompts) < 2 or not 0.0 < held_out < 1.0:
             raise ConfigError(f"cannot hold out {held_out} of {len(prompts)} prompts; record more, or give a share < 1")
         apart = set(prompts[: min(len(prompts) - 1, max(1, round(held_out * len(prompts))))])
@@ -149,7 +150,3 @@ def key(prompt: Sequence[int], params: SamplingParams) -> tuple[Any, ...]:
     """The values that decide a request's tokens: its prompt and how they are drawn."""
     p = params
     return tuple(prompt), p.temperature, p.top_k, p.top_p, p.seed, p.max_new_tokens, p.stop, p.ignore_eos
-
-
-def _hash(prompt: Sequence[int], seed: int) -> str:
-    return hashlib.sha256(f"{seed}:{','.join(map(str, prompt))}".encode()).hexdigest()

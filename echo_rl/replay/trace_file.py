@@ -31,7 +31,7 @@ def write_trace(
     header = {"kind": KIND, "version": str(TRACE_VERSION), "body": json.dumps(body)}
     tensors: dict[str, NDArray[Any]] = {}
     for d, level in enumerate(levels):
-        used = _used(level, d)
+        used = level.parents >= 0 if d else np.ones(level.parents.shape, dtype=bool)  # [P, F] what isn't padding
         tensors |= {
             f"{d}.counts": used.sum(1).astype(np.uint8),
             f"{d}.parents": level.parents[used].astype(np.int16),
@@ -65,11 +65,6 @@ def read_trace(path: Path) -> tuple[tuple[Response, ...], tuple[Level, ...], str
         return tuple(map(_response, body["responses"])), levels, body["provenance"]
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise TraceError(f"the trace {path} is damaged ({error}); record it again") from error
-
-
-def _used(level: Level, depth: int) -> NDArray[np.bool_]:
-    """[P, F] the expansions that are not padding."""
-    return level.parents >= 0 if depth else np.ones(level.parents.shape, dtype=bool)
 
 
 def _level(tensors: dict[str, NDArray[Any]], depth: int) -> Level:

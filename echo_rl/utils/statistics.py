@@ -1,4 +1,4 @@
-"""Computes rates and ratios with bootstrap intervals over blocks, and the agreement of two rankings.
+"""Computes rates and ratios with bootstrap intervals over blocks.
 
 Knows nothing of where an amount comes from. Arms are compared block by block, so noise that both share cancels.
 """
@@ -6,7 +6,7 @@ Knows nothing of where an amount comes from. Arms are compared block by block, s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,20 +116,6 @@ def geometric_mean(ratios: ArrayLike, level: float = 0.95, resamples: int = 2000
         return np.exp(resampled)
 
     return _bootstrap(mean, logs.shape[1], level, resamples, seed)
-
-
-def kendall(a: Mapping[str, float], b: Mapping[str, float]) -> float | None:
-    """Kendall's tau-b (1945) of two rankings, by the names that both score; ties count half on their side.
-
-    1 where they agree on every pair, -1 where on none; None where either cannot tell any two apart.
-    """
-    from scipy.stats import kendalltau
-
-    names = sorted(a.keys() & b.keys())
-    if len(names) < 2:
-        return None
-    tau = float(kendalltau(*([scores[name] for name in names] for scores in (a, b)))[0])
-    return None if math.isnan(tau) else tau
 
 
 def _columns(blocks: Sequence[Rate]) -> tuple[np.ndarray, np.ndarray]:

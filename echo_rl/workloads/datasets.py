@@ -44,24 +44,11 @@ class Source:
     parse: Callable[[Mapping[str, Any]], Prompt]
 
 
-def _mt_bench(row: Mapping[str, Any]) -> Prompt:
-    """First turns only: the second turn depends on the first answer."""
-    return Prompt("mt_bench", str(row["question_id"]), _user(row["turns"][0]), category=row["category"])
-
-
-def _humaneval(row: Mapping[str, Any]) -> Prompt:
-    text = f"Complete the following Python function:\n```python\n{row['prompt']}```"
-    return Prompt("humaneval", row["task_id"], _user(text))
-
-
-def _gsm8k(row: Mapping[str, Any]) -> Prompt:
-    return Prompt("gsm8k", row["id"], _user(row["prompt"]))
-
-
 def _user(content: str) -> tuple[Message, ...]:
     return ({"role": "user", "content": content},)
 
 
+PYTHON = "Complete the following Python function:\n```python\n{}```"
 SOURCES: Mapping[str, Source] = {
     "mt_bench": Source(
         archive=Archive(
@@ -71,7 +58,8 @@ SOURCES: Mapping[str, Source] = {
             sha256="4d5f4651654a9af5c93b59d4812e5c5f9225881dabed96af90ca3e5fdc9420cb",
         ),
         member="/mt_bench/question.jsonl",
-        parse=_mt_bench,
+        # First turns only: the second turn depends on the first answer.
+        parse=lambda row: Prompt("mt_bench", str(row["question_id"]), _user(row["turns"][0]), row["category"]),
     ),
     "humaneval": Source(
         archive=Archive(
@@ -81,7 +69,7 @@ SOURCES: Mapping[str, Source] = {
             sha256="b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
         ),
         member="/data/HumanEval.jsonl.gz",
-        parse=_humaneval,
+        parse=lambda row: Prompt("humaneval", row["task_id"], _user(PYTHON.format(row["prompt"]))),
     ),
     "gsm8k": Source(
         archive=Archive(
@@ -91,7 +79,7 @@ SOURCES: Mapping[str, Source] = {
             sha256="676c9d58b867f522ef2ea8b4378c3523f05348e2fe208886ca0db59503a4f94c",
         ),
         member="/fixtures/gsm8k/cases.jsonl",
-        parse=_gsm8k,
+        parse=lambda row: Prompt("gsm8k", row["id"], _user(row["prompt"])),
     ),
 }
 

@@ -48,19 +48,15 @@ def tokens_per_second(record: RunRecord) -> float:
     return record.output_tokens / record.seconds if record.seconds > 0 else 0.0
 
 
-def mean_accepted_tokens(steps: Iterable[StepRecord]) -> float | None:
+def mean_accepted_tokens(steps: Sequence[StepRecord]) -> float | None:
     """MAT over all decoding request-steps; None where nothing was decoded."""
-    committed, rows = 0, 0
-    for step in steps:
-        committed += step.committed
-        rows += step.batch_size
-    return committed / rows if rows else None
+    rows = sum(step.batch_size for step in steps)
+    return sum(step.committed for step in steps) / rows if rows else None
 
 
-def depth_counts(steps: Iterable[StepRecord]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def depth_counts(steps: Sequence[StepRecord]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(reached, accepted) summed over steps, index = depth, ragged steps padded with zeros."""
-    known = list(steps)
-    ragged = [step.reached_by_depth for step in known], [step.accepted_by_depth for step in known]
+    ragged = [step.reached_by_depth for step in steps], [step.accepted_by_depth for step in steps]
     reached, accepted = (tuple(map(sum, zip_longest(*counts, fillvalue=0))) for counts in ragged)
     return reached, accepted + (0,) * (len(reached) - len(accepted))
 
@@ -70,13 +66,10 @@ def acceptance_by_depth(reached: Sequence[int], accepted: Sequence[int]) -> tupl
     return tuple(yes / tried if tried else None for tried, yes in zip(reached, accepted, strict=True))
 
 
-def budget_utilisation(steps: Iterable[StepRecord]) -> float | None:
+def budget_utilisation(steps: Sequence[StepRecord]) -> float | None:
     """Verified nodes over budgeted nodes; None where no step speculated."""
-    verified, budget = 0, 0
-    for step in steps:
-        verified += step.verified
-        budget += step.budget
-    return verified / budget if budget else None
+    budget = sum(step.budget for step in steps)
+    return sum(step.verified for step in steps) / budget if budget else None
 
 
 def phase_seconds(steps: Iterable[StepRecord]) -> dict[str, float]:

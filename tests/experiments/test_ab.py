@@ -191,15 +191,6 @@ def test_outputs_are_compared_where_both_arms_have_them():
     assert compare_outputs(run(whole), run(one("a", (1, 2))))["first_difference"] == {"a": 2}  # nobody cut it
 
 
-def test_kendalls_tau_by_hand():
-    a = {"w": 4.0, "x": 3.0, "y": 2.0, "z": 1.0}
-    assert statistics.kendall(a, a) == 1.0 and statistics.kendall(a, {k: -v for k, v in a.items()}) == -1.0
-    assert statistics.kendall(a, a | {"y": 3.5, "more": 9.0}) == pytest.approx(4 / 6)
-    tied = a | {"w": 3.0}  # 5 pairs of 6 told apart on one side
-    assert statistics.kendall(a, tied) == pytest.approx(5 / np.sqrt(6 * 5))
-    assert statistics.kendall(a, dict.fromkeys(a, 1.0)) is None and statistics.kendall({}, a) is None
-
-
 def test_the_mean_over_loads_is_geometric():
     plain = [statistics.Rate(10, 1.0)] * 3
     double, half = [statistics.Rate(20, 1.0)] * 3, [statistics.Rate(10, 2.0)] * 3

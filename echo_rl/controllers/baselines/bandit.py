@@ -109,8 +109,7 @@ class Bandit(BaseController):
     name = "bandit"
 
     def __init__(self, options: BanditOptions) -> None:
-        super().__init__()
-        self.options = options
+        super().__init__(options)
         self._random = random.Random(options.seed)
         self._contexts: dict[int, _Context] = {}
         self._choice: _Choice | None = None

@@ -37,10 +37,7 @@ class Tetris(BaseController):
     """
 
     name = "tetris"
-
-    def __init__(self, options: TetrisOptions) -> None:
-        super().__init__()
-        self.options = options
+    options: TetrisOptions
 
     def propose(self, load: LoadView) -> SpecPlan:
         options = self.options
@@ -151,8 +148,7 @@ class SglangAdaptive(BaseController):
     name = "sglang_adaptive"
 
     def __init__(self, options: SglangAdaptiveOptions) -> None:
-        super().__init__()
-        self.options = options
+        super().__init__(options)
         self._starts = [start for start, _ in options.ladders]
         self._ladders = [_Ladder(rungs, options) for _, rungs in options.ladders]
         self._probe_budget = ProbeBudget(options.probe_share, options.probe_period)
@@ -209,4 +205,3 @@ class DSpark(Efficient):
 
     def __init__(self, options: DSparkOptions) -> None:
         super().__init__(options, options.depth, width=1)
-        self.options = options

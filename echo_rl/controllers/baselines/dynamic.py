@@ -37,10 +37,6 @@ class TreeOptions(Eagle3Options):
     top_k: int = 10
     """Nodes expanded a level, and children of each."""
 
-    def __post_init__(self) -> None:
-        if min(self.total, self.depth, self.top_k) < 1:
-            raise ConfigError(f"tree total {self.total}, depth {self.depth}, top_k {self.top_k}: give at least 1 each")
-
 
 @dataclass(frozen=True)
 class Eagle2Options(TreeOptions):
@@ -66,11 +62,8 @@ class DddOptions(TreeOptions):
     checks: tuple[int, ...] = (5, 7, 9)
     """Levels drafted (from 1) after which the beam is checked."""
     TUNABLE: ClassVar[Values] = {
-        "tau": (-1.5, -1.0, -0.5),
-        "total": (3, 7, 15, 59),
-        "top_k": (4, 8),
-        "depth": (8,),
-    }
+        "tau": (-1.5, -1.0, -0.5), "total": (3, 7, 15, 59), "top_k": (4, 8), "depth": (8,),
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,11 +99,8 @@ class TalonOptions(TreeOptions):
     mu: float = 0.03
     """Least path probability of a node, relative to its level's likeliest (.01 to .04 in the paper)."""
     TUNABLE: ClassVar[Values] = {
-        "mu": (0.01, 0.03, 0.04),
-        "total": (5, 10, 20, 60),
-        "top_k": (4, 8),
-        "depth": (8,),
-    }
+        "mu": (0.01, 0.03, 0.04), "total": (5, 10, 20, 60), "top_k": (4, 8), "depth": (8,),
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,11 +164,8 @@ class OptTreeOptions(TreeOptions):
     threshold: float = 0.5
     """Least gain in E(A), in accepted nodes, that pays for one more level (.5 to .7; .5 with EAGLE drafters)."""
     TUNABLE: ClassVar[Values] = {
-        "threshold": (0.3, 0.5, 0.7),
-        "total": (3, 7, 15, 60),
-        "top_k": (4, 8),
-        "depth": (8,),
-    }
+        "threshold": (0.3, 0.5, 0.7), "total": (3, 7, 15, 60), "top_k": (4, 8), "depth": (8,),
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -223,10 +223,8 @@ class YieldCurve:
             return
         weight, batch = self._weight.weight(), report.load.batch_size
         gains, reach = self._seen
-        self._gains, self._reach = (
-            self._gains + weight * (gains - self._gains),
-            self._reach + weight * (reach - self._reach),
-        )
+        self._gains = self._gains + weight * (gains - self._gains)
+        self._reach = self._reach + weight * (reach - self._reach)
         if self._picked:
             self._accepted += weight * (report.accepted / batch - self._accepted)
             self._promised += weight * (self._picked / batch - self._promised)
@@ -243,7 +241,7 @@ class Efficient(BaseController):
     """
 
     def __init__(self, options: CostedOptions, depth: int, width: int) -> None:
-        super().__init__()
+        super().__init__(options)
         self._depth, self._width = depth, width
         self.step_times = StepTimePredictor(options.profile)
         self.materials = (self.step_times.profile,)

@@ -31,9 +31,6 @@ class NoSpeculation(BaseController):
 
     name = "none"
 
-    def __init__(self, options: NoneOptions) -> None:
-        super().__init__()
-
     def propose(self, load: LoadView) -> SpecPlan:
         return AUTOREGRESSIVE
 
@@ -54,10 +51,7 @@ class Chain(BaseController):
     """One path of `steps` tokens for every request."""
 
     name = "chain"
-
-    def __init__(self, options: ChainOptions) -> None:
-        super().__init__()
-        self.options = options
+    options: ChainOptions
 
     def propose(self, load: LoadView) -> SpecPlan:
         steps = min(self.options.steps, load.max_nodes)
@@ -84,10 +78,7 @@ class Fixed(BaseController):
     """One plan for every step, whatever the load; the batch's likeliest nodes are verified."""
 
     name = "fixed"
-
-    def __init__(self, options: FixedOptions) -> None:
-        super().__init__()
-        self.options = options
+    options: FixedOptions
 
     def propose(self, load: LoadView) -> SpecPlan:
         options = self.options
@@ -111,9 +102,7 @@ class Eagle3Options:
 
     def __post_init__(self) -> None:
         if min(self.total, self.depth, self.top_k) < 1:
-            raise ConfigError(
-                f"eagle3 total {self.total}, depth {self.depth}, top_k {self.top_k}: give at least 1 each"
-            )
+            raise ConfigError(f"tree total {self.total}, depth {self.depth}, top_k {self.top_k}: give at least 1 each")
 
 
 class Eagle3(BaseController):
@@ -123,10 +112,7 @@ class Eagle3(BaseController):
     """
 
     name = "eagle3"
-
-    def __init__(self, options: Eagle3Options) -> None:
-        super().__init__()
-        self.options = options
+    options: Eagle3Options
 
     def propose(self, load: LoadView) -> SpecPlan:
         options = self.options

@@ -53,8 +53,7 @@ class TurboSpec(BaseController):
     name = "turbospec"
 
     def __init__(self, options: TurboSpecOptions) -> None:
-        super().__init__()
-        self.options = options
+        super().__init__(options)
         self.step_times = StepTimePredictor(options.profile)
         self.materials = (self.step_times.profile,)
         self.acceptance = AcceptanceRate(options.horizon)
@@ -110,7 +109,6 @@ class AdaSpec(Efficient):
 
     def __init__(self, options: AdaSpecOptions) -> None:
         super().__init__(options, options.depth, options.width)
-        self.options = options
         self.acceptance = AcceptanceRate(options.horizon)
         self._gates, self._depths = every_level(options.depth), range(1, options.depth + 1)
         self._bound: float | None = None

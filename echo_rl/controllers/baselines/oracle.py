@@ -43,8 +43,8 @@ class Oracle(BaseController):
     name = "oracle"
 
     def __init__(self, options: OracleOptions) -> None:
-        super().__init__()
-        self.options, self._profile = options, CostProfile.of(options.profile)
+        super().__init__(options)
+        self._profile = CostProfile.of(options.profile)
         self.materials = (self._profile,)
 
     def propose(self, load: LoadView) -> SpecPlan:

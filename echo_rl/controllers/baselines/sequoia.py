@@ -53,8 +53,7 @@ class Sequoia(BaseController):
     name = "sequoia"
 
     def __init__(self, options: SequoiaOptions) -> None:
-        super().__init__()
-        self.options = options
+        super().__init__(options)
         self._arrays = BatchedCostProfile(CostProfile.of(options.profile))
         self.materials = (self._arrays.profile,)
         self._grown = [_grow(options, depth) for depth in range(1, options.depth + 1)]

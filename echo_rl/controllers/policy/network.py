@@ -204,9 +204,7 @@ def _require_bound(folder: Path, manifest: Mapping[str, Any], table: ActionTable
         raise PolicyError(f"{folder} was made for another action table; {AGAIN}, or pass its own as `table`")
 
 
-def _relu(x: Array) -> Array:
-    return np.maximum(x, np.float32(0.0))
-
-
 _GIVE = "give the folder of an exported policy, or train one (`echo-rl train`)"
-_ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {"tanh": np.tanh, "relu": _relu}
+_ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "tanh": np.tanh, "relu": lambda x: np.maximum(x, np.float32(0.0)),
+}  # fmt: skip
