@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 from benchmarks.common import CONSOLE, RESULTS, Ledger, Place, main
+from benchmarks.intervals import geometric_mean
 from echo_rl.contracts import Controller
 from echo_rl.controllers import registry
 from echo_rl.controllers.arm import Arm
@@ -33,7 +34,6 @@ from echo_rl.replay.backend import ReplayBackend
 from echo_rl.replay.machines import another
 from echo_rl.replay.trace import Trace
 from echo_rl.utils.result_store import digest_of, write_json
-from echo_rl.utils.statistics import geometric_mean
 from echo_rl.workloads.driver import serve
 
 WORKLOADS = (

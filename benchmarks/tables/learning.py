@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from benchmarks.intervals import geometric_mean
 from benchmarks.tables.markdown import Result, number, table
-from echo_rl.utils.statistics import Interval, geometric_mean
+from echo_rl.utils.statistics import Interval
 
 
 def fidelity(result: Result) -> str:

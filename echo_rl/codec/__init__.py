@@ -1,7 +1,7 @@
 """Encodes what a learned controller sees and decodes what it says: observations of loads and reports, plans of actions.
 
 One package for training and for serving, so the two cannot drift apart; a policy is bound to
-`CODEC_VERSION`. A `BatchedObservationEncoder` works on *lanes* (parallel servers, [E] arrays), an `ObservationEncoder`
+`CODEC_VERSION`. A `BatchedObservationEncoder` works on parallel servers ([E] arrays), an `ObservationEncoder`
 is one server in plain floats; both say the same, but that the latter looks costs up by half octaves of context. Knows
 nothing of rewards, networks or where steps come from.
 """

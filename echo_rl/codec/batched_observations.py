@@ -1,4 +1,4 @@
-"""Encodes observations of many servers at once (lanes, [E] arrays) and keeps the running statistics behind them."""
+"""Encodes observations of many servers at once ([E] arrays) and keeps the running statistics behind them."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _AT = np.array(CONFIDENCE)
 
 
 class BatchedObservationEncoder:
-    """The running statistics behind an observation, for E lanes. `update` after a step, `observe` before one."""
+    """The running statistics behind an observation, for E servers. `update` after a step, `observe` before one."""
 
-    def __init__(self, costs: BatchedCostProfile, lanes: int = 1) -> None:
-        self._costs, self._corrector = costs, BatchedCostCorrector(costs, lanes)
-        self._average = np.tile(FIRST, (lanes, 1))  # [E, len(FIRST)] running averages, columns as below
-        self._last = np.zeros((lanes, 3))
-        self._plain = np.zeros(lanes)
+    def __init__(self, costs: BatchedCostProfile, servers: int = 1) -> None:
+        self._costs, self._corrector = costs, BatchedCostCorrector(costs, servers)
+        self._average = np.tile(FIRST, (servers, 1))  # [E, len(FIRST)] running averages, columns as below
+        self._last = np.zeros((servers, 3))
+        self._plain = np.zeros(servers)
 
-    def reset(self, lanes: NDArray[np.bool_]) -> None:
-        """Forget everything about these lanes ([E] bool)."""
-        self._average[lanes], self._last[lanes], self._plain[lanes] = FIRST, 0.0, 0.0
-        self._corrector.reset(lanes)
+    def reset(self, servers: NDArray[np.bool_]) -> None:
+        """Forget everything about these servers ([E] bool)."""
+        self._average[servers], self._last[servers], self._plain[servers] = FIRST, 0.0, 0.0
+        self._corrector.reset(servers)
 
     def update(self, outcomes: BatchedStepReport) -> None:
-        """Learn from a step. Lanes without a decoding request change nothing: the next one's arrivals hold theirs."""
+        """Learn from a step. Servers without a decoding request change nothing: the next one's arrivals hold theirs."""
         loads, on = outcomes.loads, outcomes.budget > 0
         live, batch = loads.batch > 0, np.maximum(loads.batch, 1.0)
         spoken = on & live

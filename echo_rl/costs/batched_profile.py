@@ -15,7 +15,7 @@ from echo_rl.errors import ConfigError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Lanes = Ints | int
+Servers = Ints | int
 """Indices of the machines that an array's entries belong to: one each along its first axis, or the only one."""
 SCALARS = (
     *("step_overhead", "spec_overhead", "request_overhead", "node_overhead"),
@@ -27,39 +27,39 @@ SCALARS = (
 class BatchedCostProfile:
     """`CostProfile` over arrays: its surfaces, interpolated for many loads at once.
 
-    Holds either one machine, for arrays of any shape, or one a lane, for arrays whose first axis is the lanes.
+    Holds either one machine, for arrays of any shape, or one a server, for arrays whose first axis is the servers.
     """
 
-    def __init__(self, profile: CostProfile, lanes: int = 0) -> None:
-        """`lanes`: have so many machines, all of them this one until `put` says otherwise; 0 for a single one."""
+    def __init__(self, profile: CostProfile, servers: int = 0) -> None:
+        """`servers`: have so many machines, all of them this one until `put` says otherwise; 0 for a single one."""
         self.profile = profile
-        self._lanes, self._machines = lanes, [profile] * max(1, lanes)
-        self._scalars = np.array([[getattr(profile, name)] * len(self._machines) for name in SCALARS])  # [S, lanes]
+        self._servers, self._machines = servers, [profile] * max(1, servers)
+        self._scalars = np.array([[getattr(profile, name)] * len(self._machines) for name in SCALARS])  # [S, servers]
         verify_axes = (profile.batches, profile.rows, profile.contexts)
         self._verify = _Surfaces([profile.verify] * len(self._machines), verify_axes, open_axis=1)
         draft_axes = (profile.draft_batches, profile.widths, profile.depths)
         self._draft = _Surfaces([profile.draft] * len(self._machines), draft_axes, open_axis=2)
 
-    def machine(self, lane: int) -> CostProfile:
-        """A lane's profile."""
-        return self._machines[lane if self._lanes else 0]
+    def machine(self, server: int) -> CostProfile:
+        """A server's profile."""
+        return self._machines[server if self._servers else 0]
 
-    def put(self, lane: int, machine: CostProfile) -> None:
-        """Give a lane another machine. Raises `ConfigError` where it isn't measured on the same grid."""
+    def put(self, server: int, machine: CostProfile) -> None:
+        """Give a server another machine. Raises `ConfigError` where it isn't measured on the same grid."""
         axes = ("batches", "rows", "contexts", "draft_batches", "widths", "depths")
-        if not self._lanes or any(getattr(machine, name) != getattr(self.profile, name) for name in axes):
-            raise ConfigError("machines of lanes must be measured on the same grid; derive them from one profile")
-        self._machines[lane] = machine
-        self._verify.values[lane], self._draft.values[lane] = machine.verify, machine.draft
-        self._scalars[:, lane] = [getattr(machine, name) for name in SCALARS]
+        if not self._servers or any(getattr(machine, name) != getattr(self.profile, name) for name in axes):
+            raise ConfigError("machines of servers must be measured on the same grid; derive them from one profile")
+        self._machines[server] = machine
+        self._verify.values[server], self._draft.values[server] = machine.verify, machine.draft
+        self._scalars[:, server] = [getattr(machine, name) for name in SCALARS]
 
     def verify(self, batch: ArrayLike, rows: ArrayLike, context: ArrayLike) -> Floats:
         """`CostProfile.verify_seconds` over arrays."""
-        return self._verify.at(self._lane, batch, np.maximum(rows, batch), context)
+        return self._verify.at(self._along, batch, np.maximum(rows, batch), context)
 
     def draft(self, batch: ArrayLike, width: ArrayLike, depth: ArrayLike) -> Floats:
         """`CostProfile.draft_seconds` over arrays."""
-        seconds = self._draft.at(self._lane, batch, width, depth)
+        seconds = self._draft.at(self._along, batch, width, depth)
         return np.where(np.asarray(depth) > 0, seconds, 0.0)
 
     def level(self, batch: ArrayLike, width: ArrayLike, depth: ArrayLike) -> Floats:
@@ -72,18 +72,18 @@ class BatchedCostProfile:
     def overhead(self, batch: ArrayLike, nodes: ArrayLike, speculative: ArrayLike) -> Floats:
         """`CostProfile.overhead_seconds` over arrays."""
         batch, nodes = np.asarray(batch, dtype=np.float64), np.asarray(nodes, dtype=np.float64)
-        fixed, more, request, node = self._scalars[:4, self._lane(max(batch.ndim, nodes.ndim))]
+        fixed, more, request, node = self._scalars[:4, self._along(max(batch.ndim, nodes.ndim))]
         total: Floats = fixed + request * batch + np.where(speculative, more + node * nodes, 0.0)
         return total
 
     def scalar(self, name: str) -> Floats:
-        """One of `SCALARS`, for every lane ([E]) or for the only machine ([])."""
-        values: Floats = self._scalars[SCALARS.index(name), self._lane(1)]
+        """One of `SCALARS`, for every server ([E]) or for the only machine ([])."""
+        values: Floats = self._scalars[SCALARS.index(name), self._along(1)]
         return values
 
-    def _lane(self, axes: int) -> Lanes:
-        """The lanes along the first of so many axes."""
-        return np.arange(self._lanes).reshape(-1, *(1,) * (axes - 1)) if self._lanes else 0
+    def _along(self, axes: int) -> Servers:
+        """The servers along the first of so many axes."""
+        return np.arange(self._servers).reshape(-1, *(1,) * (axes - 1)) if self._servers else 0
 
 
 class _Surfaces:
@@ -102,10 +102,10 @@ class _Surfaces:
         ]
         self._corners = np.add.outer(np.add.outer(steps[0], steps[1]), steps[2])  # [2, 2, 2] from the lowest one
 
-    def at(self, lane: Callable[[int], Lanes], *place: ArrayLike) -> Floats:
-        """The seconds at a place, one array an axis; `lane` gives the machines for arrays of so many dimensions."""
+    def at(self, along: Callable[[int], Servers], *place: ArrayLike) -> Floats:
+        """The seconds at a place, one array an axis; `along` gives the machines for arrays of so many dimensions."""
         (a, ta), (b, tb), (c, tc) = (self._locate(axis, x) for axis, x in enumerate(place))
-        machines, (whole, *strides) = lane(max(a.ndim, b.ndim, c.ndim)), self._strides
+        machines, (whole, *strides) = along(max(a.ndim, b.ndim, c.ndim)), self._strides
         lowest = np.asarray(machines * whole + a * strides[0] + b * strides[1] + c * strides[2])
         corners = self.values.reshape(-1).take(self._corners.reshape(2, 2, 2, *(1,) * lowest.ndim) + lowest)
         lines = corners[:, :, 0] + tc * (corners[:, :, 1] - corners[:, :, 0])

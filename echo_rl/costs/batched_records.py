@@ -1,4 +1,4 @@
-"""Holds `LoadView` and `StepReport` of many servers at once: one lane a server, [E] arrays."""
+"""Holds `LoadView` and `StepReport` of many servers at once, [E] arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class BatchedLoadView:
-    """The part of `LoadView` that costs and observations need, over lanes, [E] each."""
+    """The part of `LoadView` that costs and observations need, over servers, [E] each."""
 
     batch: Floats
     prefill: Floats
@@ -24,7 +24,7 @@ class BatchedLoadView:
 
 @dataclass(frozen=True)
 class BatchedStepReport:
-    """The part of `StepReport` that costs and observations need, over lanes."""
+    """The part of `StepReport` that costs and observations need, over servers."""
 
     loads: BatchedLoadView
     budget: Floats  # [E]

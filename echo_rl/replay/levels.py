@@ -60,9 +60,9 @@ def restrict(levels: Sequence[Level], width: int) -> Restricted:
     ]
     path, on = [], np.ones(len(levels[0].scores), dtype=bool)
     for d, (level, recorded) in enumerate(zip(drafted, levels, strict=True)):
-        place = _find(level.places, recorded.path)
-        on &= place >= 0
-        path.append(np.where(on, place + starts[d], -1))
+        match = level.places == recorded.path[:, None]
+        on &= match.any(1) & (recorded.path >= 0)
+        path.append(np.where(on, match.argmax(1) + starts[d], -1))
     return Restricted(
         width,
         np.concatenate([level.scores for level in drafted], axis=1),
@@ -98,9 +98,3 @@ def _walk(levels: Sequence[Level], width: int) -> Iterator[_Drafted]:
         scores = children.reshape(positions, -1)
         places = (groups[:, :, None] * level.scores.shape[2] + np.arange(width)).reshape(positions, -1)
         yield _Drafted(scores, places, np.repeat(beam, width, axis=1), groups, found)
-
-
-def _find(places: Ints, wanted: Ints) -> Ints:
-    """[P] where `wanted` is in each row of `places`, -1 where it isn't or is -1."""
-    match = places == wanted[:, None]
-    return np.where(match.any(1) & (wanted >= 0), match.argmax(1), -1)

@@ -36,9 +36,6 @@ class BlockManager:
         request = sequence.request
         return self.blocks_for(len(request.prompt) + request.params.max_new_tokens + self._headroom)
 
-    def fits_when_empty(self, sequence: Sequence) -> bool:
-        return self.worst_case(sequence) <= self.total
-
     def admit(self, sequence: Sequence) -> bool:
         """Reserve the worst case; False if it doesn't fit beside what is already promised."""
         need = self.worst_case(sequence)

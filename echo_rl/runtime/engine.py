@@ -111,7 +111,7 @@ class Engine:
                 f"the context of {self._max_context} tokens; shorten one of them or raise max_context"
             )
         sequence = Sequence(request, TextStream(self.tokenizer, request.params.stop))
-        if not self.block_manager.fits_when_empty(sequence):
+        if self.block_manager.worst_case(sequence) > self.block_manager.total:
             raise RequestError(
                 f"{length} tokens do not fit the KV cache; raise kv_tokens (now {self.config.kv_tokens})"
             )

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from echo_rl.contracts import Frontier, Request, SamplingParams, Selection, SpecPlan
+from echo_rl.contracts import Request, SamplingParams, Selection, SpecPlan
 from echo_rl.errors import ConfigError
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.scheduler import Batch
@@ -46,7 +46,7 @@ class Probe:
         with self._sequences(batch, context, width * depth + 1) as sequences:
             layout = self._engine.runner.layout(sequences)
             begin = time.perf_counter()
-            self._engine.runner.draft(sequences, layout, plan, _everyone)
+            self._engine.runner.draft(sequences, layout, plan, lambda frontier, plan: frontier.alive)
             return self._since(begin)
 
     @contextmanager
@@ -74,7 +74,3 @@ class Probe:
         if self._engine.runner.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - begin
-
-
-def _everyone(frontier: Frontier, plan: SpecPlan) -> torch.Tensor:
-    return frontier.alive

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
 from scipy.special import ndtri, stdtrit
 
 from echo_rl.errors import ConfigError
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+"""Its value over the blocks [..., B] that are given by their numbers."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Rate:
 def rate(blocks: Sequence[Rate], level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
     """Amount per second over all blocks, with a bootstrap interval over blocks."""
     amounts, seconds = _columns(blocks)
-    return _bootstrap(lambda rows: amounts[rows].sum(-1) / seconds[rows].sum(-1), len(blocks), level, resamples, seed)
+    return bootstrap(lambda rows: amounts[rows].sum(-1) / seconds[rows].sum(-1), len(blocks), level, resamples, seed)
 
 
 def rate_ratio(
@@ -70,16 +72,10 @@ def rate_ratio(
         top = our_amounts[rows].sum(-1) / our_seconds[rows].sum(-1)
         return top / (their_amounts[rows].sum(-1) / their_seconds[rows].sum(-1))
 
-    return _bootstrap(ratio, len(ours), level, resamples, seed)
+    return bootstrap(ratio, len(ours), level, resamples, seed)
 
 
-def mean_ratio(
-    ours: Sequence[Sequence[Rate]],
-    theirs: Sequence[Sequence[Rate]],
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
+def mean_ratio(ours: Sequence[Sequence[Rate]], theirs: Sequence[Sequence[Rate]]) -> Interval:
     """Geometric mean over loads of `rate_ratio`; ``ours[l][b]`` is block b at load l.
 
     Block b is resampled at all loads together. Raises `ConfigError` where blocks do not pair up.
@@ -94,28 +90,7 @@ def mean_ratio(
         logs: np.ndarray = sum(np.log(a * d / (b * c)) for a, b, c, d in sums) / len(sums)
         return np.exp(logs)
 
-    return _bootstrap(mean, sizes.pop(), level, resamples, seed)
-
-
-def geometric_mean(ratios: ArrayLike, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Geometric mean of ratios. [N]: independent ones. [T, N]: of T things (policies) that all met the same N (seeds).
-
-    T and N are resampled each by itself (pigeonhole bootstrap, Owen 2007: never too narrow); `blocks` is N. Raises
-    `ConfigError` where there is none.
-    """
-    logs = np.log(np.asarray(ratios, dtype=float))
-    if not logs.size:
-        raise ConfigError("a mean needs at least one ratio")
-    if logs.ndim == 1 or len(logs) == 1:
-        flat = logs.reshape(-1)
-        return _bootstrap(lambda rows: np.exp(flat[rows].mean(-1)), len(flat), level, resamples, seed)
-    drawn = np.random.default_rng((seed, len(logs))).integers(len(logs), size=(resamples, len(logs), 1))
-
-    def mean(rows: np.ndarray) -> np.ndarray:
-        resampled: np.ndarray = logs.mean() if rows.ndim == 1 else logs[drawn, rows[:, None, :]].mean((1, 2))
-        return np.exp(resampled)
-
-    return _bootstrap(mean, logs.shape[1], level, resamples, seed)
+    return bootstrap(mean, sizes.pop())
 
 
 def _columns(blocks: Sequence[Rate]) -> tuple[np.ndarray, np.ndarray]:
@@ -124,9 +99,8 @@ def _columns(blocks: Sequence[Rate]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([b.amount for b in blocks], dtype=float), np.array([b.seconds for b in blocks], dtype=float)
 
 
-def _bootstrap(
-    statistic: Callable[[np.ndarray], np.ndarray], blocks: int, level: float, resamples: int, seed: int
-) -> Interval:
+def bootstrap(statistic: Statistic, blocks: int, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
+    """A statistic of all blocks, with its bootstrap interval from resampling them."""
     estimate = float(statistic(np.arange(blocks)))
     if blocks < 2:
         return Interval(estimate, None, None, blocks)

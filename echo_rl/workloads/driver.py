@@ -9,14 +9,11 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
 
 from echo_rl.contracts import Backend, Controller, Request, RequestOutput
 from echo_rl.errors import ConfigError
+from echo_rl.workloads.arrivals import Arrivals
 from echo_rl.workloads.records import CUT, RequestRecord, RunRecord, StepRecord
-
-if TYPE_CHECKING:
-    from echo_rl.workloads.arrivals import Arrivals
 
 
 @dataclass
@@ -95,17 +92,11 @@ def drive(
     return loop.run(_WorkloadRequests(arrivals, source, steps or math.inf, seconds or math.inf, wait))
 
 
-class _Admission(Protocol):
-    """Decides which requests come when."""
-
-    def ready(self, loop: _Loop) -> bool:
-        """Adds the requests that are due; returns False where no step is left to take and the run is over."""
-        ...
-
-
 class _Loop:
-    """One run: the requests in flight and their records. An admission rule decides which requests come and when it
-    ends."""
+    """One run: the requests in flight and their records.
+
+    Its admission decides which requests come: ``ready(loop)`` adds those that are due and is False at the run's end.
+    """
 
     def __init__(
         self,
@@ -129,7 +120,7 @@ class _Loop:
         self.done: list[tuple[int, RequestRecord]] = []
         self.steps: list[StepRecord] = []
 
-    def run(self, admission: _Admission, concurrency: int | None = None) -> RunRecord:
+    def run(self, admission: _GivenRequests | _WorkloadRequests, concurrency: int | None = None) -> RunRecord:
         """Serve to the end and return the record; its `concurrency` is the most that were in flight where none is
         given."""
         try:

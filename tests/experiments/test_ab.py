@@ -92,7 +92,7 @@ def test_the_result_is_paired_and_in_plain_json(venue, make_controller, tmp_path
     assert closed["arms"][0]["mat"] == 1.0 and closed["arms"][1]["mat"] == 4.0
     assert closed["arms"][0]["cut"] <= 2 * 4
     assert json.loads((tmp_path / "ab.json").read_text()) == json.loads(json.dumps(result))
-    rendered = tables.ab(found, "none", "echo")
+    rendered = tables.ab(found, "none", "echo", 1000)
     assert rendered.row_count == 3
 
 

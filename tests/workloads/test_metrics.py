@@ -120,7 +120,6 @@ def test_pairing_cancels_noise_that_both_arms_share():
 
 @pytest.mark.parametrize("blocks", [2, 3, 4, 6, 20])
 def test_the_interval_covers_the_truth_about_as_often_as_it_says(blocks):
-    import numpy as np
 
     generator, hits, trials = np.random.default_rng(1), 0, 200
     for _ in range(trials):
@@ -149,23 +148,3 @@ def test_the_summary_is_json(fake_engine, make_controller):
     assert empty["tokens_per_second"] == 0.0 and empty["mat"] is None
     assert json.loads(json.dumps(full))["latency"]["tpot"]["mean"] == 1.0
     assert full["tokens_per_second"] == 0.2
-
-
-def test_geometric_mean_of_ratios():
-    found = statistics.geometric_mean([0.5, 2.0, 1.0, 1.0])
-    assert found.estimate == pytest.approx(1.0) and found.low < 1.0 < found.high and found.blocks == 4
-    assert statistics.geometric_mean([1.5] * 3).text() == "1.50 [1.50, 1.50]"
-    assert statistics.geometric_mean([[2.0, 0.5, 1.0]]) == statistics.geometric_mean([2.0, 0.5, 1.0])
-
-
-def test_policies_that_met_the_same_seeds_are_not_as_many_independent_ones():
-    """Five policies of which each seed makes the same: as wide as one policy's, not as that of 5 x 6 ratios."""
-    rng, held = np.random.default_rng(0), 0
-    for seed in range(100):
-        shared = np.exp(0.02 * rng.normal(size=6))
-        found = statistics.geometric_mean(np.tile(shared, (5, 1)), seed=seed)
-        assert found.estimate == pytest.approx(np.exp(np.log(shared).mean())) and found.blocks == 6
-        held += found.low <= 1.0 <= found.high
-    assert held >= 88  # of 95 expected
-    with pytest.raises(ConfigError):
-        statistics.geometric_mean([])

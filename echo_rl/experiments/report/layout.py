@@ -11,8 +11,6 @@ from rich.text import Text
 Cell = str | Text
 Row = tuple[Sequence[Cell], Mapping[str, Cell]]
 """The cells that say what a row is of, and its values by column."""
-WIDE = 1000
-"""A width that any table fits."""
 LABEL = 14
 """The least width to which a label that says what a row is of is folded."""
 

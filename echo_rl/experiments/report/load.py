@@ -62,7 +62,7 @@ def cell(
     summary = metrics.summary(whole.served, slo)
     return {
         **{key: summary[key] for key in SEEN},
-        "requests_per_second": _finished(whole.served) / whole.run.seconds,
+        "requests_per_second": sum(not request.cut for request in whole.served.requests) / whole.run.seconds,
         "rates": {kind: asdict(statistics.rate(_rates(blocks, kind))) for kind in KINDS},
         "ratios": ratios(blocks, baseline) if baseline else {},
         "outputs": compare_outputs(whole.texts_as_tokens, together(baseline).texts_as_tokens) if baseline else None,
@@ -102,7 +102,3 @@ def _mean(run: RunRecord, value: Callable[[RequestRecord], float | None]) -> sta
     """A mean as an amount per request, so that it pools and pairs as rates do."""
     known = [found for request in run.requests if not request.cut and (found := value(request)) is not None]
     return statistics.Rate(sum(known), len(known)) if known else None
-
-
-def _finished(run: RunRecord) -> int:
-    return sum(not request.cut for request in run.requests)

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from echo_rl.experiments.report.html import number, verdict
-from echo_rl.experiments.report.layout import WIDE, Cell, Row, fitted
+from echo_rl.experiments.report.layout import Cell, Row, fitted
 from echo_rl.experiments.report.plots_ab import NAMES
 from echo_rl.utils.statistics import Interval
 
@@ -18,7 +18,7 @@ MOST_LINES = 8
 """Differing requests that are named one by one."""
 
 
-def bench(result: Result, width: int = WIDE) -> Table:
+def bench(result: Result, width: int) -> Table:
     """One row per load and arm, loads in sections."""
     title = f"Against {result['baseline']}, 95 % intervals over blocks"
     rows = [((str(cell["concurrency"]), cell["arm"]), _bench_values(cell)) for cell in result["cells"]]
@@ -58,7 +58,7 @@ def equality(result: Result) -> tuple[bool, str]:
     return False, "\n".join([head, *lines[:MOST_LINES], *more])
 
 
-def ab(target: Result, a: str, b: str, width: int = WIDE) -> Table:
+def ab(target: Result, a: str, b: str, width: int) -> Table:
     """One row a workload: B over A by the rate that suits it, who is faster, and all three rates."""
     title = f"On {target['venue']}: B = {b} over A = {a}, 95 % intervals over blocks"
     rows: list[Row] = []
@@ -71,7 +71,7 @@ def ab(target: Result, a: str, b: str, width: int = WIDE) -> Table:
     return fitted(title, ("workload",), [*rows, (("geometric mean",), overall)], width, kept=3, sections=False)
 
 
-def load(result: Result, width: int = WIDE) -> Table:
+def load(result: Result, width: int) -> Table:
     """One row per workload and arm, workloads in sections."""
     compared = bool(result["overall"])
     title = f"Against {result['baseline']}, 95 % intervals over blocks" if compared else "95 % intervals over blocks"
@@ -109,7 +109,7 @@ def remarks(result: Result) -> list[str]:
     return [*lines, f"This client took at most {share:.1%} of a core, {1e6 * each:.0f} us a chunk."]
 
 
-def ranking(result: Result, width: int = WIDE) -> Table:
+def ranking(result: Result, width: int) -> Table:
     """One row an arm, best first: geometric means over loads, the speed-up of each load, winners in bold, and how
     long deciding takes at the smallest load, where it takes the largest part of a step."""
     best = {winner["concurrency"]: {winner["arm"], *winner["tied"]} for winner in result["winners"]}
@@ -134,7 +134,7 @@ def ranking(result: Result, width: int = WIDE) -> Table:
     return view
 
 
-def by_load(result: Result, width: int = WIDE) -> Table:
+def by_load(result: Result, width: int) -> Table:
     """One row per load and arm, fastest first, loads in sections."""
     title = f"By load, 95 % intervals over blocks\nCosts: {result['machine']['title']}"
     order = sorted(result["cells"], key=lambda cell: (cell["concurrency"], -cell["throughput"]["estimate"]))
@@ -151,7 +151,7 @@ def _cell_values(cell: Result, result: Result) -> dict[str, str]:
     }
 
 
-def tuned(found: Result, width: int = WIDE) -> Table:
+def tuned(found: Result, width: int) -> Table:
     """One row a controller, best score first."""
     rows: list[Row] = []
     for name, row in sorted(found.items(), key=lambda item: -(item[1]["score"] or 0.0)):

@@ -5,16 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from echo_rl.contracts import Backend, Controller, Request, Restartable
+from echo_rl.replay.trace import Trace
 from echo_rl.workloads import driver
 from echo_rl.workloads.arrivals import SUITES, Arrivals, Workload, parse
 from echo_rl.workloads.records import RunRecord
 from echo_rl.workloads.requests import Rotation
-
-if TYPE_CHECKING:
-    from echo_rl.replay.trace import Trace
 
 
 @dataclass(frozen=True)

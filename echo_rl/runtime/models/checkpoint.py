@@ -21,7 +21,10 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         path = folder / file
         if not path.is_file():
             raise WeightsError(f"{path} is missing; only safetensors weights are loaded, download or convert the model")
-        tensors.update(read_file(path))
+        try:
+            tensors.update(load_file(path))
+        except (SafetensorError, OSError) as e:
+            raise WeightsError(f"{path} is truncated or damaged ({e}); delete it and fetch it again") from e
     if absent := shards.keys() - tensors.keys():
         raise WeightsError(f"{index} names tensors that no file holds ({min(absent)}); download the model again")
     return tensors
@@ -33,14 +36,6 @@ def _shards(index: Path) -> dict[str, str]:
     if not files or not all(isinstance(name, str) for name in files.values()):
         raise WeightsError(f"{index} is damaged (weight_map names no files); download the model again")
     return files
-
-
-def read_file(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one safetensors file. Raises `WeightsError` where it can't be read."""
-    try:
-        return dict(load_file(path))
-    except (SafetensorError, OSError) as e:
-        raise WeightsError(f"{path} is truncated or damaged ({e}); delete it and fetch it again") from e
 
 
 class TensorReader:

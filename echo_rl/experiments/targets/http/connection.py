@@ -40,20 +40,13 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 
     The garbage collector passes over what there was before: it would hold up all streams for a tenth of a second.
     """
+    fast = importlib.util.find_spec("uvloop") is not None
     gc.freeze()
     try:
-        return _run(work)
+        with asyncio.Runner(loop_factory=importlib.import_module("uvloop").new_event_loop if fast else None) as runner:
+            return runner.run(work)
     finally:
         gc.unfreeze()
-
-
-def _run(work: Coroutine[Any, Any, T]) -> T:
-    if importlib.util.find_spec("uvloop") is None:
-        return asyncio.run(work)
-    import uvloop
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(work)
 
 
 @dataclass

@@ -55,7 +55,8 @@ class HttpTarget:
             run_async(self._greet(url))
 
     def run(self, run: Run) -> LoadRecord:
-        record = run_async(self._run(run, self._config.servers[run.arm]))
+        arm = self._config.servers[run.arm]
+        record = run_async(self._with(arm.url, lambda client: self._block(client, run, arm)))
         if not record.served.output_tokens:
             raise ConfigError(f"no token came in {run}{_most_frequent(record)}")
         return record
@@ -86,9 +87,6 @@ class HttpTarget:
         finally:
             await client.close()
 
-    async def _run(self, run: Run, arm: ServerArm) -> LoadRecord:
-        return await self._with(arm.url, lambda client: self._block(client, run, arm))
-
     async def _block(self, client: Client, run: Run, arm: ServerArm) -> LoadRecord:
         config = self._config
         if arm.controller is not None:
@@ -98,16 +96,14 @@ class HttpTarget:
             messages = self._messages[request.id.rpartition("#")[0]]
             return chat_body(arm.model or self.models[arm.url], messages, request, config.extra)
 
-        warm_up = Rotation([_short(request) for request in self._requests], config.seed)
+        few = (replace(request.params, max_new_tokens=WARMUP_TOKENS) for request in self._requests)
+        short = [replace(request, params=params) for request, params in zip(self._requests, few, strict=True)]
+        warm_up = Rotation(short, config.seed)
         await drive(client, Arrivals(closed(WARMUP_REQUESTS), 0), warm_up, body, Ends(requests=WARMUP_REQUESTS))
         seed = seed_of(config.seed, run.workload, run.block)
         source = Rotation(self._requests, seed, f"{run.block}.")
         arrivals = Arrivals(self.workloads[run.workload], seed)
         return await drive(client, arrivals, source, body, config.ends, config.max_concurrency, run.arm)
-
-
-def _short(request: Request) -> Request:
-    return replace(request, params=replace(request.params, max_new_tokens=WARMUP_TOKENS))
 
 
 def _most_frequent(record: LoadRecord) -> str:
