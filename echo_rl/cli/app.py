@@ -32,7 +32,7 @@ class Group(NamedTuple):
     """Commands whose options are library dataclasses: their module is imported only when the group is named."""
 
     path: str
-    """Where the commands are, below this package: ``module:name``."""
+    """The commands' place below this package: ``module:name``."""
     help: str
 
 

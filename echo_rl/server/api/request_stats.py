@@ -43,18 +43,13 @@ class RequestStats:
             "stream": self.streamed,
             "prompt_tokens": self.prompt_tokens,
             "output_tokens": self.output_tokens,
-            "ttft": self.ttft and round(self.ttft, 4),
-            "e2e": self.e2e and round(self.e2e, 4),
+            "ttft": self._until(self.first_token),
+            "e2e": self._until(self.finished),
             "finish_reason": ",".join(self.finish_reasons) or None,
         }
 
-    @property
-    def ttft(self) -> float | None:
-        return None if self.first_token is None else self.first_token - self.started
-
-    @property
-    def e2e(self) -> float | None:
-        return None if self.finished is None else self.finished - self.started
+    def _until(self, end: float | None) -> float | None:
+        return None if end is None else round(end - self.started, 4)
 
 
 class RequestStatsMiddleware:

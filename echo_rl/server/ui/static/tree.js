@@ -22,7 +22,7 @@ export class TreeView {
   /** Adds the step as the newest column. */
   show(step) {
     const trees = step.trees.slice(0, MOST_ROWS);
-    this.#seat(trees);
+    this.#assignSlots(trees);
     const cells = trees.map((tree) => ({ slot: this.slots.get(tree.id), tree, place: layout(tree) }));
     this.columns.push({ step, cells, node: null, deep: Math.max(1, ...cells.map(({ place }) => place.deep)) });
     this.columns = this.columns.slice(-KEPT);
@@ -60,7 +60,7 @@ export class TreeView {
   }
 
   /** A request keeps its row while it runs; the next one takes the topmost free row. */
-  #seat(trees) {
+  #assignSlots(trees) {
     const here = new Set(trees.map((tree) => tree.id));
     for (const id of this.slots.keys()) if (!here.has(id)) this.slots.delete(id);
     const taken = new Set(this.slots.values());
