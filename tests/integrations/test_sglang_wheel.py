@@ -368,7 +368,7 @@ class Costs:
 
     def __init__(self, controller, view, depth):
         most = view.batch_size * depth
-        seconds = controller.clock.speculative(view, np.arange(most + 1.0), 1, depth)
+        seconds = controller.step_times.speculative(view, np.arange(most + 1.0), 1, depth)
         self.seconds = seconds
         self.tokens = list(range(view.batch_size, view.batch_size + most + 1))
 
