@@ -46,6 +46,7 @@ bench: setup ## every number of the documentation (hours; resumable)
 	$(BIN)/echo-rl record --width 10 --batch 32 --out benchmarks/results/work/trace
 	$(BIN)/python -m benchmarks.research.fidelity
 	$(BIN)/python -m benchmarks.research.rivals
+	OMP_NUM_THREADS=1 taskset -c 0 $(BIN)/python -m benchmarks.learning.env_rate
 	$(BIN)/python -m benchmarks.learning.policies
 	$(BIN)/python -m benchmarks.learning.ceiling
 	$(BIN)/echo-rl ab --a echo --b ppo --on live --workloads closed:1 closed:4 closed:16 bursty:0.5,6,5,5 shift:6,6 \

@@ -15,6 +15,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "plain_decoding": ("plain_decoding", engine.plain_decoding),
     "losslessness": ("losslessness", engine.losslessness),
     "fidelity": ("fidelity", learning.fidelity),
+    "env_rate": ("env_rate", learning.env_rate),
     "policies": ("policies", learning.policies),
     "deciding": ("policies", learning.deciding),
     "training": ("policies", learning.training),
@@ -33,5 +34,5 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], str]]] = {
 }
 """Name -> the result it is made of, and how."""
 
-WITHOUT_DRAFTER = ("plain_decoding",)
-"""Results in which no drafter takes part."""
+WITHOUT_DRAFTER = ("plain_decoding", "env_rate")
+"""Results that no drafter takes part in, or that are of the packaged trace."""

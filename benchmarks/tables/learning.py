@@ -67,6 +67,16 @@ def training(result: Result) -> str:
     return table(["training", "over `echo`", "on other machines"], rows)
 
 
+def env_rate(result: Result) -> str:
+    """How fast the public environments over a replay are."""
+    calls = ("make", "make_vec")
+    rows = [
+        [f"`gymnasium.{call}`", str(result[call].get("num_envs", 1)), f"{result[call]['env_steps_per_second']:,.0f}"]
+        for call in calls
+    ]
+    return table(["made by", "environments", "environment steps a second"], rows)
+
+
 def ab_live(result: Result) -> str:
     """The live A/B of the learned controller against ECHO."""
     (venue,) = result["venues"]

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks import common, render
 from benchmarks.engine import acceptance, losslessness, plain_decoding, throughput
-from benchmarks.learning import ceiling, policies
+from benchmarks.learning import ceiling, env_rate, policies
 from benchmarks.research import fidelity, rivals
 from benchmarks.tables import TABLES
 from echo_rl.config import EngineConfig
@@ -25,6 +25,8 @@ PROMPTS = [Prompt("gsm8k", str(i), ({"role": "user", "content": "x" * (i + 1)},)
 QUIET = Console(quiet=True)
 COMMITTED = render.HERE / "results"
 PAGES = "".join(page.read_text() for page in render.PAGES)
+LIVE = (throughput, acceptance, losslessness, plain_decoding)
+REPLAYED = (policies, ceiling, rivals, fidelity)
 TESTED_ELSEWHERE = {"ab_live", "roofline", "server", "server_identity", "server_overhead", "soak"}
 """Results of `echo-rl ab`, and of scripts that have tests of their own."""
 
@@ -39,14 +41,14 @@ def scripts(monkeypatch, tmp_path):
         "dtype": "float32",
         "kv_tokens": 8192,
     }
-    for script in (acceptance, ceiling, losslessness, plain_decoding, throughput, fidelity, policies, rivals):
+    for script in (*LIVE, *REPLAYED, env_rate):
         monkeypatch.setattr(script, "CONSOLE", QUIET)
         if hasattr(script, "load_prompts"):
             monkeypatch.setattr(script, "load_prompts", lambda *args, **more: PROMPTS[: more.get("limit")])
     flags = [f for name, value in engine_options.items() for f in (f"--{name.replace('_', '-')}", str(value))]
 
     def run(script, *more: str) -> dict:
-        own = [] if script in (ceiling, policies, rivals) else flags
+        own = [] if script in (ceiling, env_rate, policies, rivals) else flags
         monkeypatch.setattr("sys.argv", ["script", "--quick", *more, *own])
         script.script()
         name = script.__name__.rpartition(".")[2]
@@ -116,12 +118,17 @@ def test_a_script_that_serves_live_fills_its_tables(script, shown, scripts, tmp_
     check_filled(script, tmp_path / "quick", shown)
 
 
-@pytest.mark.parametrize("script", [policies, ceiling, rivals, fidelity], ids=lambda s: s.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("script", REPLAYED, ids=lambda s: s.__name__.rpartition(".")[2])
 def test_a_script_that_replays_fills_its_tables(script, scripts, tmp_path):
     recording = tmp_path / "trace.safetensors"
     tiny_trace(tmp_path).save(recording)
     scripts(script, "--trace", str(recording))
     check_filled(script, tmp_path / "quick", "| ")
+
+
+def test_the_environments_rates_fill_their_table(scripts, tmp_path):
+    scripts(env_rate)
+    check_filled(env_rate, tmp_path / "quick", "| `gymnasium.make_vec` | 256 |")
 
 
 def check_filled(script, results: Path, shown: str) -> None:
@@ -134,8 +141,7 @@ def check_filled(script, results: Path, shown: str) -> None:
 
 def test_the_pages_show_every_table_and_each_has_a_script():
     assert {match[1] for match in render.MARKED.findall(PAGES)} == set(TABLES)
-    scripts = (throughput, acceptance, losslessness, plain_decoding, policies, ceiling, rivals, fidelity)
-    tested = {script.__name__.rpartition(".")[2] for script in scripts}
+    tested = {script.__name__.rpartition(".")[2] for script in (*LIVE, *REPLAYED, env_rate)}
     assert tested | TESTED_ELSEWHERE == {result for result, _ in TABLES.values()}
 
 
