@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: where results go, and cells that survive an interruption."""
+"""Holds what the benchmark scripts share: the place of results, and cells that survive an interruption."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONSOLE = Console(stderr=True)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a script writes: the committed result, and the work that lets it resume (not committed)."""
+    """Names where a script writes: the committed result, and the work that lets it resume (not committed)."""
 
     name: str
     quick: bool

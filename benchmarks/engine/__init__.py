@@ -1,1 +1,1 @@
-"""What the engine does by itself: throughput, acceptance, losslessness, plain decoding, parity of its steps."""
+"""Measures the engine by itself: throughput, acceptance, losslessness, plain decoding, parity of its steps."""

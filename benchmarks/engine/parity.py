@@ -75,7 +75,7 @@ class Turns(BaseController):
 
 @dataclass(frozen=True)
 class Served:
-    """What one way of serving gave."""
+    """Holds what one way of serving gave."""
 
     tokens: dict[str, tuple[int, ...]]
     reports: tuple[StepReport, ...]
@@ -161,7 +161,7 @@ def compare(engine: Engine, requests: Sequence[Request], concurrency: int) -> li
 
 
 def faults(rows: Sequence[dict[str, Any]], exact: bool, captures: bool) -> list[str]:
-    """What is wrong in the rows, one sentence each."""
+    """Says what is wrong in the rows, one sentence each."""
     found = []
     for row in rows:
         name = f"{row['way']}, {row['in_flight']} in flight"
