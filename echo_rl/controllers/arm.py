@@ -14,7 +14,6 @@ from echo_rl.errors import ConfigError
 class Arm:
     """A controller with its options, as written: ``echo`` or ``echo:max_depth=4,width=2``."""
 
-    label: str
     controller: str
     options: Mapping[str, Any]
 
@@ -30,7 +29,7 @@ class Arm:
             options[key.strip()] = _value(value.strip())
         if not controller:
             raise ConfigError(f"the arm {text!r} names no controller")
-        return cls(text, controller, options)
+        return cls(controller, options)
 
 
 def _value(text: str) -> Any:
