@@ -29,6 +29,9 @@ class ServerConfig:
     """Largest request body; a larger one is refused with 413."""
     request_timeout: float = 600.0
     """Seconds after which a request is cancelled (504, or an error event in a stream)."""
+    timeout_keep_alive: int = 75
+    """Seconds that a connection stays open without a request. Clients that keep connections close theirs sooner, so
+    that none sends a request into one that is being closed."""
     drain_seconds: float = 30.0
     """Seconds that requests in flight get to finish after SIGTERM or SIGINT; a second signal ends them at once."""
     api_key_file: Path | None = None
@@ -45,7 +48,11 @@ class ServerConfig:
             raise ConfigError(f"port is {self.port}; give 0 (a free one) to 65535")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name.startswith(("max_", "request_", "drain_")) and value is not None and not 0 < value < 2**40:
+            if (
+                field.name.startswith(("max_", "request_", "timeout_", "drain_"))
+                and value is not None
+                and not 0 < value < 2**40
+            ):
                 raise ConfigError(f"{field.name} is {value}; give a number above 0")
 
     def model_name(self, model: str) -> str:

@@ -30,6 +30,8 @@ from echo_rl.server.core.worker import load_live_engine, with_logging
 from echo_rl.server.process import freeze_gc_heap, use_batch_scheduling
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from echo_rl.runtime.engine import Engine
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -61,18 +63,24 @@ def serve(engine: EngineConfig, server: ServerConfig, controller: str, load: Loa
                 bound.host,
             )
         app = create_app(client, tokenizer, bound, keys, engine.model)
-        config = uvicorn.Config(
-            app,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,  # a forged peer address would open /admin
-            timeout_graceful_shutdown=LAST_BYTES_SECONDS,
-        )
+        config = http_config(app, bound)
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             return runner.run(_run(_Server(config), client, app.state.front, listener))
+
+
+def http_config(app: FastAPI, server: ServerConfig) -> uvicorn.Config:
+    """Returns how the application is served over HTTP: who is believed, and when a connection ends."""
+    return uvicorn.Config(
+        app,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # a forged peer address would open /admin
+        timeout_keep_alive=server.timeout_keep_alive,
+        timeout_graceful_shutdown=LAST_BYTES_SECONDS,
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:
