@@ -9,6 +9,10 @@ class ConfigError(EchoError, ValueError):
     """A setting is unknown or out of range."""
 
 
+class HeldOutError(ConfigError):
+    """Prompts that only judge were asked for to train or tune on."""
+
+
 class RequestError(EchoError, ValueError):
     """A request cannot be served as it is (prompt too long, bad sampling parameters)."""
 

@@ -21,7 +21,7 @@ from echo_rl.experiments.plan import BenchConfig, Load, Run
 from echo_rl.runtime.environment import load_engine
 from echo_rl.utils import statistics
 from echo_rl.utils.result_store import write_json
-from echo_rl.workloads.datasets import SOURCES, load_prompts
+from echo_rl.workloads.datasets import MIX, load_prompts
 from echo_rl.workloads.driver import RunRecord
 from echo_rl.workloads.requests import BenchEngine
 
@@ -80,7 +80,7 @@ def script() -> None:
     args = tyro.cli(Args).sized()
     place = Place("acceptance", args.quick)
     engine, environment = load_engine(args.engine)
-    entries = [entry for suite in SOURCES for entry in measure(args, suite, engine, environment, place.work)]
+    entries = [entry for suite in MIX for entry in measure(args, suite, engine, environment, place.work)]
     write_json(place.result, {"settings": asdict(args), "environment": environment, "entries": entries})
     for entry in entries:
         CONSOLE.print(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from echo_rl.cli.options import EngineOptions
 from echo_rl.config import EngineConfig
@@ -28,8 +28,9 @@ class Bench:
     """Blocks a load; intervals come from resampling them."""
     max_new_tokens: int = 128
     """The most tokens of a request."""
-    suite: Literal["all", "mt_bench", "humaneval", "gsm8k"] = "all"
-    """The suite that the prompts are taken from; ``all`` takes the suites in turn."""
+    suite: str = "all"
+    """A built-in suite; ``all`` takes mt_bench, humaneval and gsm8k in turn, ``held_out`` those that nothing is tuned
+    on."""
     temperature: float = 0.0
     """0 is greedy."""
     seed: int = 0

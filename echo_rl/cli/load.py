@@ -41,8 +41,9 @@ class Load:
     """Requests a block, all of them awaited."""
     max_concurrency: int | None = None
     """The most requests sent at once; the others wait at the client, and their time counts."""
-    suite: Literal["all", "mt_bench", "humaneval", "gsm8k"] = "all"
-    """The suite that the prompts are taken from; ``all`` takes the suites in turn."""
+    suite: str = "all"
+    """A built-in suite; ``all`` takes mt_bench, humaneval and gsm8k in turn, ``held_out`` those that nothing is tuned
+    on."""
     max_tokens: int = 128
     """The most tokens of a request."""
     temperature: float = 0.0

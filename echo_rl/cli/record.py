@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -21,8 +21,9 @@ class Record:
     """Folder of ``trace.safetensors`` and of the parts so far."""
     prompts: int | None = None
     """The number of prompts, taken from the suites in turn; all by default."""
-    suite: Literal["all", "mt_bench", "humaneval", "gsm8k"] = "all"
-    """The suite that the prompts are taken from."""
+    suite: str = "all"
+    """A built-in suite; ``all`` takes mt_bench, humaneval and gsm8k in turn, ``held_out`` those that nothing is tuned
+    on."""
     max_new_tokens: int = 96
     """The most tokens of a response."""
     temperature: float = 0.0

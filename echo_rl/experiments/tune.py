@@ -27,6 +27,7 @@ from echo_rl.experiments.rank import BASELINE, Block, mean_speedup
 from echo_rl.experiments.run import shown
 from echo_rl.replay.trace import Trace
 from echo_rl.utils.result_store import write_json
+from echo_rl.workloads.datasets import refuse_held_out
 
 Options = dict[str, Any]
 
@@ -70,8 +71,10 @@ def tune(
 
     ``options`` is empty where the defaults are best; a score is None where the trace can't replay it (it
     was recorded narrower or shallower). Rerun to go on: ``out/tune.jsonl`` holds what has been measured.
-    Raises `UnknownController`, and `ConfigError` where `out` belongs to another trace or profile.
+    Raises `UnknownController`, `HeldOutError` for a trace of suites that are held out, and `ConfigError` where `out`
+    belongs to another trace or profile.
     """
+    refuse_held_out(trace.suites, "tune")
     names = config.controllers or tuple(families)
     for name in names:
         if name not in families:

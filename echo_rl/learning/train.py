@@ -37,6 +37,7 @@ from echo_rl.replay.machines import another
 from echo_rl.replay.trace import Trace
 from echo_rl.utils.result_store import digest_of
 from echo_rl.workloads.arrivals import parse
+from echo_rl.workloads.datasets import refuse_held_out
 
 CLOSED = tuple(f"closed:{c}" for c in (1, 2, 4, 8, 16, 32))
 OTHERS_SHOWN, OTHERS_JUDGED = 3, 2
@@ -124,7 +125,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """Everything that a config names, loaded. Raises `ConfigError` and `TraceError`."""
+    """Everything that a config names, loaded. Raises `ConfigError`, `HeldOutError` and `TraceError`."""
 
     profile: CostProfile
     calibration: GateCalibration
@@ -135,6 +136,7 @@ class TrainingInputs:
     @classmethod
     def load(cls, config: TrainConfig) -> TrainingInputs:
         trace = Trace.of(config.trace)
+        refuse_held_out(trace.suites, "train")
         seen = trace.split(config.held_out)[0]
         table = ActionTable()
         trace.require(max(table.depths), max(table.widths))

@@ -16,8 +16,9 @@ from echo_rl.controllers.registry import Family
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
-from echo_rl.errors import ConfigError, UnknownController
+from echo_rl.errors import ConfigError, HeldOutError, UnknownController
 from echo_rl.experiments.tune import TuneConfig, arm_text, candidates, load_tuned, tune
+from echo_rl.workloads.datasets import SUITES
 from tests.recorded import random_trace
 
 CONFIG = TuneConfig(("wasteful",), concurrency=(1, 4), blocks=2, requests=3)
@@ -162,6 +163,12 @@ def test_unknown_controllers_and_caps_are_refused(trace, costs):
         TuneConfig(cap=0)
     with pytest.raises(ConfigError, match="at least"):
         tune(TuneConfig(("none",), blocks=0), trace, costs, make, families=FAMILIES)
+
+
+def test_recordings_of_suites_that_are_held_out_are_refused(trace, costs, monkeypatch):
+    monkeypatch.setitem(SUITES, "code", replace(SUITES["gsm8k"], held_out=True))
+    with pytest.raises(HeldOutError, match="code is held out"):
+        tune(CONFIG, trace, costs, make, families=FAMILIES)
 
 
 def test_the_command_writes_what_it_found(trace, tmp_path, capsys, monkeypatch):

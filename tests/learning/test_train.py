@@ -22,7 +22,7 @@ from echo_rl.controllers.policy.ppo import Ppo, PpoOptions, Steered
 from echo_rl.costs.batched_profile import BatchedCostProfile
 from echo_rl.costs.files import packaged
 from echo_rl.costs.profile import CostProfile
-from echo_rl.errors import ConfigError
+from echo_rl.errors import ConfigError, HeldOutError
 from echo_rl.learning.clone import CloneOptions, Demonstrations, Scene, agreement, clone, demonstrate
 from echo_rl.learning.learner import LearnerOptions, build
 from echo_rl.learning.play import HeldOut, World, measure, play
@@ -30,6 +30,7 @@ from echo_rl.learning.train import TrainConfig, TrainingInputs, make_score, trai
 from echo_rl.replay.backend import ReplayBackend
 from echo_rl.replay.machines import another
 from echo_rl.replay.trace import Trace
+from echo_rl.workloads.datasets import SUITES
 
 TABLE = ActionTable()
 PROFILE = CostProfile.load(packaged("profile.json"))
@@ -242,6 +243,12 @@ def test_evaluation_never_sees_a_prompt_of_training(config):
     served = Trace.load(config.trace).split(config.held_out)[1]  # as `echo-rl eval` and `ab` take it
     parts = [{r.prompt for r in t.responses} for t in (inputs.training, inputs.selection, served)]
     assert all(parts) and not any(a & b for a, b in combinations(parts, 2))
+
+
+def test_recordings_of_suites_that_are_held_out_are_refused(config, monkeypatch):
+    monkeypatch.setitem(SUITES, "gsm8k", replace(SUITES["gsm8k"], held_out=True))
+    with pytest.raises(HeldOutError, match="gsm8k is held out"):
+        train(config, baselines={})
 
 
 ONE_STEP = {"lanes": 1, "learner": LearnerOptions(n_steps=1)}
