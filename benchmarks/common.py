@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 
 from echo_rl.config import EngineConfig
 from echo_rl.errors import EchoError
+from echo_rl.utils import terminal
 from echo_rl.utils.result_store import ResultStore
 
 RESULTS = Path(os.environ.get("ECHO_RL_RESULTS", Path(__file__).resolve().parent / "results"))
 """The folder of the committed results; the environment may name another, so that they stay as they are."""
 EngineOptions = Annotated[EngineConfig, tyro.conf.arg(name="")]
-CONSOLE = Console(stderr=True)
+CONSOLE = terminal.console(stderr=True)
 
 
 @dataclass(frozen=True)

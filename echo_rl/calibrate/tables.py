@@ -4,33 +4,48 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from echo_rl.controllers.echo.gates import GateCalibration
+from echo_rl.controllers.echo.gates import DepthGate, GateCalibration, Rate
 from echo_rl.costs.profile import CostProfile
+from echo_rl.utils.terminal import Row, fitted
 
 
-def gate_table(gates: GateCalibration) -> Table:
+def gate_table(gates: GateCalibration, width: int) -> Table:
     """One row a depth; the chosen (sparse) depths are marked."""
-    table = Table(title="gates: best-path confidence, accepted against rejected (* chosen)")
-    for column in ("depth", "paths", "AUC", "tau", "false truncation", "false extension"):
-        table.add_column(column, justify="right")
-    for gate in gates.depths:
-        rates = (gate.false_truncation, gate.false_extension)
-        shares = [f"{100 * r.value:.1f} % [{100 * r.low:.1f}, {100 * r.high:.1f}]" if r else "" for r in rates]
-        area = f"{gate.auc.value:.3f} [{gate.auc.low:.3f}, {gate.auc.high:.3f}]" if gate.auc else ""
-        mark = "*" if gate.depth in gates.chosen else ""
-        table.add_row(f"{gate.depth}{mark}", str(gate.samples), area, f"{gate.tau:.3f}", *shares)
-    return table
+    title = "gates: best-path confidence, accepted against rejected (* chosen)"
+    rows: list[Row] = [
+        ((f"{gate.depth}{'*' if gate.depth in gates.chosen else ''}",), _gate_values(gate)) for gate in gates.depths
+    ]
+    return fitted(title, ("depth",), rows, width, kept=5)
 
 
-def knee_table(profile: CostProfile) -> Table:
+def _gate_values(gate: DepthGate) -> dict[str, str]:
+    return {
+        "paths": str(gate.samples),
+        "AUC": f"{gate.auc.value:.3f} [{gate.auc.low:.3f}, {gate.auc.high:.3f}]" if gate.auc else "",
+        "tau": f"{gate.tau:.3f}",
+        "false truncation": _percent(gate.false_truncation),
+        "false extension": _percent(gate.false_extension),
+    }
+
+
+def _percent(rate: Rate | None) -> str:
+    return f"{100 * rate.value:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]" if rate else ""
+
+
+def knee_table(profile: CostProfile, width: int) -> Table:
     """K_max, ECHO's own cost model fitted, and the cost of plain decoding at every measured batch size."""
     threads = "" if profile.modelled else f", {profile.threads} threads"
-    table = Table(title=f"cost of a pass on {profile.device} {profile.dtype}{threads}")
-    for column in ("batch", "plain pass", "K_max", "free nodes", "gamma", "pass with K_max"):
-        table.add_column(column, justify="right")
+    title = f"cost of a pass on {profile.device} {profile.dtype}{threads}"
+    rows: list[Row] = []
     for batch in profile.batches:
         knee, hinge = profile.knee(batch), profile.hinge(batch)
         plain, full = profile.ar_seconds(batch), profile.verify_seconds(batch, batch + knee)
-        times = (f"{1e3 * plain:.1f} ms", str(knee), str(hinge.k_max), f"{hinge.gamma:.4f}", f"{1e3 * full:.1f} ms")
-        table.add_row(str(batch), *times)
-    return table
+        values = {
+            "plain pass": f"{1e3 * plain:.1f} ms",
+            "K_max": str(knee),
+            "free nodes": str(hinge.k_max),
+            "gamma": f"{hinge.gamma:.4f}",
+            "pass with K_max": f"{1e3 * full:.1f} ms",
+        }
+        rows.append(((str(batch),), values))
+    return fitted(title, ("batch",), rows, width, kept=5)

@@ -54,13 +54,12 @@ class Ab:
     engine: EngineOptions = field(default_factory=EngineConfig)
 
     def run(self) -> int:
-        from rich.console import Console
-
         from echo_rl.controllers import registry
         from echo_rl.experiments.ab import run_ab
         from echo_rl.experiments.report import tables
+        from echo_rl.utils import terminal
 
-        console, config = Console(), self.config()
+        console, config = terminal.console(), self.config()
         result = run_ab(self.targets(console), config, registry.make, self.out, console)
         for target in result["venues"]:
             console.print(tables.ab(target, result["a"], result["b"], console.width))

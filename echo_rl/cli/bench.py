@@ -46,11 +46,10 @@ class Bench:
     engine: EngineOptions = field(default_factory=EngineConfig)
 
     def run(self) -> int:
-        from rich.console import Console
-
         from echo_rl.experiments.bench import bench_model
+        from echo_rl.utils import terminal
 
-        bench_model(self.engine, self.config(), self.out, Console())
+        bench_model(self.engine, self.config(), self.out, terminal.console())
         return 0
 
     def config(self) -> BenchConfig:

@@ -37,17 +37,16 @@ class Cost:
     engine: EngineOptions = field(default_factory=lambda: EngineConfig(kv_tokens=65_536))
 
     def run(self) -> int:
-        from rich.console import Console
-
         from echo_rl.calibrate import figures
         from echo_rl.calibrate.live import measured_profile
         from echo_rl.calibrate.tables import knee_table
         from echo_rl.runtime.environment import load_engine
+        from echo_rl.utils import terminal
 
-        console = Console()
+        console = terminal.console()
         profile = measured_profile(*load_engine(self.engine), self.grid, self.out, console)
         figures.save(figures.cost(profile), self.out / "cost.png")
-        console.print(knee_table(profile))
+        console.print(knee_table(profile, console.width))
         console.print(f"Written: {self.out / 'profile.json'}, {self.out / 'cost.png'}", soft_wrap=True)
         return 0
 
@@ -70,20 +69,19 @@ class Gates:
     engine: EngineOptions = field(default_factory=EngineConfig)
 
     def run(self) -> int:
-        from rich.console import Console
-
         from echo_rl.calibrate import figures
         from echo_rl.calibrate.live import calibrate_gates, calibration_prompts
         from echo_rl.calibrate.tables import gate_table
         from echo_rl.runtime.engine import Engine
+        from echo_rl.utils import terminal
 
-        console = Console()
+        console = terminal.console()
         turns = calibration_prompts(self.prompts)
         gates = calibrate_gates(Engine.load(self.engine), self.options, turns, self.max_new_tokens, console)
         self.out.mkdir(parents=True, exist_ok=True)
         gates.save(self.out / "gates.json")
         figures.save(figures.judgement(gates), self.out / "gates.png")
-        console.print(gate_table(gates))
+        console.print(gate_table(gates, console.width))
         console.print(f"Written: {self.out / 'gates.json'}, {self.out / 'gates.png'}", soft_wrap=True)
         return 0
 
@@ -109,17 +107,16 @@ class Roofline:
     assumed: Annotated[Assumptions, tyro.conf.arg(name="")] = field(default_factory=Assumptions)
 
     def run(self) -> int:
-        from rich.console import Console
-
         from echo_rl.calibrate.tables import knee_table
         from echo_rl.costs.roofline.surface import modelled_profile, roofline
+        from echo_rl.utils import terminal
 
         if self.out.resolve() == calibrated("profile.json").resolve():
             raise ConfigError(f"{self.out} is where this machine's measured costs belong; give another --out")
         profile = modelled_profile(roofline(self.hardware, self.model, self.tp, self.dtype, self.assumed))
         profile.save(self.out)
-        console = Console()
-        console.print(knee_table(profile))
+        console = terminal.console()
+        console.print(knee_table(profile, console.width))
         console.print(profile.provenance, soft_wrap=True, highlight=False)
         console.print(f"Written: {self.out}", soft_wrap=True)
         return 0

@@ -20,14 +20,13 @@ class Demo:
     engine: EngineOptions = field(default_factory=EngineConfig)
 
     def run(self) -> int:
-        from rich.console import Console
-
         from echo_rl.experiments.bench import bench_model
         from echo_rl.experiments.plan import BenchConfig, Load
         from echo_rl.experiments.report import tables
         from echo_rl.runtime.models.default_model import fetch_smollm2
+        from echo_rl.utils import terminal
 
-        console = Console()
+        console = terminal.console()
         if self.engine.model == "smollm2":
             fetch_smollm2(progress=lambda message: console.print(f"weights: {message}"))
         for name in ("config.json", "blocks.jsonl"):

@@ -40,16 +40,15 @@ class Eval:
     """The folder of the cells, ``result.json`` and ``speedup.png``."""
 
     def run(self) -> int:
-        from rich.console import Console
-
         from echo_rl.controllers import registry
         from echo_rl.costs.batched_profile import BatchedCostProfile
         from echo_rl.costs.profile import CostProfile
         from echo_rl.experiments.evaluate import evaluate
         from echo_rl.experiments.report import tables
         from echo_rl.replay.trace import Trace
+        from echo_rl.utils import terminal
 
-        console = Console()
+        console = terminal.console()
         config = self.config()
         served = Trace.of(self.trace).split(self.held_out)[1]
         profile = CostProfile.of(self.profile)

@@ -66,14 +66,13 @@ class Load:
     """The folder of the blocks, the result and the plots."""
 
     def run(self) -> int:
-        from rich.console import Console
-
         from echo_rl.experiments.load import run_load
         from echo_rl.experiments.report import plots_load, tables
         from echo_rl.experiments.targets.http.target import Keys
+        from echo_rl.utils import terminal
         from echo_rl.workloads.datasets import load_prompts
 
-        console, config = Console(), self.config()
+        console, config = terminal.console(), self.config()
         prompts = load_prompts(self.suite, seed=self.seed)
         keys = Keys(*map(key, (API_KEY, ADMIN_KEY)))
         result, done = run_load(config, prompts, self.out, keys, console)

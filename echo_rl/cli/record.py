@@ -36,13 +36,12 @@ class Record:
     engine: EngineOptions = field(default_factory=lambda: EngineConfig(kv_tokens=65_536))
 
     def run(self) -> int:
-        from rich.console import Console
-
         from echo_rl.contracts import SamplingParams
         from echo_rl.replay.live import record_prompts
+        from echo_rl.utils import terminal
         from echo_rl.workloads.datasets import load_prompts
 
-        console, prompts = Console(), load_prompts(self.suite, self.prompts, self.seed)
+        console, prompts = terminal.console(), load_prompts(self.suite, self.prompts, self.seed)
         params = SamplingParams(self.temperature, seed=self.seed, max_new_tokens=self.max_new_tokens)
         trace = record_prompts(self.engine, prompts, params, self.options, self.out, self.half, console)
         positions = sum(response.positions for response in trace.responses)

@@ -17,13 +17,12 @@ class Doctor:
     """A configuration file to check too; the one that ECHO_RL_CONFIG names by default."""
 
     def run(self) -> int:
-        from rich.console import Console
-
         from echo_rl.integrations.sglang.doctor import examine, table
+        from echo_rl.utils import terminal
 
         rows = examine(str(self.config) if self.config else None)
-        console = Console()
-        console.print(table(rows))
+        console = terminal.console()
+        console.print(table(rows, console.width))
         wrong = sum(not row.ok for row in rows)
         console.print(f"{wrong} of {len(rows)} checks failed." if wrong else f"All {len(rows)} checks passed.")
         return 1 if wrong else 0

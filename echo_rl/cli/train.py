@@ -17,9 +17,9 @@ class Train:
     options: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
     def run(self) -> int:
-        from rich.console import Console
+        from echo_rl.utils import terminal
 
-        console = Console()
+        console = terminal.console()
         done = train(self.options, console)
         scores = ", ".join(f"{name} {value:.3f}" for name, value in done.best.items() if "/" not in name)
         console.print(f"{done.policy}: {scores}; on {done.machine}", soft_wrap=True)

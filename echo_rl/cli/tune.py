@@ -24,14 +24,13 @@ class Tune:
     """The folder of ``tuned.json``."""
 
     def run(self) -> int:
-        from rich.console import Console
-
         from echo_rl.costs.batched_profile import BatchedCostProfile
         from echo_rl.costs.profile import CostProfile
         from echo_rl.experiments.report import tables
         from echo_rl.replay.trace import Trace
+        from echo_rl.utils import terminal
 
-        console = Console()
+        console = terminal.console()
         train = Trace.of(self.trace).split(self.held_out)[0]
         tuned = tune(self.search, train, BatchedCostProfile(CostProfile.default()), out=self.out, console=console)
         console.print(tables.tuned(tuned, console.width))

@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from echo_rl.experiments.report.html import number, verdict
-from echo_rl.experiments.report.layout import Cell, Row, fitted
 from echo_rl.experiments.report.plots_ab import NAMES
 from echo_rl.utils.statistics import Interval
+from echo_rl.utils.terminal import Cell, Row, fitted
 
 Result = Mapping[str, Any]
 MOST_LINES = 8
@@ -68,7 +68,7 @@ def ab(target: Result, a: str, b: str, width: int) -> Table:
         every = {name: _ratio(cell["ratios"][kind]) for kind, name in NAMES.items()}
         rows.append(((cell["workload"],), values | every))
     overall = {"B / A": _ratio(target["overall"]), "verdict": verdict(Interval(**target["overall"]))}
-    return fitted(title, ("workload",), [*rows, (("geometric mean",), overall)], width, kept=3, sections=False)
+    return fitted(title, ("workload",), [*rows, (("geometric mean",), overall)], width, kept=3)
 
 
 def load(result: Result, width: int) -> Table:
@@ -129,8 +129,9 @@ def ranking(result: Result, width: int) -> Table:
             "deciding": f"{own[min(own)]['deciding']:.1%}",
         }
         rows.append(((str(row["rank"] or "-"), row["arm"]), values))
-    view = fitted(title, ("", "controller"), rows, width, kept=1 + len(best), sections=False)
-    view.caption = "bold: fastest at that load, or not told from it"
+    view = fitted(title, ("", "controller"), rows, width, kept=1 + len(best))
+    bold = "bold: fastest at that load, or not told from it"
+    view.caption = f"{bold}\n{view.caption}" if view.caption else bold
     return view
 
 
@@ -159,7 +160,7 @@ def tuned(found: Result, width: int) -> Table:
         scores = {"tuned": number(row["score"], "{:.3f}"), "defaults": number(row["default_score"], "{:.3f}")}
         rows.append(((name, options), scores | {"tried": str(row["tried"])}))
     title = "Geometric mean over loads of the speed-up over none"
-    return fitted(title, ("controller", "best options"), rows, width, kept=3, sections=False)
+    return fitted(title, ("controller", "best options"), rows, width, kept=3)
 
 
 def _interval(interval: Mapping[str, Any], digits: int = 2) -> str:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from echo_rl.errors import EchoError
 from echo_rl.integrations.sglang.contract import RECORDED, ROOT, check, installed_version
 from echo_rl.integrations.sglang.settings import ENVIRONMENT, PluginConfig
+from echo_rl.utils.terminal import fitted
 
 GROUP = "sglang.srt.plugins"
 ENTRY = "echo_rl.integrations.sglang.plugin:register"
@@ -66,13 +67,7 @@ def _configuration(path: str | None) -> tuple[Row, str | None]:
     return Row("configuration", True, f"{path}: mode {config.mode}, controller {config.controller}"), config.mode
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Shows one row a check, for a terminal."""
-    view = Table(title="SGLang plugin", title_justify="left")
-    view.add_column("check", overflow="fold")
-    view.add_column("")
-    view.add_column("found", overflow="fold")
-    for row in rows:
-        mark = "[green]ok[/green]" if row.ok else "[bold red]no[/bold red]"
-        view.add_row(escape(row.what), mark, escape(row.detail))
-    return view
+def table(rows: Sequence[Row], width: int) -> Table:
+    """Shows one row a check, for a terminal of that width."""
+    marks = {True: Text("ok", "green"), False: Text("no", "bold red")}
+    return fitted("SGLang plugin", ("check", "", "found"), [((r.what, marks[r.ok], r.detail), {}) for r in rows], width)
