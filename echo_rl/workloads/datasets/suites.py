@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 
 from echo_rl.errors import HeldOutError
 from echo_rl.workloads.datasets.benchmarks import GSM8K, HUMANEVAL, MT_BENCH
+from echo_rl.workloads.datasets.held_out import HELD_OUT
 from echo_rl.workloads.datasets.suite import Suite
 
 MIX = ("mt_bench", "humaneval", "gsm8k")
 """The suites that ``all`` takes in turn. It stays these three: results are compared over releases."""
-SUITES: Mapping[str, Suite] = {suite.name: suite for suite in (MT_BENCH, HUMANEVAL, GSM8K)}
+SUITES: Mapping[str, Suite] = {suite.name: suite for suite in (MT_BENCH, HUMANEVAL, GSM8K, *HELD_OUT)}
 
 
 def refuse_held_out(names: Iterable[str], purpose: str, suites: Mapping[str, Suite] = SUITES) -> None:
