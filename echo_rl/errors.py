@@ -9,6 +9,10 @@ class ConfigError(EchoError, ValueError):
     """A setting is unknown or out of range."""
 
 
+class DatasetError(ConfigError):
+    """A file of prompts or of arrivals is missing, damaged or not in a form that is read."""
+
+
 class HeldOutError(ConfigError):
     """Prompts that only judge were asked for to train or tune on."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated
 
 import tyro
@@ -10,12 +10,16 @@ import tyro
 from echo_rl.config import EngineConfig
 from echo_rl.drafting.synthesize import SynthesizeConfig
 from echo_rl.drafting.train_config import TrainConfig
+from echo_rl.errors import ConfigError
+from echo_rl.workloads.datasets import FileOptions
 
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """Settings of the embedded target that writes the conversations, by plain decoding."""
+    """Settings of the target that writes the conversations, by plain decoding."""
 
+    model: str = EngineConfig.model
+    """The target, as for ``generate``; another than the embedded one needs ``--prompts``."""
     device: str = EngineConfig.device
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` (the GPU of that number)."""
     dtype: str = EngineConfig.dtype
@@ -32,20 +36,33 @@ class TargetOptions:
 
 @dataclass(frozen=True)
 class Synthesize:
-    """Let the target write its own training conversations; rerun it to go on where it stopped."""
+    """Let the target write its own training conversations, or only the answers to prompts of yours (``--prompts``);
+    rerun it to go on where it stopped.
+
+    Of a conversation every turn of the user is answered, after the turns before it as they were recorded; where no
+    answer was recorded, after the target's own. ``synthesis.json`` names the files by their sha256.
+    """
 
     options: Annotated[SynthesizeConfig, tyro.conf.arg(name="")]
+    files: Annotated[FileOptions, tyro.conf.arg(name="")] = field(default_factory=FileOptions)
     concurrency: int = 32
     """Conversations in flight."""
     target: Annotated[TargetOptions, tyro.conf.arg(name="")] = TargetOptions()
 
     def run(self) -> int:
-        from echo_rl.drafting.live import synthesize_on
+        from echo_rl.drafting.live import answer_on, synthesize_on
         from echo_rl.runtime.engine import Engine
 
+        if not self.files.prompts and self.target.model != EngineConfig.model:
+            raise ConfigError("only the embedded target can open questions of its own; give --prompts FILE to answer")
         engine = Engine.load(EngineConfig(drafter=None, **asdict(self.target)))
-        paths = synthesize_on(engine, self.options, self.concurrency)
-        print(f"{len(paths)} shards in {self.options.out}")
+        if not self.files.prompts:
+            print(f"{len(synthesize_on(engine, self.options, self.concurrency))} shards in {self.options.out}")
+            return 0
+        done = answer_on(engine, self.options, self.files, self.concurrency)
+        for line in done.notes:
+            print(line)
+        print(f"{done.conversations} conversations, {len(done.shards)} shards in {self.options.out}")
         return 0
 
 

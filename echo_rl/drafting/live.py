@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.controllers import registry
+from echo_rl.drafting.answers import Answers, synthesize_answers
 from echo_rl.drafting.features import cache_features
 from echo_rl.drafting.synthesize import SMOLLM2_CHAT, SynthesizeConfig, synthesize
 from echo_rl.drafting.train import TrainingRun, check, train
@@ -23,6 +25,8 @@ from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.models.architecture import read_architecture
 from echo_rl.runtime.models.checkpoint import read_tensors
 from echo_rl.utils.result_store import digest
+from echo_rl.workloads.datasets import FileOptions, Message
+from echo_rl.workloads.datasets.options import notes
 from echo_rl.workloads.driver import serve
 
 
@@ -42,6 +46,39 @@ def train_for(folder: Path, options: TrainConfig, taps: tuple[int, ...]) -> Trai
     model = digest(folder / "config.json", *sorted(folder.glob("*.safetensors")))
     cache_features(options.data, options.features, features_of(folder, taps), taps, model)
     return train(options, parts)
+
+
+def answer_on(engine: Engine, options: SynthesizeConfig, files: FileOptions, concurrency: int) -> Answers:
+    """Lets the engine's target answer the prompts of the files. Raises as `FileOptions.files` and
+    `synthesize_answers`."""
+    read = files.files()
+    conversations = files.conversations(read, options.seed)
+    complete = EngineGenerator(engine, concurrency)
+    done = synthesize_answers(options, conversations, files.turns, EngineChat(engine), complete, files.facts(read))
+    return replace(done, notes=(*notes(read), *done.notes))
+
+
+class EngineChat:
+    """The chat of an engine's target."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._tokenizer, arch = engine.tokenizer, engine.runner.target.arch
+        self.end_of_turn = self._last(arch.eos)
+        self.most = min(engine.config.max_context, arch.max_positions)
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Raises `RequestError` where the chat template refuses the messages."""
+        return list(self._tokenizer.chat(messages))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens)
+
+    def _last(self, eos: Sequence[int]) -> int:
+        """The one of the tokens that end a text with which the chat template ends a turn; the first where none does."""
+        if not eos:
+            raise ConfigError("the model names no eos_token_id, so its answers have no end; correct its folder")
+        turns = self.encode([{"role": role, "content": "Hello."} for role in ("user", "assistant", "user")])
+        return next((token for token in reversed(turns) if token in eos), eos[0])
 
 
 class EngineGenerator:

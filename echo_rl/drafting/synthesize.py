@@ -2,13 +2,14 @@
 
 A drafter has to imitate its target on the target's own text, so no outside data is needed: an opened user turn is
 continued at temperature 1, which yields a question; the answer is mostly greedy, as it will be when serving. A seeded
-opening (chat, word problem, code, or nothing) spreads the questions. Knows the target only as a `Generator`.
+opening (chat, word problem, code, or nothing) spreads the questions. `answers` takes the questions from files instead.
+Knows the target only as a `Generator`.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +21,7 @@ from echo_rl.errors import ConfigError
 from echo_rl.utils.result_store import claim
 
 Encode = Callable[[str], list[int]]
+SHARDS = 16
 
 # Alternatives, separated by "|".
 NAMES = (
@@ -61,12 +63,12 @@ class SynthesizeConfig:
 
     out: str
     """Folder for the shards; shards already there are kept, so a rerun resumes."""
-    shards: int = 16
-    """Number of shards; a rerun may ask for more."""
+    shards: int | None = None
+    """Number of shards; a rerun may ask for more. 16 by default, and with prompts of files as many as they fill."""
     per_shard: int = 256
     """Conversations a shard."""
     user_tokens: int = 96
-    """Most tokens of the user turn."""
+    """Most tokens of a user turn that the target writes."""
     answer_tokens: int = 288
     """Most tokens of the answer."""
     greedy_share: float = 0.8
@@ -76,10 +78,11 @@ class SynthesizeConfig:
     min_answer: int = 8
     """Shorter answers are dropped: they teach nothing."""
     seed: int = 0
-    """Seed of the openings. (Sampling is the generator's own.)"""
+    """The seed of the openings, or of the files' order. (Sampling is the generator's own.)"""
 
     def __post_init__(self) -> None:
-        if min(self.shards, self.per_shard, self.user_tokens, self.answer_tokens, self.min_answer) < 1:
+        shards = SHARDS if self.shards is None else self.shards
+        if min(shards, self.per_shard, self.user_tokens, self.answer_tokens, self.min_answer) < 1:
             raise ConfigError("shards, per_shard, user_tokens, answer_tokens and min_answer must be at least 1")
         if not 0 <= self.greedy_share <= 1 or self.temperature <= 0:
             raise ConfigError("greedy_share must lie in [0, 1] and temperature be positive")
@@ -123,32 +126,67 @@ def _shard(config: SynthesizeConfig, chat: ChatFormat, encode: Encode, complete:
     tail = [chat.end_of_turn, *encode(chat.before_answer)]
     asked = [prompt + user + tail for prompt, user in zip(prompts, users, strict=True)]
     greedy = [rng.random() < config.greedy_share for _ in asked]
-    items: list[tuple[list[int], int, bool]] = []
+    order = sorted(range(len(asked)), key=lambda place: not greedy[place])
+    answers = answered(config, asked, greedy, complete, chat.end_of_turn)
+    return kept(config, ((asked[place], answers[place], greedy[place]) for place in order), chat.end_of_turn)
+
+
+def answered(
+    config: SynthesizeConfig, asked: Sequence[list[int]], greedy: Sequence[bool], complete: Generator, end_of_turn: int
+) -> list[list[int]]:
+    """The target's answer to each prompt, without the token that ends it."""
+    answers: list[list[int]] = [[] for _ in asked]
     for wanted, temperature in ((True, 0.0), (False, config.temperature)):
-        chosen = [prompt for prompt, is_greedy in zip(asked, greedy, strict=True) if is_greedy == wanted]
-        answers = complete(chosen, temperature, config.answer_tokens, stops) if chosen else []
-        for prompt, answer in zip(chosen, answers, strict=True):
-            if len(answer) >= config.min_answer:
-                end = [chat.end_of_turn] if len(answer) < config.answer_tokens else []
-                items.append((prompt + answer + end, len(prompt), wanted))
-    return Conversations.of(items)
+        places = [place for place, is_greedy in enumerate(greedy) if is_greedy == wanted]
+        prompts = [asked[place] for place in places]
+        written = complete(prompts, temperature, config.answer_tokens, [end_of_turn]) if prompts else []
+        for place, answer in zip(places, written, strict=True):
+            answers[place] = answer
+    return answers
+
+
+def kept(
+    config: SynthesizeConfig, items: Iterable[tuple[list[int], list[int], bool]], end_of_turn: int
+) -> Conversations:
+    """The conversations of (prompt, answer, greedy), without those whose answer is too short to teach anything."""
+    return Conversations.of(
+        [
+            (prompt + answer + [end_of_turn] * (len(answer) < config.answer_tokens), len(prompt), greedy)
+            for prompt, answer, greedy in items
+            if len(answer) >= config.min_answer
+        ]
+    )
 
 
 def synthesize(config: SynthesizeConfig, chat: ChatFormat, encode: Encode, complete: Generator) -> list[Path]:
-    """Write the shards that are still missing; returns the paths of all.
+    """Write the shards that are still missing; returns the paths of all. Raises as `write_shards`."""
 
-    The settings are kept beside the shards, whose number alone may grow. Raises `ConfigError` where those that are
-    there were made with others, or with unknown ones (written before settings were kept): nothing tells whether a
-    shard of theirs would be this run's.
+    def shard(number: int) -> Conversations:
+        return _shard(config, chat, encode, complete, seed=config.seed * 100_003 + number)
+
+    return write_shards(config, shard, SHARDS if config.shards is None else config.shards)
+
+
+def write_shards(
+    config: SynthesizeConfig,
+    shard: Callable[[int], Conversations],
+    count: int,
+    facts: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write those of `count` shards that are still missing; returns the paths of all.
+
+    The settings, and `facts` that the shards depend on besides, are kept beside the shards, whose number alone may
+    grow. Raises `ConfigError` where those that are there were made with others, or with unknown ones (written before
+    settings were kept): nothing tells whether a shard of theirs would be this run's.
     """
     out = Path(config.out)
     settings = {name: value for name, value in asdict(config).items() if name not in ("out", "shards")}
-    claim(out / "synthesis.json", settings, "conversations", out.glob("shard_*.npz"))
-    paths = [out / f"shard_{number:04d}.npz" for number in range(config.shards)]
+    claim(out / "synthesis.json", {**settings, **(facts or {})}, "conversations", out.glob("shard_*.npz"))
+    paths = [out / f"shard_{number:04d}.npz" for number in range(count)]
     with Progress() as progress:
-        task = progress.add_task("conversations", total=config.shards * config.per_shard)
+        task = progress.add_task("conversations", total=count * config.per_shard)
         for number, path in enumerate(paths):
             if not path.exists():
-                _shard(config, chat, encode, complete, seed=config.seed * 100_003 + number).save(path)
+                shard(number).save(path)
             progress.advance(task, config.per_shard)
     return paths
