@@ -43,6 +43,7 @@ bench: setup ## every number of the documentation (hours; resumable)
 	$(BIN)/python -m benchmarks.engine.plain_decoding
 	$(BIN)/python -m benchmarks.engine.acceptance
 	$(BIN)/python -m benchmarks.engine.throughput
+	$(BIN)/python -m benchmarks.engine.throughput --suite held_out
 	$(BIN)/echo-rl record --width 10 --batch 32 --out benchmarks/results/work/trace
 	$(BIN)/python -m benchmarks.research.fidelity
 	$(BIN)/python -m benchmarks.research.rivals

@@ -16,13 +16,13 @@ import tyro
 
 from benchmarks.common import RESULTS, main
 from benchmarks.tables import TABLES, WITHOUT_DRAFTER
+from benchmarks.tables.markdown import PENDING
 from echo_rl.errors import ConfigError
 from echo_rl.utils.result_store import digest
 
 HERE = Path(__file__).resolve().parent
 PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "benchmarks.md")
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
-PENDING = "*Not measured yet: run `make bench`.*\n"
 EARLIER = "\n*Measured with an earlier drafter than the one that ships.*\n"
 SHIPPED = HERE.parent / "checkpoints" / "smollm2-135m-eagle3" / "model.safetensors"
 

@@ -1,4 +1,5 @@
-"""Mean accepted tokens (MAT) of the drafter, suite by suite, greedy: a chain, and a tree of 60 nodes.
+"""Mean accepted tokens (MAT) of the drafter, suite by suite (also those held out), greedy: a chain, and a tree of 60
+nodes.
 
 MAT does not depend on the machine or, decoding being lossless, on the batch; requests are served
 several at a time only to be done sooner.
@@ -21,7 +22,7 @@ from echo_rl.experiments.plan import BenchConfig, Load, Run
 from echo_rl.runtime.environment import load_engine
 from echo_rl.utils import statistics
 from echo_rl.utils.result_store import write_json
-from echo_rl.workloads.datasets import MIX, load_prompts
+from echo_rl.workloads.datasets import SUITES, load_prompts
 from echo_rl.workloads.driver import RunRecord
 from echo_rl.workloads.requests import BenchEngine
 
@@ -60,6 +61,7 @@ def measure(
     return [
         {
             "suite": suite,
+            "held_out": SUITES[suite].held_out,
             "arm": cell["arm"],
             "mat": asdict(mat([records[Run(b, config.loads[0].workload, cell["arm"])] for b in range(args.blocks)])),
             "acceptance_by_depth": cell["acceptance_by_depth"],
@@ -80,12 +82,11 @@ def script() -> None:
     args = tyro.cli(Args).sized()
     place = Place("acceptance", args.quick)
     engine, environment = load_engine(args.engine)
-    entries = [entry for suite in MIX for entry in measure(args, suite, engine, environment, place.work)]
+    entries = [entry for suite in SUITES for entry in measure(args, suite, engine, environment, place.work)]
     write_json(place.result, {"settings": asdict(args), "environment": environment, "entries": entries})
     for entry in entries:
-        CONSOLE.print(
-            f"{entry['suite']}: {entry['arm']}, MAT {statistics.Interval(**entry['mat']).text()}", highlight=False
-        )
+        suite = f"{entry['suite']} (held out)" if entry["held_out"] else entry["suite"]
+        CONSOLE.print(f"{suite}: {entry['arm']}, MAT {statistics.Interval(**entry['mat']).text()}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Throughput of every controller, ablations included, against concurrency on real prompts."""
+"""Throughput of every controller, ablations included, against concurrency on real prompts.
+
+Prompts of other suites than the mix that things are tuned on, as ``--suite held_out``, have a result of their own.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,8 @@ class Args:
 
     quick: bool = False
     """Three arms, two loads, two blocks."""
+    suite: str = "all"
+    """A built-in suite, the mix of those that things are tuned on (``all``), or of the others (``held_out``)."""
     arms: tuple[str, ...] = ARMS
     concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     blocks: int = 4
@@ -43,17 +48,18 @@ class Args:
 
     def config(self) -> BenchConfig:
         loads = tuple(Load(c, max(self.requests, 2 * c), self.max_new_tokens, self.blocks) for c in self.concurrency)
-        return BenchConfig(self.arms, loads, seed=self.seed)
+        return BenchConfig(self.arms, loads, suite=self.suite, seed=self.seed)
 
 
 def script() -> None:
     args = tyro.cli(Args).sized()
-    place, config = Place("throughput", args.quick), args.config()
-    prompts = load_prompts("all", seed=args.seed)
+    mixed = args.suite == "all"
+    place, config = Place("throughput" if mixed else f"throughput_{args.suite}", args.quick), args.config()
+    prompts = load_prompts(args.suite, seed=args.seed)
     engine, environment = load_engine(args.engine)
     result = run_bench(engine, config, prompts, registry.make, place.work, environment, CONSOLE)
     write_json(place.result, result)
-    plots.draw(result, place.result.parent)
+    plots.draw(result, place.result.parent if mixed else place.work)
     CONSOLE.print(tables.bench(result, CONSOLE.width), tables.equality(result)[1])
 
 

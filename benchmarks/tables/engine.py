@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from benchmarks.tables.markdown import Result, machine, number, table
+from benchmarks.tables.markdown import PENDING, Result, machine, number, table
 from echo_rl.utils.statistics import Interval
 
 
@@ -49,12 +50,21 @@ def budget(result: Result) -> str:
 
 
 def acceptance(result: Result) -> str:
-    """MAT and acceptance by depth on each suite."""
+    """MAT and acceptance by depth on each suite that things are tuned on."""
+    return _acceptance([entry for entry in result["entries"] if not entry.get("held_out")])
+
+
+def acceptance_held_out(result: Result) -> str:
+    """The same on the suites that are held out, which earlier results do not have."""
+    return _acceptance([entry for entry in result["entries"] if entry.get("held_out")])
+
+
+def _acceptance(entries: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [entry["suite"], f"`{entry['arm']}`", Interval(**entry["mat"]).text(), _depths(entry["acceptance_by_depth"])]
-        for entry in result["entries"]
+        for entry in entries
     ]
-    return table(["suite", "shape", "MAT", "acceptance at depth 1, 2, ..."], rows)
+    return table(["suite", "shape", "MAT", "acceptance at depth 1, 2, ..."], rows) if rows else PENDING
 
 
 def plain_decoding(result: Result) -> str:

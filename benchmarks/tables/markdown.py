@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Result = Mapping[str, Any]
+PENDING = "*Not measured yet: run `make bench`.*\n"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

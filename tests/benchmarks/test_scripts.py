@@ -18,7 +18,7 @@ from echo_rl.contracts import Request, SamplingParams
 from echo_rl.errors import ConfigError
 from echo_rl.replay.recorder import RecordOptions, record
 from echo_rl.runtime.engine import Engine
-from echo_rl.workloads.datasets import Prompt
+from echo_rl.workloads.datasets import SUITES, Prompt
 from tests import tiny
 
 PROMPTS = [Prompt("gsm8k", str(i), ({"role": "user", "content": "x" * (i + 1)},)) for i in range(5)]
@@ -47,11 +47,11 @@ def scripts(monkeypatch, tmp_path):
             monkeypatch.setattr(script, "load_prompts", lambda *args, **more: PROMPTS[: more.get("limit")])
     flags = [f for name, value in engine_options.items() for f in (f"--{name.replace('_', '-')}", str(value))]
 
-    def run(script, *more: str) -> dict:
+    def run(script, *more: str, result: str = "") -> dict:
         own = [] if script in (ceiling, env_rate, policies, rivals) else flags
         monkeypatch.setattr("sys.argv", ["script", "--quick", *more, *own])
         script.script()
-        name = script.__name__.rpartition(".")[2]
+        name = result or script.__name__.rpartition(".")[2]
         return json.loads((tmp_path / "quick" / f"{name}.json").read_text())
 
     return run
@@ -118,6 +118,19 @@ def test_a_script_that_serves_live_fills_its_tables(script, shown, scripts, tmp_
     check_filled(script, tmp_path / "quick", shown)
 
 
+def test_suites_that_are_held_out_are_measured_apart(scripts, monkeypatch, tmp_path):
+    """Throughput on them is a result of its own and leaves the mix's alone; acceptance has a table of theirs."""
+    asked = []
+    monkeypatch.setattr(throughput, "load_prompts", lambda suite, seed: asked.append(suite) or PROMPTS)
+    found = scripts(throughput, "--suite", "held_out", "--concurrency", "1", result="throughput_held_out")
+    assert asked == [found["config"]["suite"]] == ["held_out"]
+    assert [path.name for path in (tmp_path / "quick").iterdir()] == ["throughput_held_out.json"]
+    apart = {entry["suite"]: entry["held_out"] for entry in scripts(acceptance)["entries"]}
+    assert apart == {name: suite.held_out for name, suite in SUITES.items()}
+    tables = render.render(tables_of("acceptance"), tmp_path / "quick").split("<!-- /results -->")
+    assert [("| gsm8k |" in table, "| retrieval |" in table) for table in tables[:2]] == [(True, False), (False, True)]
+
+
 @pytest.mark.parametrize("script", REPLAYED, ids=lambda s: s.__name__.rpartition(".")[2])
 def test_a_script_that_replays_fills_its_tables(script, scripts, tmp_path):
     recording = tmp_path / "trace.safetensors"
@@ -141,7 +154,7 @@ def check_filled(script, results: Path, shown: str) -> None:
 
 def test_the_pages_show_every_table_and_each_has_a_script():
     assert {match[1] for match in render.MARKED.findall(PAGES)} == set(TABLES)
-    tested = {script.__name__.rpartition(".")[2] for script in (*LIVE, *REPLAYED, env_rate)}
+    tested = {script.__name__.rpartition(".")[2] for script in (*LIVE, *REPLAYED, env_rate)} | {"throughput_held_out"}
     assert tested | TESTED_ELSEWHERE == {result for result, _ in TABLES.values()}
 
 

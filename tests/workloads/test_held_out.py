@@ -221,14 +221,32 @@ def test_files_of_a_wheel_are_read_in_the_order_of_their_paths(tmp_path):
 PUBLISHED = {
     "translation": "740331e37a178bbb",
     "questions": "55fa7d336a907d1a",
-    "summarisation": "39211f97ab4520bb",
+    "summarisation": "74983139e20472f5",
     "retrieval": "f2e7832fa69144f4",
     "extraction": "a93ab96e2613e881",
-    "code_edits": "945d7a47fc971dba",
+    "code_edits": "29ac3076fb2c8066",
     "agent_loops": "7fc2f6e14ba7773b",
 }
 """The first digits of the sha256 over each suite's prompts: results are compared over machines and releases."""
 WORDS = re.compile(r"\w+")
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
+
+
+def listed() -> dict[str, list[str]]:
+    """The documentation's row of each suite: what it asks for, prompts, packages, licence, held out or not."""
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", PAGE.read_text().partition("## Throughput")[0], re.MULTILINE)
+    return {name: [cell.strip() for cell in row.split("|")] for name, row in rows}
+
+
+def test_the_documentation_lists_every_suite_with_its_source_and_licence():
+    assert {name: row[2:] for name, row in listed().items()} == {
+        name: [
+            ", ".join(f"`{archive.package}`" for archive in kept.archives),
+            kept.licence,
+            "yes" if kept.held_out else "no",
+        ]
+        for name, kept in SUITES.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -243,10 +261,9 @@ def published() -> dict[str, list[Prompt]]:
 
 
 def runs(prompt: Prompt) -> set[tuple[str, ...]]:
-    """Every eight words in a row of a prompt, runs of digits aside."""
+    """Every eight words in a row of a prompt."""
     words = [WORDS.findall(message["content"].lower()) for message in prompt.messages]
-    found = {tuple(said[i : i + 8]) for said in words for i in range(len(said) - 7)}
-    return {run for run in found if not all(word.isdigit() for word in run)}
+    return {tuple(said[i : i + 8]) for said in words for i in range(len(said) - 7)}
 
 
 @pytest.mark.packages
@@ -261,3 +278,10 @@ def test_a_published_suite_is_what_it_was(published, name):
     assert not [prompt.id for prompt in prompts if runs(prompt) & tuned_on]
     digest = hashlib.sha256(json.dumps([[prompt.id, prompt.messages] for prompt in prompts]).encode()).hexdigest()
     assert digest[:16] == PUBLISHED[name]
+
+
+@pytest.mark.packages
+def test_the_documentation_counts_the_prompts(published):
+    assert {name: int(row[1]) for name, row in listed().items()} == {
+        name: len(kept) for name, kept in published.items()
+    }

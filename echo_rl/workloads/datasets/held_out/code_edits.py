@@ -17,6 +17,8 @@ from echo_rl.workloads.datasets.suite import Suite
 
 PROMPTS = 110
 LINES = (6, 45)
+DROPPED = ("boltons/iterutils.py:286",)
+"""Counts from 1 to 9, as an answer that drafters were trained on does."""
 FORMATTED = re.compile(r"\.format\(|['\"] % ")
 BETTER_NAMES = {
     "src": "items", "text": "string", "obj": "target", "path": "file_path", "func": "callback", "key": "entry_key",
@@ -94,7 +96,9 @@ def read(boltons: Path) -> list[Prompt]:
     found = [function for function in functions(files, *LINES) if function.parameters]
     step = max(1, len(found) // PROMPTS)
     chosen = found[::step][:PROMPTS]
-    return [_prompt(i, function, edit) for i, (function, edit) in enumerate(zip(chosen, _edits(chosen), strict=True))]
+    edits = zip(chosen, _edits(chosen), strict=True)
+    prompts = [_prompt(i, function, edit) for i, (function, edit) in enumerate(edits)]
+    return [prompt for prompt in prompts if prompt.id not in DROPPED]
 
 
 def _edits(chosen: Iterable[Function]) -> Iterator[Edit]:

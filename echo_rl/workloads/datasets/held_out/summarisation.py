@@ -30,13 +30,16 @@ THREADS = (
     "In four sentences, what is this about and what should happen next?\n\n{}",
 )
 THREAD_FILES = ("customer", "finance", "healthcare")
+DROPPED = ("memory_prereq_9-customer-9/1",)
+"""Has eight words in a row that a conversation has which drafters were trained on."""
 
 
 def read(sotu: Path, bfcl: Path) -> list[Prompt]:
     """Excerpts of every third address, then the first or the second half of each thread of messages."""
     speeches = list(read_members(sotu, "*/speeches/*.txt").items())[::3]
     excerpts = [(Path(path).stem, _excerpt(data.decode("utf-8"), i)) for i, (path, data) in enumerate(speeches)]
-    return _prompts("speech", SPEECHES, excerpts) + _prompts("messages", THREADS, _threads(bfcl))
+    prompts = _prompts("speech", SPEECHES, excerpts) + _prompts("messages", THREADS, _threads(bfcl))
+    return [prompt for prompt in prompts if prompt.id not in DROPPED]
 
 
 def _prompts(category: str, wordings: tuple[str, ...], texts: list[tuple[str, str]]) -> list[Prompt]:
