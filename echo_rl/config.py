@@ -34,9 +34,14 @@ class EngineConfig:
     """The settings by which a target and its drafter are loaded and run."""
 
     model: str = "smollm2"
-    """``smollm2`` (the embedded default) or the path of a Hugging Face folder (Llama, Qwen2, Qwen3)."""
+    """``smollm2`` (the embedded default), the path of a Hugging Face folder (Llama, Qwen2, Qwen3), or the Hub's name of
+    one, as ``HuggingFaceTB/SmolLM2-135M-Instruct``. A folder goes before a name of the same spelling."""
+    revision: str | None = None
+    """Branch, tag or commit of a model of the Hub; its main branch by default."""
     drafter: str | None = "default"
-    """``default`` (the shipped drafter of the embedded model), the path of an EAGLE-3 folder, or None."""
+    """``default`` (the shipped one of the embedded model), the path or the Hub's name of an EAGLE-3 folder, or None."""
+    drafter_revision: str | None = None
+    """Branch, tag or commit of a drafter of the Hub; its main branch by default."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` (the GPU of that number)."""
     dtype: str = "auto"
@@ -84,6 +89,20 @@ class EngineConfig:
             )
 
     @property
+    def model_source(self) -> str:
+        """What results say the model is; with the commit where `revision` is pinned to one."""
+        return _source(self.model, self.revision)
+
+    @property
+    def drafter_source(self) -> str:
+        """What results say the drafter is, where it has a revision."""
+        return _source(str(self.drafter), self.drafter_revision)
+
+    @property
     def headroom(self) -> int:
         """KV positions a request may use beyond its committed tokens while a step is under way."""
         return max(self.max_nodes, self.max_expanded) + 1
+
+
+def _source(name: str, revision: str | None) -> str:
+    return f"{name}@{revision}" if revision else name

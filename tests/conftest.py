@@ -78,6 +78,8 @@ class FakeEngine:
     ``!`` is refused with `RequestError`.
     """
 
+    has_drafter = True
+
     def __init__(self, clock: FakeClock | None = None, step_seconds: float = 1.0) -> None:
         self.clock = clock or FakeClock()
         self.step_seconds = step_seconds

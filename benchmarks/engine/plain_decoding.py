@@ -25,7 +25,8 @@ from echo_rl.controllers import registry
 from echo_rl.experiments.plan import arm_order
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.environment import load_engine
-from echo_rl.runtime.models.default_model import MEMBER, WHEEL, resolve_model
+from echo_rl.runtime.models.default_model import MEMBER, WHEEL
+from echo_rl.runtime.models.locate import resolve_model
 from echo_rl.utils import statistics
 from echo_rl.utils.archives import cache_root
 from echo_rl.utils.result_store import write_json
@@ -113,7 +114,10 @@ def gguf_file() -> Path:
 
 
 def arms(args: Args, engine: Engine) -> dict[str, Generate]:
-    made = {"echo-rl": ours(engine), "transformers": transformers(resolve_model(args.engine.model), engine)}
+    made = {
+        "echo-rl": ours(engine),
+        "transformers": transformers(resolve_model(args.engine.model, args.engine.revision), engine),
+    }
     other = llama_cpp(args) if args.engine.model == "smollm2" else None
     return {**made, "llama.cpp (Q4_1)": other} if other else made
 

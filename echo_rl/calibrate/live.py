@@ -82,7 +82,7 @@ def calibrate_gates(
 ) -> GateCalibration:
     """The drafter's gates. Raises `ConfigError` where the prompts give too few observations."""
     observations = observe(engine, prompts, max_new_tokens, console)
-    provenance = f"{len(prompts)} own prompts, {len(observations)} best paths, {engine.config.model}, greedy"
+    provenance = f"{len(prompts)} own prompts, {len(observations)} best paths, {engine.config.model_source}, greedy"
     return calibrate(observations, options, provenance)
 
 

@@ -75,12 +75,14 @@ class Train:
     """Layers of the target (from 0) after which the drafter reads hidden states."""
     model: str = "smollm2"
     """The target, as for ``generate``."""
+    revision: str | None = None
+    """Branch, tag or commit of a target of the Hub; its main branch by default."""
 
     def run(self) -> int:
         from echo_rl.drafting.live import train_for
-        from echo_rl.runtime.models.default_model import resolve_model
+        from echo_rl.runtime.models.locate import resolve_model
 
-        run = train_for(resolve_model(self.model), self.options, self.taps)
+        run = train_for(resolve_model(self.model, self.revision), self.options, self.taps)
         print(f"{self.options.out}: chain MAT {max(point['chain_mat'] for point in run.curve):.2f}")
         return 0
 

@@ -42,6 +42,9 @@ class Generate:
         arm = Arm.parse(self.controller)
         controller = registry.make(arm.controller, **arm.options)
         engine = Engine.load(self.engine)
+        if not engine.has_drafter and arm.controller != "none":
+            print("note: decoding plainly, since no drafter is loaded; name one with --drafter", file=sys.stderr)
+            controller = registry.make("none")
         request = Request("generate", self._ids(engine, prompt), self.sampling)
         record = serve(engine, controller, [request], concurrency=1, on_output=_show)
         print(flush=True)

@@ -33,7 +33,7 @@ def record_prompts(
     """
     engine, environment = load_engine(replace(config, max_expanded=max(config.max_expanded, options.expanded)))
     requests = chat_requests(engine, prompts, lambda number: replace(params, seed=params.seed + number))
-    provenance = f"{config.model}, drafter {environment['drafter']}, {environment['dtype']}"
+    provenance = f"{engine.config.model_source}, drafter {environment['drafter']}, {environment['dtype']}"
     eos = frozenset(engine.runner.target.arch.eos)
     trace = record(engine, requests, eos, options, folder / "parts", provenance, console)
     trace.save(folder / "trace.safetensors", half)

@@ -24,7 +24,7 @@ from echo_rl.errors import ConfigError, PlanViolation, RequestError
 from echo_rl.runtime.block_manager import BlockManager
 from echo_rl.runtime.device import resolve
 from echo_rl.runtime.drafters.eagle3 import Drafter
-from echo_rl.runtime.models.default_model import resolve_drafter, resolve_model
+from echo_rl.runtime.models.locate import pinned, resolve_drafter, resolve_model
 from echo_rl.runtime.models.target import Target
 from echo_rl.runtime.runner import Runner
 from echo_rl.runtime.scheduler import Batch, Scheduler
@@ -84,13 +84,19 @@ class Engine:
             raise ConfigError(str(error)) from error
         if config.threads:
             torch.set_num_threads(config.threads)
-        folder = resolve_model(config.model)
+        config = pinned(config)
+        folder = resolve_model(config.model, config.revision)
         positions = config.max_context + config.headroom
         target = Target.load(folder, positions, device, dtype)
-        drafter_folder: Path | None = resolve_drafter(config.drafter, config.model)
+        drafter_folder: Path | None = resolve_drafter(config.drafter, config.model, config.drafter_revision)
         int8 = config.drafter_weights == "auto"
         drafter = Drafter.load(drafter_folder, target, positions, int8=int8) if drafter_folder else None
         return cls(config, Tokenizer.load(folder), target, drafter)
+
+    @property
+    def has_drafter(self) -> bool:
+        """True where controllers may speculate."""
+        return self.runner.drafter is not None
 
     @property
     def has_work(self) -> bool:

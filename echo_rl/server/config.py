@@ -18,7 +18,7 @@ class ServerConfig:
     port: int = 8000
     """0 takes a free one, which the log names."""
     served_model_name: str | None = None
-    """The model's name for clients; by default its own name or the last part of its path."""
+    """The model's name for clients; by default its own name, or the last part of its folder's path."""
     max_queue: int = 256
     """Most completions unfinished at once, waiting ones included; more are refused with 429."""
     max_tokens: int | None = None
@@ -57,7 +57,8 @@ class ServerConfig:
 
     def model_name(self, model: str) -> str:
         """Returns the name by which clients know an engine's `model`, a name or a path."""
-        return self.served_model_name or Path(model).name or model
+        folder = Path(model)
+        return self.served_model_name or (folder.name if folder.is_dir() or folder.is_absolute() else model)
 
 
 @dataclass(frozen=True)

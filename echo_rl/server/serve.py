@@ -17,7 +17,7 @@ from prometheus_client import disable_created_metrics
 
 from echo_rl.config import EngineConfig
 from echo_rl.errors import ConfigError
-from echo_rl.runtime.models.default_model import resolve_model
+from echo_rl.runtime.models.locate import pinned, resolve_model
 from echo_rl.runtime.tokenizer import Tokenizer
 from echo_rl.server import logs
 from echo_rl.server.api.app import create_app
@@ -51,7 +51,8 @@ def serve(engine: EngineConfig, server: ServerConfig, controller: str, load: Loa
     keys = Keys.load(server)
     logs.configure(server.log_format)
     disable_created_metrics()
-    tokenizer = Tokenizer.load(resolve_model(engine.model))
+    engine = pinned(engine)  # an engine that is started again shall load the same files
+    tokenizer = Tokenizer.load(resolve_model(engine.model, engine.revision))
     with listen(server.host, server.port) as listener:
         factory = partial(with_logging, server.log_format, partial(load_live_engine, load, engine))
         client = EngineClient(SupervisorConfig(controller=controller), factory)

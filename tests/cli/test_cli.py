@@ -28,7 +28,7 @@ def served(monkeypatch, fake_engine, make_controller):
     monkeypatch.setattr(registry, "make", make)
     monkeypatch.setattr("echo_rl.workloads.datasets.load_prompts", lambda *args, **more: prompts)
     monkeypatch.setattr("echo_rl.runtime.models.default_model.fetch_smollm2", lambda progress: progress("cached"))
-    monkeypatch.setattr("echo_rl.runtime.models.default_model.resolve_drafter", lambda *args: None)
+    monkeypatch.setattr("echo_rl.runtime.models.locate.resolve_drafter", lambda *args: None)
     return fake_engine
 
 

@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import socket
+from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import httpx
 import pytest
@@ -17,6 +19,7 @@ from echo_rl.errors import WeightsError
 from echo_rl.server import serve as serving_module
 from echo_rl.server.config import ServerConfig
 from tests import tiny
+from tests.runtime.models.fake_hub import fake_hub
 
 LIMITS = {"max_context": 500, "kv_tokens": 8192, "max_nodes": 24, "max_expanded": 40}
 LONG = {"prompt": "hello", "max_tokens": 480, "n": 6, "temperature": 1.0, "stream": True, "ignore_eos": True}
@@ -119,7 +122,7 @@ def test_the_port_stays_closed_while_the_model_is_fetched(engine, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = free.getsockname()
 
-    def fetch(model):
+    def fetch(model, revision):
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(address)
         raise WeightsError("the network is down")
@@ -128,6 +131,22 @@ def test_the_port_stays_closed_while_the_model_is_fetched(engine, monkeypatch):
     monkeypatch.setattr(serving_module.logs, "configure", lambda form: None)
     with pytest.raises(WeightsError, match="the network is down"):
         serving_module.serve(engine, ServerConfig(port=address[1]), "none", load=None)
+
+
+def test_a_model_of_the_hub_is_served_under_its_name(tmp_path, engine, monkeypatch):
+    with fake_hub() as hub:
+        commits = [hub.add(f"maker/{kind}", Path(getattr(engine, kind))) for kind in ("model", "drafter")]
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        named = replace(engine, model="maker/model", drafter="maker/drafter", drafter_revision=commits[1])
+        with Server(named, tmp_path / "log") as server:
+            url = server.ready()
+            assert server.wait_for("ready")["model"] == f"maker/model@{commits[0]}"
+            assert server.wait_for("ready")["drafter"] == f"maker/drafter@{commits[1]}"
+            assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == ["maker/model"]
+            body = {"model": "maker/model", "prompt": "hello", "max_tokens": 4}
+            assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+        assert len(hub.downloads()) == len(set(hub.downloads()) - {"config.json", "model.safetensors"}) + 4
 
 
 def test_the_front_never_interrupts_a_step_and_the_engine_runs_as_usual(serve):

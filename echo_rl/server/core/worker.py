@@ -67,7 +67,7 @@ def load_live_engine(
 
     engine, environment = load(config)
     arch = engine.runner.target.arch
-    limits = Limits(config.max_expanded, drafter=engine.runner.drafter is not None)
+    limits = Limits(config.max_expanded, drafter=engine.has_drafter)
     return LoadedEngine(
         engine,
         build_controller,

@@ -19,7 +19,7 @@ from echo_rl.errors import ConfigError, DrafterMismatch, WeightsError
 from echo_rl.runtime.device import resolve
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.kv_cache import KVCache
-from echo_rl.runtime.models import default_model
+from echo_rl.runtime.models import default_model, locate
 from echo_rl.runtime.models.architecture import rope_table
 from echo_rl.runtime.models.checkpoint import read_tensors
 from echo_rl.runtime.models.gguf import read_gguf
@@ -84,11 +84,11 @@ def test_settings_that_the_memory_cannot_hold_are_named(monkeypatch):
 
 def test_missing_folders_say_what_to_give():
     with pytest.raises(WeightsError, match="Hugging Face folder"):
-        default_model.resolve_model("/nowhere")
+        locate.resolve_model("/nowhere")
     with pytest.raises(WeightsError, match="EAGLE-3 folder"):
-        default_model.resolve_drafter("/nowhere", "smollm2")
-    assert default_model.resolve_drafter(None, "smollm2") is None
-    assert default_model.resolve_drafter("default", "some/other/model") is None
+        locate.resolve_drafter("/nowhere", "smollm2")
+    assert locate.resolve_drafter(None, "smollm2") is None
+    assert locate.resolve_drafter("default", "some/other/model") is None
 
 
 def test_a_failed_download_leaves_nothing_and_says_why(tmp_path, monkeypatch):
