@@ -84,6 +84,7 @@ class FakeEngine:
         self.clock = clock or FakeClock()
         self.step_seconds = step_seconds
         self.tokenizer = FakeTokenizer()
+        self.max_context = 2_048
         self.live: dict[str, Request] = {}
         self.made: dict[str, int] = {}
         self.cancelled: list[str] = []

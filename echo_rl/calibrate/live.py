@@ -24,7 +24,11 @@ from echo_rl.controllers.echo.gates import GateCalibration
 from echo_rl.costs.profile import CostProfile
 from echo_rl.runtime.engine import Engine
 from echo_rl.runtime.step.device.step import DeviceStep
+from echo_rl.utils import terminal
+from echo_rl.workloads.datasets import Prompt, PromptSet, refuse_held_out
+from echo_rl.workloads.datasets.prompt import user
 from echo_rl.workloads.driver import serve
+from echo_rl.workloads.requests import chat_requests, fitting
 
 DEPTH, WIDTH, NODES = 8, 10, 60  # ECHO's batch-1 set-up: depth 8, top-k 10, 60 nodes
 LIVE_REQUESTS, LIVE_TOKENS, MOST_LIVE = 10, 64, 32  # of the live run that corrects the cost profile
@@ -65,12 +69,18 @@ def calibration_prompts(limit: int | None = None) -> list[str]:
     return turns[:limit]
 
 
+def own_prompts(limit: int | None = None) -> PromptSet:
+    """The package's own prompts, one for each of its turns."""
+    turns = calibration_prompts(limit)
+    return PromptSet("own", [Prompt("own", str(number), user(turn)) for number, turn in enumerate(turns)])
+
+
 def observe(
-    engine: Engine, prompts: Sequence[str], max_new_tokens: int, console: Console | None
+    engine: Engine, prompts: Sequence[Prompt], max_new_tokens: int, console: Console | None
 ) -> list[GateObservation]:
     """Answers the prompts one at a time under a `GateObserver`; what it saw."""
     observer = GateObserver()
-    requests = _requests(engine, prompts, max_new_tokens)
+    requests = chat_requests(engine, prompts, lambda _: SamplingParams(max_new_tokens=max_new_tokens))
     with Progress(console=console, disable=console is None) as progress:
         task = progress.add_task("observing trees", total=len(requests))
         serve(engine, observer, requests, 1, lambda o: progress.advance(task, o.finish_reason is not None))
@@ -78,11 +88,17 @@ def observe(
 
 
 def calibrate_gates(
-    engine: Engine, options: GateOptions, prompts: Sequence[str], max_new_tokens: int, console: Console | None
+    engine: Engine, options: GateOptions, chosen: PromptSet, max_new_tokens: int, console: Console
 ) -> GateCalibration:
-    """The drafter's gates. Raises `ConfigError` where the prompts give too few observations."""
-    observations = observe(engine, prompts, max_new_tokens, console)
-    provenance = f"{len(prompts)} own prompts, {len(observations)} best paths, {engine.config.model_source}, greedy"
+    """The drafter's gates. Says which prompts don't fit the engine's context. Raises `ConfigError` where the prompts
+    give too few observations, or are of suites that are held out."""
+    refuse_held_out([prompt.suite for prompt in chosen.prompts], "calibrate")
+    chosen = fitting(engine, chosen, max_new_tokens)
+    terminal.say(console, chosen.notes)
+    observations = observe(engine, chosen.prompts, max_new_tokens, console)
+    facts = "".join(f", {fact}" for fact in chosen.facts.values())
+    seen = f"{len(chosen.prompts)} {chosen.suite} prompts{facts}, {len(observations)} best paths"
+    provenance = f"{seen}, {engine.config.model_source}, greedy"
     return calibrate(observations, options, provenance)
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from echo_rl.cli.options import EngineOptions
+from echo_rl.cli.options import RECORDED, EngineOptions, FileFlags
 from echo_rl.config import EngineConfig
+from echo_rl.workloads.datasets import FileOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +43,8 @@ class Ab:
     slo_tpot: float = 0.1
     """Seconds per output token that count as good."""
     trace: Path | None = None
-    """A ``trace.safetensors`` of ``echo-rl record``, whose requests both targets serve; the packaged one by default."""
+    """A ``trace.safetensors`` of ``echo-rl record``, whose requests both targets serve; the packaged one by default.
+    With ``--prompts`` responses to those are recorded first, in the folder ``recorded`` of ``--out``."""
     held_out: float = 0.3
     """Share of the trace's prompts that is served, the part that `train` and `tune` leave out; 0 serves all."""
     tuned: Path | None = None
@@ -51,6 +53,7 @@ class Ab:
     """The seed of the arrivals, the requests' order and the noise of the replay."""
     out: Path = Path("results/ab")
     """The folder of the runs, the result and the report."""
+    files: FileFlags = field(default_factory=FileOptions)
     engine: EngineOptions = field(default_factory=EngineConfig)
 
     def run(self) -> int:
@@ -87,9 +90,9 @@ class Ab:
         """Both serve the same requests. Raises `TraceError` and what the engine raises on loading."""
         from echo_rl.experiments.targets.live import live_target
         from echo_rl.experiments.targets.replay import replay_target
-        from echo_rl.replay.trace import Trace
+        from echo_rl.replay.live import trace_of
 
-        trace = Trace.of(self.trace).split(self.held_out)[1]
+        trace = trace_of(self.engine, self.trace, self.files, self.out / RECORDED, console).split(self.held_out)[1]
         names = dict.fromkeys(self.on)
         return [
             replay_target(trace) if name == "replay" else live_target(self.engine, trace, console) for name in names

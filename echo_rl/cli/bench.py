@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from echo_rl.cli.options import EngineOptions
+from echo_rl.cli.options import EngineOptions, PromptFlags
 from echo_rl.config import EngineConfig
 from echo_rl.errors import ConfigError
+from echo_rl.workloads.datasets import PromptOptions
 
 if TYPE_CHECKING:
     from echo_rl.experiments.plan import BenchConfig
@@ -27,10 +28,7 @@ class Bench:
     blocks: int = 4
     """Blocks a load; intervals come from resampling them."""
     max_new_tokens: int = 128
-    """The most tokens of a request."""
-    suite: str = "all"
-    """A built-in suite; ``all`` takes mt_bench, humaneval and gsm8k in turn, ``held_out`` those that nothing is tuned
-    on."""
+    """The most tokens of an answer whose length its prompt's file doesn't give."""
     temperature: float = 0.0
     """0 is greedy."""
     seed: int = 0
@@ -43,13 +41,15 @@ class Bench:
     """Seconds per output token that count as good."""
     out: Path = Path("results/bench")
     """The folder of the blocks, the result and the plots."""
+    data: PromptFlags = field(default_factory=PromptOptions)
     engine: EngineOptions = field(default_factory=EngineConfig)
 
     def run(self) -> int:
         from echo_rl.experiments.bench import bench_model
         from echo_rl.utils import terminal
 
-        bench_model(self.engine, self.config(), self.out, terminal.console())
+        config, chosen = self.config(), self.data.load(self.seed)
+        bench_model(self.engine, replace(config, suite=chosen.suite), chosen, self.out, terminal.console())
         return 0
 
     def config(self) -> BenchConfig:
@@ -66,7 +66,6 @@ class Bench:
         return BenchConfig(
             arms=self.arms,
             loads=tuple(loads),
-            suite=self.suite,
             temperature=self.temperature,
             seed=self.seed,
             ignore_eos=self.ignore_eos,

@@ -10,12 +10,13 @@ import tyro
 
 from echo_rl.calibrate.cost import Grid
 from echo_rl.calibrate.gates import GateOptions
-from echo_rl.cli.options import EngineOptions
+from echo_rl.cli.options import EngineOptions, FileFlags
 from echo_rl.config import EngineConfig
 from echo_rl.costs.files import calibrated
 from echo_rl.costs.roofline.hardware import Assumptions
 from echo_rl.costs.roofline.timing import Dtype
 from echo_rl.errors import ConfigError
+from echo_rl.workloads.datasets import FileOptions
 
 OUT = calibrated("")
 
@@ -55,29 +56,29 @@ class Cost:
 class Gates:
     """Find the depths at which confidence tells good paths from bad, where to cut, and how often that misjudges.
 
+    Observes answers to prompts of the package's own, which no benchmark has, or to yours (``--prompts``).
     Controllers use the result from then on if it lies in the default folder; else name it, as in
     ``echo:calibration=FILE``.
     """
 
     out: Path = OUT
     """Folder of ``gates.json`` and of its plot."""
-    prompts: int | None = None
-    """The number of the package's own prompts that are observed; all by default."""
     max_new_tokens: int = 96
     """The most tokens that are generated for a prompt."""
     options: Annotated[GateOptions, tyro.conf.arg(name="")] = field(default_factory=GateOptions)
+    data: FileFlags = field(default_factory=FileOptions)
     engine: EngineOptions = field(default_factory=EngineConfig)
 
     def run(self) -> int:
         from echo_rl.calibrate import figures
-        from echo_rl.calibrate.live import calibrate_gates, calibration_prompts
+        from echo_rl.calibrate.live import calibrate_gates, own_prompts
         from echo_rl.calibrate.tables import gate_table
         from echo_rl.runtime.engine import Engine
         from echo_rl.utils import terminal
 
         console = terminal.console()
-        turns = calibration_prompts(self.prompts)
-        gates = calibrate_gates(Engine.load(self.engine), self.options, turns, self.max_new_tokens, console)
+        chosen = self.data.load_files() if self.data.prompts else own_prompts(self.data.limit)
+        gates = calibrate_gates(Engine.load(self.engine), self.options, chosen, self.max_new_tokens, console)
         self.out.mkdir(parents=True, exist_ok=True)
         gates.save(self.out / "gates.json")
         figures.save(figures.judgement(gates), self.out / "gates.png")

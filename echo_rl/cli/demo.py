@@ -25,6 +25,7 @@ class Demo:
         from echo_rl.experiments.report import tables
         from echo_rl.runtime.models.default_model import fetch_smollm2
         from echo_rl.utils import terminal
+        from echo_rl.workloads.datasets import PromptOptions
 
         console = terminal.console()
         if self.engine.model == "smollm2":
@@ -33,7 +34,8 @@ class Demo:
             (self.out / name).unlink(missing_ok=True)
         alone = Load(concurrency=1, requests=2, max_new_tokens=64, blocks=4)
         crowd = Load(concurrency=16, requests=16, max_new_tokens=48, blocks=2)
-        result = bench_model(self.engine, BenchConfig(ARMS, (alone, crowd)), self.out, console)
+        chosen = PromptOptions().load()
+        result = bench_model(self.engine, BenchConfig(ARMS, (alone, crowd)), chosen, self.out, console)
         equal, sentence = tables.equality(result)
         console.print(sentence)
         if equal or result["environment"]["dtype"] != "float32":

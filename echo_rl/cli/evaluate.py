@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from echo_rl.cli.options import RECORDED, EngineOptions, FileFlags
+from echo_rl.config import EngineConfig
+from echo_rl.workloads.datasets import FileOptions
 
 if TYPE_CHECKING:
     from echo_rl.experiments.evaluate import EvalConfig
@@ -23,7 +27,8 @@ class Eval:
     requests: int = 8
     """Requests a block; twice the concurrency where that is more."""
     trace: Path | None = None
-    """A ``trace.safetensors`` of ``echo-rl record``; the small one of the package by default."""
+    """A ``trace.safetensors`` of ``echo-rl record``; the small one of the package by default. With ``--prompts``
+    responses to those are recorded first, in the folder ``recorded`` of ``--out``."""
     held_out: float = 0.3
     """Share of the prompts that is served; the rest is for `tune` and `train`. 0 serves all."""
     profile: Path | None = None
@@ -38,6 +43,9 @@ class Eval:
     """Print tokens/s, speed-ups with intervals and MAT of every load, too."""
     out: Path = Path("results/eval")
     """The folder of the cells, ``result.json`` and ``speedup.png``."""
+    files: FileFlags = field(default_factory=FileOptions)
+    engine: EngineOptions = field(default_factory=EngineConfig)
+    """The engine that records responses to ``--prompts``."""
 
     def run(self) -> int:
         from echo_rl.controllers import registry
@@ -45,12 +53,12 @@ class Eval:
         from echo_rl.costs.profile import CostProfile
         from echo_rl.experiments.evaluate import evaluate
         from echo_rl.experiments.report import tables
-        from echo_rl.replay.trace import Trace
+        from echo_rl.replay.live import trace_of
         from echo_rl.utils import terminal
 
         console = terminal.console()
         config = self.config()
-        served = Trace.of(self.trace).split(self.held_out)[1]
+        served = trace_of(self.engine, self.trace, self.files, self.out / RECORDED, console).split(self.held_out)[1]
         profile = CostProfile.of(self.profile)
         result = evaluate(config, served, BatchedCostProfile(profile), registry.planning_by(profile), self.out, console)
         console.print(tables.ranking(result, console.width))

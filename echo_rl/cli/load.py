@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from echo_rl.cli.options import PromptFlags
 from echo_rl.errors import ConfigError
+from echo_rl.workloads.datasets import PromptOptions
 
 if TYPE_CHECKING:
     from echo_rl.experiments.targets.http.config import LoadConfig
@@ -41,11 +43,8 @@ class Load:
     """Requests a block, all of them awaited."""
     max_concurrency: int | None = None
     """The most requests sent at once; the others wait at the client, and their time counts."""
-    suite: str = "all"
-    """A built-in suite; ``all`` takes mt_bench, humaneval and gsm8k in turn, ``held_out`` those that nothing is tuned
-    on."""
     max_tokens: int = 128
-    """The most tokens of a request."""
+    """The most tokens of an answer whose length its prompt's file doesn't give."""
     temperature: float = 0.0
     """0 is greedy."""
     seed: int = 0
@@ -64,18 +63,19 @@ class Load:
     """More fields for every request, as a JSON object: ``'{"ignore_eos": true}'``."""
     out: Path = Path("results/load")
     """The folder of the blocks, the result and the plots."""
+    data: PromptFlags = field(default_factory=PromptOptions)
 
     def run(self) -> int:
         from echo_rl.experiments.load import run_load
         from echo_rl.experiments.report import plots_load, tables
         from echo_rl.experiments.targets.http.target import Keys
         from echo_rl.utils import terminal
-        from echo_rl.workloads.datasets import load_prompts
 
-        console, config = terminal.console(), self.config()
-        prompts = load_prompts(self.suite, seed=self.seed)
+        console, chosen = terminal.console(), self.data.load(self.seed)
+        config = replace(self.config(), suite=chosen.suite)
+        terminal.say(console, chosen.notes)
         keys = Keys(*map(key, (API_KEY, ADMIN_KEY)))
-        result, done = run_load(config, prompts, self.out, keys, console)
+        result, done = run_load(config, chosen.prompts, self.out, keys, console, chosen.facts)
         console.print(tables.load(result, console.width))
         for line in tables.remarks(result):
             console.print(line, highlight=False)
@@ -97,7 +97,6 @@ class Load:
             seconds=30.0 if self.seconds is None and self.num_requests is None else self.seconds,
             requests=self.num_requests,
             max_concurrency=self.max_concurrency,
-            suite=self.suite,
             temperature=self.temperature,
             seed=self.seed,
             max_tokens=self.max_tokens,

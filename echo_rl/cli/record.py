@@ -8,24 +8,23 @@ from typing import Annotated
 
 import tyro
 
-from echo_rl.cli.options import EngineOptions
+from echo_rl.cli.options import EngineOptions, PromptFlags
 from echo_rl.config import EngineConfig
 from echo_rl.replay.recorder import RecordOptions
+from echo_rl.workloads.datasets import PromptOptions
 
 
 @dataclass(frozen=True)
 class Record:
-    """Record responses to real prompts once, to replay them under any controller; rerun it to go on."""
+    """Record responses to real prompts once, to replay them under any controller; rerun it to go on.
+
+    A recording of suites that are held out is served by ``eval`` and ``ab``, and refused by ``train`` and ``tune``.
+    """
 
     out: Path = Path("results/trace")
     """Folder of ``trace.safetensors`` and of the parts so far."""
-    prompts: int | None = None
-    """The number of prompts, taken from the suites in turn; all by default."""
-    suite: str = "all"
-    """A built-in suite; ``all`` takes mt_bench, humaneval and gsm8k in turn, ``held_out`` those that nothing is tuned
-    on."""
     max_new_tokens: int = 96
-    """The most tokens of a response."""
+    """The most tokens of a response whose length its prompt's file doesn't give."""
     temperature: float = 0.0
     """0 is greedy."""
     seed: int = 0
@@ -33,17 +32,17 @@ class Record:
     half: bool = False
     """Keep log-probabilities in 16 bits: half the file, near-ties may replay differently."""
     options: Annotated[RecordOptions, tyro.conf.arg(name="")] = field(default_factory=RecordOptions)
+    data: PromptFlags = field(default_factory=PromptOptions)
     engine: EngineOptions = field(default_factory=lambda: EngineConfig(kv_tokens=65_536))
 
     def run(self) -> int:
         from echo_rl.contracts import SamplingParams
         from echo_rl.replay.live import record_prompts
         from echo_rl.utils import terminal
-        from echo_rl.workloads.datasets import load_prompts
 
-        console, prompts = terminal.console(), load_prompts(self.suite, self.prompts, self.seed)
+        console, chosen = terminal.console(), self.data.load(self.seed)
         params = SamplingParams(self.temperature, seed=self.seed, max_new_tokens=self.max_new_tokens)
-        trace = record_prompts(self.engine, prompts, params, self.options, self.out, self.half, console)
+        trace = record_prompts(self.engine, chosen, params, self.options, self.out, self.half, console)
         positions = sum(response.positions for response in trace.responses)
         console.print(f"{len(trace.responses)} responses, {positions} positions: {self.out / 'trace.safetensors'}")
         return 0

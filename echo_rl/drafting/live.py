@@ -64,7 +64,7 @@ class EngineChat:
     def __init__(self, engine: Engine) -> None:
         self._tokenizer, arch = engine.tokenizer, engine.runner.target.arch
         self.end_of_turn = self._last(arch.eos)
-        self.most = min(engine.config.max_context, arch.max_positions)
+        self.most = engine.max_context
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Raises `RequestError` where the chat template refuses the messages."""

@@ -21,9 +21,9 @@ from echo_rl.experiments.run import run_missing
 from echo_rl.experiments.targets.backend import Target
 from echo_rl.utils.machine import machine
 from echo_rl.utils.result_store import ResultStore, write_json
-from echo_rl.workloads.datasets import Prompt
+from echo_rl.workloads.datasets import Prompt, PromptSet
 from echo_rl.workloads.records import RunRecord
-from echo_rl.workloads.requests import BenchEngine, chat_requests
+from echo_rl.workloads.requests import BenchEngine, chat_requests, fitting
 
 WARMUP_REQUESTS = 4
 WARMUP_TOKENS = 8
@@ -69,13 +69,14 @@ def run_bench(
     target = Target("live", engine, (), clock)
     loads = {load.workload: load for load in config.loads}
 
-    def serve(controller: Controller, load: Load, block: int) -> RunRecord:
-        return target.serve(controller, block_requests(engine, prompts, config, load, block), load.concurrency)
+    def serve(controller: Controller, load: Load, block: int, asked: Sequence[Prompt] = prompts) -> RunRecord:
+        return target.serve(controller, block_requests(engine, asked, config, load, block), load.concurrency)
 
     def warm_up(controller: Controller, workload: str) -> Controller:
         load = loads[workload]
         few = min(load.concurrency, WARMUP_REQUESTS)
-        serve(controller, replace(load, requests=few, max_new_tokens=WARMUP_TOKENS), 0)
+        short = [replace(prompt, max_new_tokens=WARMUP_TOKENS) for prompt in prompts]
+        serve(controller, replace(load, requests=few), 0, short)
         return controller
 
     environment = dict(environment or machine())
@@ -97,17 +98,25 @@ def bench_store(out: Path, config: BenchConfig, environment: Mapping[str, str]) 
     return ResultStore.in_folder(out, config, environment, RunRecord, key)
 
 
-def bench_model(engine_config: EngineConfig, config: BenchConfig, out: Path, console: Console) -> dict[str, Any]:
-    """Loads the engine, runs what `out` lacks, writes the JSON and the plots there, prints the table."""
+def bench_model(
+    engine_config: EngineConfig, config: BenchConfig, chosen: PromptSet, out: Path, console: Console
+) -> dict[str, Any]:
+    """Loads the engine, runs what `out` lacks, writes the JSON and the plots there, prints the table.
+
+    Says which of the chosen prompts don't fit the engine's context. Raises `ConfigError` where none does.
+    """
     from echo_rl.controllers import registry
     from echo_rl.experiments.report import plots
     from echo_rl.runtime.environment import load_engine
-    from echo_rl.workloads.datasets import load_prompts
+    from echo_rl.utils import terminal
 
-    prompts = load_prompts(config.suite, seed=config.seed)
     with console.status("loading the model"):
         engine, environment = load_engine(engine_config)
-    result = run_bench(engine, config, prompts, registry.make, out, environment, console)
+    longest = max(load.max_new_tokens for load in config.loads)
+    chosen = fitting(engine, chosen, longest, max(load.requests * load.blocks for load in config.loads))
+    terminal.say(console, chosen.notes)
+    environment = {**environment, **chosen.facts}
+    result = run_bench(engine, config, chosen.prompts, registry.make, out, environment, console)
     console.print(tables.bench(result, console.width))
     paths = [out / "result.json", *plots.draw(result, out)]
     console.print("Written: " + ", ".join(str(path) for path in paths), soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,21 @@ from echo_rl.workloads.datasets import Prompt
 
 
 def run_load(
-    config: LoadConfig, prompts: Sequence[Prompt], out: Path, keys: Keys, console: Console | None = None
+    config: LoadConfig,
+    prompts: Sequence[Prompt],
+    out: Path,
+    keys: Keys,
+    console: Console | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], dict[Run, LoadRecord]]:
-    """Runs what `out` lacks, writes ``out/result.json``; returns its content and all records.
+    """Runs what `out` lacks, writes ``out/result.json``; returns its content and all records. `facts` tell the prompts
+    from others.
 
     A server whose controllers are compared gets back the one that it had. Raises `ConfigError` where a
     server can't be reached or serves no token, or where `out` holds another load test.
     """
     target = HttpTarget(config, prompts, keys)
-    environment = machine(models=", ".join(target.models.values()))
+    environment = machine(models=", ".join(target.models.values())) | dict(facts or {})
     store: ResultStore[Run, LoadRecord] = ResultStore.in_folder(out, config, environment, LoadRecord)
     try:
         done = run_missing(config.runs, store, target.run, console)

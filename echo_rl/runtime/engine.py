@@ -67,7 +67,8 @@ class Engine:
         self._prepared: Prepared | None = None
         self.trace_trees = False
         """True where reports carry the verified trees."""
-        self._max_context = min(config.max_context, target.arch.max_positions)
+        self.max_context = min(config.max_context, target.arch.max_positions)
+        """The most tokens of a prompt together with its answer."""
 
     @classmethod
     def load(cls, config: EngineConfig) -> Engine:
@@ -111,10 +112,10 @@ class Engine:
             raise RequestError("the prompt is empty; give at least one token")
         if not 0 <= min(request.prompt) <= max(request.prompt) < vocab:
             raise RequestError(f"the prompt holds ids outside [0, {vocab}); encode it with this model's tokenizer")
-        if length > self._max_context:
+        if length > self.max_context:
             raise RequestError(
                 f"prompt ({len(request.prompt)}) and max_new_tokens ({request.params.max_new_tokens}) exceed "
-                f"the context of {self._max_context} tokens; shorten one of them or raise max_context"
+                f"the context of {self.max_context} tokens; shorten one of them or raise max_context"
             )
         sequence = Sequence(request, TextStream(self.tokenizer, request.params.stop))
         if self.block_manager.worst_case(sequence) > self.block_manager.total:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -24,6 +24,12 @@ def console(stderr: bool = False) -> Console:
     """A console on standard output or error. In a pipe or a file nothing is wrapped, and tables have all columns."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, width=None if stream.isatty() else BOUNDLESS)
+
+
+def say(console: Console, lines: Iterable[str]) -> None:
+    """Each line as it is: not wrapped, nothing highlighted."""
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def fitted(

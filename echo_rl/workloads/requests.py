@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Protocol
 
 from echo_rl.contracts import Backend, Request, SamplingParams
-from echo_rl.errors import ConfigError
-from echo_rl.workloads.datasets import Message, Prompt
+from echo_rl.errors import ConfigError, RequestError
+from echo_rl.workloads.datasets import Message, Prompt, PromptSet
 
 
 class ChatTokenizer(Protocol):
@@ -22,17 +22,61 @@ class BenchEngine(Backend, Protocol):
     """A serving engine that can turn chat messages into prompt ids."""
 
     @property
+    def max_context(self) -> int:
+        """The most tokens of a prompt together with its answer."""
+        ...
+
+    @property
     def tokenizer(self) -> ChatTokenizer: ...
 
 
 def chat_requests(
     engine: BenchEngine, prompts: Iterable[Prompt], params: Callable[[int], SamplingParams], first: int = 0
 ) -> list[Request]:
-    """One request a prompt, numbered from `first`; `params(n)` are those of request n."""
+    """One request a prompt, numbered from `first`; `params(n)` are those of request n, a prompt's own length aside."""
+
+    def sampled(prompt: Prompt, number: int) -> SamplingParams:
+        chosen = params(number)
+        return replace(chosen, max_new_tokens=prompt.length(chosen.max_new_tokens))
+
     return [
-        Request(f"{prompt.suite}/{prompt.id}#{n}", engine.tokenizer.chat(list(prompt.messages)), params(n))
+        Request(f"{prompt.suite}/{prompt.id}#{n}", engine.tokenizer.chat(list(prompt.messages)), sampled(prompt, n))
         for n, prompt in enumerate(prompts, first)
     ]
+
+
+def fitting(
+    engine: BenchEngine, chosen: PromptSet, max_new_tokens: int, most: int | None = None, spare: int = 0
+) -> PromptSet:
+    """The first `most` prompts that fit the engine's context together with answers of `max_new_tokens` (or of their own
+    lengths) and `spare` tokens more; its notes say what was passed over.
+
+    Raises `ConfigError` where none fits or the engine's chat template refuses all.
+    """
+    kept: list[Prompt] = []
+    long, refused, reason = 0, 0, ""
+    for prompt in chosen.prompts:
+        if len(kept) == most:
+            break
+        try:
+            tokens = len(engine.tokenizer.chat(list(prompt.messages)))
+        except RequestError as error:
+            refused, reason = refused + 1, str(error)
+            continue
+        if tokens + prompt.length(max_new_tokens) + spare > engine.max_context:
+            long += 1
+        else:
+            kept.append(prompt)
+    notes = []
+    if long:
+        notes.append(
+            f"{long} prompts are left out: longer, with their answers, than the context of {engine.max_context} tokens"
+        )
+    if refused:
+        notes.append(f"{refused} prompts are left out: {reason}")
+    if not kept:
+        raise ConfigError(f"no prompt can be served: {'; '.join(notes) or 'there are none'}")
+    return replace(chosen, prompts=kept, notes=(*chosen.notes, *notes))
 
 
 class Rotation:

@@ -26,7 +26,7 @@ def served(monkeypatch, fake_engine, make_controller):
     make = lambda name, **options: make_controller("chain" if name == "eagle3" else name, **options)  # noqa: E731
     monkeypatch.setattr(Engine, "load", classmethod(lambda cls, config: fake_engine))
     monkeypatch.setattr(registry, "make", make)
-    monkeypatch.setattr("echo_rl.workloads.datasets.load_prompts", lambda *args, **more: prompts)
+    monkeypatch.setattr("echo_rl.workloads.datasets.options.load_prompts", lambda *args, **more: prompts)
     monkeypatch.setattr("echo_rl.runtime.models.default_model.fetch_smollm2", lambda progress: progress("cached"))
     monkeypatch.setattr("echo_rl.runtime.models.locate.resolve_drafter", lambda *args: None)
     return fake_engine
@@ -75,7 +75,7 @@ def test_a_usage_error_exits_with_2():
         (["bench", "--slo-ttft", "1"], "both --slo-ttft and --slo-tpot"),
         (["bench", "--arms", "none", "none"], "arms repeat"),
         (["bench", "--concurrency", "0"], "concurrency is 0"),
-        (["record", "--prompts", "0"], "the prompt limit is 0"),
+        (["record", "--limit", "0"], "the prompt limit is 0"),
         (["calibrate", "cost", "--repeats", "0"], "repeats is 0"),
         (["calibrate", "cost", "--rows", "0", "4"], "rows"),
         (["calibrate", "cost", "--depths", "4", "1"], "depths"),
@@ -210,7 +210,7 @@ def tiny_model(monkeypatch, tmp_path):
     from tests import tiny
 
     prompts = [Prompt("gsm8k", str(i), ({"role": "user", "content": f"prompt {i}"},)) for i in range(12)]
-    monkeypatch.setattr("echo_rl.workloads.datasets.load_prompts", lambda *args, **more: prompts)
+    monkeypatch.setattr("echo_rl.workloads.datasets.options.load_prompts", lambda *args, **more: prompts)
     target, drafter = tiny.target_folder(tmp_path / "target"), tiny.drafter_folder(tmp_path / "drafter")
     return ["--model", str(target), "--drafter", str(drafter), "--dtype", "float32", "--kv-tokens", "8192"]
 
@@ -241,7 +241,7 @@ def test_calibrate_cost_writes_a_profile_that_echo_can_use(tiny_model, tmp_path,
 
 
 def test_calibrate_gates_observes_live_steps(tiny_model, tmp_path, capsys):
-    sizes = ["--prompts", "12", "--max-new-tokens", "32", "--least", "1", "--resamples", "20"]
+    sizes = ["--limit", "12", "--max-new-tokens", "32", "--least", "1", "--resamples", "20"]
     out = tmp_path / "made"
     assert main(["calibrate", "gates", "--out", str(out), *sizes, *tiny_model]) == 0
     assert json.loads((out / "gates.json").read_text())["body"]["depths"]
@@ -260,7 +260,7 @@ def test_synthesize_offers_only_what_it_takes(capsys):
         main(["drafter", "synthesize", "--help"])
     shown = capsys.readouterr().out
     assert "--kv-tokens" in shown and "--concurrency" in shown
-    assert not any(option in shown for option in ("--model", "--drafter", "--max-nodes", "--max-expanded", "--step"))
+    assert not any(option in shown for option in ("--drafter", "--max-nodes", "--max-expanded", "--step"))
 
 
 @pytest.mark.parametrize(

@@ -596,7 +596,7 @@ def test_impossible_load_tests_are_refused(changes, message):
 
 
 def test_the_command_shows_a_table_and_draws_plots(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("echo_rl.workloads.datasets.load_prompts", lambda *args, **more: PROMPTS)
+    monkeypatch.setattr("echo_rl.workloads.datasets.options.load_prompts", lambda *args, **more: PROMPTS)
     monkeypatch.setenv("COLUMNS", "200")
     with Running(FakeServer(by_controller)) as server:
         done = command.Load(
@@ -637,7 +637,7 @@ def test_plots_hold_every_arm_and_only_finished_requests(tmp_path):
     ],
 )
 def test_bad_input_is_a_config_error(options, message, monkeypatch, tmp_path):
-    monkeypatch.setattr("echo_rl.workloads.datasets.load_prompts", lambda *args, **more: PROMPTS)
+    monkeypatch.setattr("echo_rl.workloads.datasets.options.load_prompts", lambda *args, **more: PROMPTS)
     with pytest.raises(ConfigError, match=message):
         command.Load(**options, out=tmp_path / "out").run()
     assert not (tmp_path / "out").exists()

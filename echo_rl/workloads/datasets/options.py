@@ -18,16 +18,13 @@ from echo_rl.workloads.datasets.suites import SUITES
 class PromptSet:
     """Prompts in the order in which they are served."""
 
+    suite: str
+    """The name that results show."""
     prompts: list[Prompt]
     notes: tuple[str, ...] = ()
     """What was left out of their files, in words."""
     facts: Mapping[str, str] = field(default_factory=dict)
-    """What tells these prompts from others; empty for a built-in suite, whose name and order say it."""
-
-    @property
-    def suite(self) -> str:
-        """The names of the suites, as results show them."""
-        return "+".join(dict.fromkeys(prompt.suite for prompt in self.prompts))
+    """What tells these prompts from others, beside the suite and the seed."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +65,12 @@ class FileOptions:
             for name, file in files.items()
         }
         mixed = in_turn(shuffled(found, f"{seed}/{name}") for name, found in prompts.items())
-        return PromptSet(mixed[: self.limit], notes(files), self.facts(files))
+        return PromptSet("+".join(files), mixed[: self.limit], notes(files), self.facts(files))
 
     def facts(self, files: Mapping[str, PromptFile]) -> dict[str, str]:
         """What tells the prompts from others: the files by content, and which of their prompts are taken."""
         named = {f"prompts {name}": f"sha256 {file.sha256}" for name, file in files.items()}
-        chosen = {"turns": self.turns, "limit": str(self.limit)} if named else {}
+        chosen = {"turns": self.turns, "limit": str(self.limit)}
         return named | {name: value for name, value in chosen.items() if value not in ("all", "None")}
 
 
@@ -88,7 +85,7 @@ class PromptOptions(FileOptions):
     def load(self, seed: int = 0) -> PromptSet:
         """Raises `ConfigError` (`DatasetError` for a file that can't be read) and `PackageUnavailable`."""
         if not self.prompts:
-            return PromptSet(load_prompts(self.suite, self.limit, seed))
+            return PromptSet(self.suite, load_prompts(self.suite, self.limit, seed), facts=self.facts({}))
         if self.suite != "all":
             raise ConfigError(f"--suite {self.suite} and --prompts are given; give one of them")
         return self.load_files(seed)

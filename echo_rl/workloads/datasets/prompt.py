@@ -20,9 +20,9 @@ class Prompt:
     max_new_tokens: int | None = None
     """The tokens of the answer that the source gives or asks for; None where it tells none."""
 
-    def limit(self, most: int) -> int:
-        """The most tokens of the answer, where at most `most` are asked for."""
-        return most if self.max_new_tokens is None else min(most, self.max_new_tokens)
+    def length(self, most: int) -> int:
+        """The most tokens of the answer: the source's own, else `most`."""
+        return most if self.max_new_tokens is None else self.max_new_tokens
 
 
 def user(content: str) -> tuple[Message, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -97,9 +97,13 @@ class LoadConfig:
     def requests_for(self, prompts: Sequence[Prompt]) -> list[Request]:
         """One a prompt, without tokens: a server makes them. Prompt ids are unique within a suite."""
         return [
-            Request(f"{prompt.suite}/{prompt.id}", (), self.params(number), speculate=self.speculate)
+            Request(f"{prompt.suite}/{prompt.id}", (), self.params_of(prompt, number), speculate=self.speculate)
             for number, prompt in enumerate(prompts)
         ]
+
+    def params_of(self, prompt: Prompt, number: int) -> SamplingParams:
+        """The sampling of a prompt, for as many tokens as its source gives where it gives them."""
+        return replace(self.params(number), max_new_tokens=prompt.length(self.max_tokens))
 
     def workload(self, text: str, prompts: Sequence[Prompt]) -> Workload:
         """Raises `ConfigError` on one that can't be read."""
