@@ -83,8 +83,8 @@ def synthesize_answers(
             "answer; give shorter prompts, or a smaller --answer-tokens or --min-answer"
         )
     asked = sum(_count(each, turns) for each in conversations[: count * config.per_shard])
-    short = f"{asked - written} turns are left out: longer than {chat.most} tokens with their answers, or answered in "
-    notes = (f"{short}fewer than {config.min_answer} tokens",) if asked > written else ()
+    why = f"longer than {chat.most} tokens with their answers, or answered in fewer than {config.min_answer}"
+    notes = (f"turns left out: {asked - written} ({why})",) if asked > written else ()
     return Answers(paths, written, notes)
 
 

@@ -70,12 +70,12 @@ def fitting(
     notes = []
     if long:
         notes.append(
-            f"{long} prompts are left out: longer, with their answers, than the context of {engine.max_context} tokens"
+            f"prompts left out: {long} (longer, with their answers, than the context of {engine.max_context} tokens)"
         )
     if refused:
-        notes.append(f"{refused} prompts are left out: {reason}")
+        notes.append(f"prompts left out: {refused} ({reason})")
     if not kept:
-        raise ConfigError(f"no prompt can be served: {'; '.join(notes) or 'there are none'}")
+        raise ConfigError("; ".join(("no prompt can be served", *notes)))
     return replace(chosen, prompts=kept, notes=(*chosen.notes, *notes))
 
 

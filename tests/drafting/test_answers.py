@@ -88,7 +88,7 @@ def test_an_answer_that_is_cut_off_has_no_end_and_what_does_not_fit_is_counted(t
     done = run(tmp_path, conversations, Echoes(), per_shard=9)
     assert sorted(texts(done.shards)) == [("long>", "LONG."), ("x" * 30 + ">", "X" * 8)]
     (note,) = done.notes
-    assert note.startswith("3 turns are left out: longer than 60 tokens with their answers, or answered in")
+    assert note == "turns left out: 3 (longer than 60 tokens with their answers, or answered in fewer than 2)"
     with pytest.raises(ConfigError, match="no answer of at least 2 tokens was written within 60 tokens"):
         run(tmp_path / "none", [talk("u:y")], Echoes())
 
@@ -119,7 +119,7 @@ def test_the_engine_answers_the_prompts_of_a_file(tmp_path):
     config = SynthesizeConfig(str(tmp_path / "out"), answer_tokens=9, min_answer=1)
     engine = tiny.engine(tmp_path)
     done = answer_on(engine, config, FileOptions((path,)), concurrency=2)
-    assert done.conversations == 3 and done.notes[0].startswith("asked.jsonl: 1 conversations without a turn")
+    assert done.conversations == 3 and done.notes[0].startswith("asked.jsonl: conversations left out: 1")
     (shard,) = map(Conversations.load, done.shards)
     hello = engine.tokenizer.chat([{"role": "user", "content": "hello"}])
     starts = [shard[index][: shard.starts[index]].tolist() for index in range(3)]

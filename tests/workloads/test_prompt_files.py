@@ -102,8 +102,8 @@ def test_turns_that_reply_to_what_nobody_knows_are_left_out_and_counted(tmp_path
     found = FileOptions((path,)).load_files()
     assert [prompt.messages for prompt in found.prompts] == [(said("user", "a"),)]
     assert found.notes == (
-        "turns.jsonl: 2 conversations without a turn of a user are left out",
-        "turns.jsonl: 2 later turns are left out, since the answers before them are not recorded",
+        "turns.jsonl: conversations left out: 2 (no turn of a user)",
+        "turns.jsonl: later turns left out: 2 (the answers before them are not recorded)",
     )
 
 

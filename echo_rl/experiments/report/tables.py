@@ -12,6 +12,7 @@ from echo_rl.experiments.report.html import number, verdict
 from echo_rl.experiments.report.plots_ab import NAMES
 from echo_rl.utils.statistics import Interval
 from echo_rl.utils.terminal import Cell, Row, fitted
+from echo_rl.workloads.datasets import SUITES
 
 Result = Mapping[str, Any]
 MOST_LINES = 8
@@ -20,7 +21,7 @@ MOST_LINES = 8
 
 def bench(result: Result, width: int) -> Table:
     """One row per load and arm, loads in sections."""
-    title = f"Against {result['baseline']}, 95 % intervals over blocks"
+    title = f"{_served(result)}Against {result['baseline']}, 95 % intervals over blocks"
     rows = [((str(cell["concurrency"]), cell["arm"]), _bench_values(cell)) for cell in result["cells"]]
     return fitted(title, ("in flight", "controller"), rows, width, kept=3, sections=True)
 
@@ -74,7 +75,8 @@ def ab(target: Result, a: str, b: str, width: int) -> Table:
 def load(result: Result, width: int) -> Table:
     """One row per workload and arm, workloads in sections."""
     compared = bool(result["overall"])
-    title = f"Against {result['baseline']}, 95 % intervals over blocks" if compared else "95 % intervals over blocks"
+    against = f"Against {result['baseline']}, " if compared else ""
+    title = f"{_served(result)}{against}95 % intervals over blocks"
     rows = [((cell["workload"], cell["arm"]), _load_values(cell, compared)) for cell in result["cells"]]
     return fitted(title, ("workload", "arm"), rows, width, kept=2 + compared, sections=True)
 
@@ -161,6 +163,13 @@ def tuned(found: Result, width: int) -> Table:
         rows.append(((name, options), scores | {"tried": str(row["tried"])}))
     title = "Geometric mean over loads of the speed-up over none"
     return fitted(title, ("controller", "best options"), rows, width, kept=3)
+
+
+def _served(result: Result) -> str:
+    """The start of a title that names the prompts, unless they are those of the usual mix."""
+    suite = result["config"].get("suite", "all")
+    apart = " (held out)" if suite in SUITES and SUITES[suite].held_out else ""
+    return "" if suite == "all" else f"Prompts: {suite}{apart}. "
 
 
 def _interval(interval: Mapping[str, Any], digits: int = 2) -> str:

@@ -64,6 +64,6 @@ def _refusal(path: Path, bad: list[str], rows: int) -> str:
 
 def _notes(path: Path, found: list[Conversation], asking: tuple[Conversation, ...]) -> Iterator[str]:
     if empty := len(found) - len(asking):
-        yield f"{path.name}: {empty} conversations without a turn of a user are left out"
+        yield f"{path.name}: conversations left out: {empty} (no turn of a user)"
     if later := sum(len(each.questions) - 1 for each in asking if each.one_sided):
-        yield f"{path.name}: {later} later turns are left out, since the answers before them are not recorded"
+        yield f"{path.name}: later turns left out: {later} (the answers before them are not recorded)"
