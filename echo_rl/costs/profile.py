@@ -131,7 +131,7 @@ class CostProfile:
         extra = self.spec_overhead + self.node_overhead * nodes if speculative else 0.0
         return self.step_overhead + self.request_overhead * batch + extra
 
-    def knee(self, batch: int, context: float = 0.0, theta: float = BREAK_EVEN_ACCEPTANCE) -> int:
+    def knee(self, batch: int, context: float = 0.0, theta: float = BREAK_EVEN_ACCEPTANCE, beside: float = 0.0) -> int:
         """K_max: the most drafted nodes for which one more costs at most `theta` plainly decoded tokens.
 
         Walks the lower convex hull of the measured knots past the roots, so that one noisy knot
@@ -143,10 +143,13 @@ class CostProfile:
         is left to whoever weighs the whole step. Under ECHO's own model (see `hinge`) with
         ``gamma * batch > theta`` the knee is exactly its K_max; where gamma is smaller the nodes past
         the hinge still pay and the knee lies further out.
+
+        `beside` are the rows that prompts already take in the pass: they use up the idle arithmetic first.
         """
         price = theta * self.ar_seconds(batch, context) / max(1, batch) * (1.0 + 1e-9)
         rows = [r for r in self.rows if r > batch]
-        knots = list(zip(rows, self.verify_each(batch, rows, context), strict=True))
+        seconds = self.verify_each(batch, [r + beside for r in rows], context)
+        knots = list(zip(rows, seconds, strict=True))
         edges = [(high, (dear - cheap) / (high - low)) for (low, cheap), (high, dear) in pairwise(lower_hull(knots))]
         reached = 0
         for corner, slope in edges:
@@ -154,8 +157,8 @@ class CostProfile:
                 break
             reached = corner - batch
         if not reached and knots:
-            least, seconds = knots[0]
-            flat = seconds - self.ar_seconds(batch, context) <= price * (least - batch)
+            least, dearer = knots[0]
+            flat = dearer - self.verify_seconds(batch, batch + beside, context) <= price * (least - batch)
             reached = least - batch if flat else 0
         return reached
 

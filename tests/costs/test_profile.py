@@ -85,6 +85,12 @@ def test_the_knee_is_where_nodes_stop_paying():
     assert PROFILE.knee(16, 100, theta=2.0) == 48
 
 
+def test_prompt_rows_use_up_what_nodes_would_have_for_free():
+    steep = profile_of(verify=surface_of(gamma=0.4))
+    assert [steep.knee(4, 100, theta=0.3, beside=rows) for rows in (0, 4, 12, 500)] == [12, 4, 0, 0]
+    assert [steep.knee(4, 100, theta=2.0, beside=rows) for rows in (0, 12, 500)] == [60, 60, 60], "a node always pays"
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 def test_the_hinge_is_recovered(batch):
     fitted = profile_of(verify=surface_of(k_rows=20, gamma=0.3)).hinge(batch)

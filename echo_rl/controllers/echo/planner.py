@@ -85,8 +85,10 @@ class PricedShapes:
     """The candidates at one context, with what verifying them costs."""
 
     candidates: CandidateShapes
-    plain: float  # seconds of a plain verify pass
-    verify: Floats  # [O] seconds
+    rows: tuple[float, float]  # of a plain pass without the load's prompts, and with them
+    plain: float  # seconds of the former
+    beside: float  # seconds of the latter
+    verify: Floats  # [O] seconds of a pass that verifies beside the prompts
     weights: Floats  # [O, OCTAVES] see `correction.basis`
 
 
@@ -110,9 +112,11 @@ class BudgetPlanner:
     With B requests and E[L] accepted nodes a request, a shape yields ``B * (E[L] + 1)`` tokens in
     T_draft + T_verify + overheads (ECHO's objective). While off, a rare probe keeps the estimate of
     acceptance alive; while on, a rare plain step keeps the price of plain decoding honest. Either costs
-    at most `probe_share` of the time (plus one probe, and the first few checks). A step that also prefills
-    uses the decision of one that does not. Requests that refuse speculation are rows of every pass and gain a token a
-    step whatever is planned: they count on both sides.
+    at most `probe_share` of the time (plus one probe, and the first few checks). In a step that also reads prompts a
+    node costs what it adds to a pass of the roots and the prompts, which have used up the idle arithmetic by then; the
+    prompts' own seconds are spent whatever is planned and count on neither side. Nothing is tried out in such steps,
+    since nothing is learned from their times. Requests that refuse speculation are rows of every pass and gain a token
+    a step whatever is planned: they count on both sides.
     """
 
     def __init__(self, profile: CostProfile, options: PlannerOptions, pooled: bool = True) -> None:
@@ -122,8 +126,8 @@ class BudgetPlanner:
         self._prompts = PromptShare()
         self._probe_budget = ProbeBudget(options.probe_share, options.probe_period)
         self._candidates: dict[tuple[int, int, int], CandidateShapes] = {}
-        self._priced_shapes: dict[tuple[int, int, int, int], PricedShapes] = {}
-        self._decisions: dict[tuple[int, int], Decision] = {}  # by requests that speculate, and that refuse to
+        self._priced_shapes: dict[tuple[int, ...], PricedShapes] = {}
+        self._decisions: dict[tuple[int, int, int], Decision] = {}  # by `_served`
         self._in_use = PLAIN
         self._probing = False  # the step in progress is a probe, of drafting or of plain decoding
         self._unread: list[StepReport] = []  # not yet learned from
@@ -135,11 +139,12 @@ class BudgetPlanner:
     def choose(self, load: LoadView) -> Shape:
         """The shape of the coming step."""
         self._step += 1
-        served = (load.batch_size, load.plain)
+        served = _served(load)
         decision = self._decisions.get(served)
         if decision is None or decision.expires <= self._step:
             decision = self._decisions[served] = self._decide(load)
-        self._in_use = decision.shape
+        if not load.prefill_tokens:
+            self._in_use = decision.shape
         if decision.shape.budget:
             self._probing = self._worth_probing_plain(load, decision)
             return PLAIN if self._probing else decision.shape
@@ -177,12 +182,12 @@ class BudgetPlanner:
 
     def knee(self, load: LoadView) -> int:
         """K_max at this load."""
-        return self._profile.knee(load.decoding, load.mean_context, self._options.theta)
+        return self._profile.knee(load.decoding, load.mean_context, self._options.theta, self._prompt_rows(load))
 
     def _decide(self, load: LoadView) -> Decision:
         self._catch_up()
         priced = self._priced(load)
-        shapes, previous = priced.candidates.shapes, self._decisions.get((load.batch_size, load.plain))
+        shapes, previous = priced.candidates.shapes, self._decisions.get(_served(load))
         stands = min(self._options.period, 2 * previous.stands) if previous is not None else 1
         expires = self._step + stands
         if not shapes:
@@ -196,7 +201,7 @@ class BudgetPlanner:
         in_use = previous.shape if previous is not None else self._in_use
         incumbent = priced.candidates.index.get((in_use.nodes, in_use.depth, in_use.width))
         optimistic = rates
-        if incumbent is not None:  # without optimism a shape that the profile makes too dear would never be tried
+        if incumbent is not None and not load.prefill_tokens:  # else what the profile makes too dear is never tried
             uncertainty = self._corrector.verify.uncertainty(priced.weights, decoding + shapes[incumbent].budget)
             optimistic = tokens / self._seconds(priced, read, factors * np.exp(-OPTIMISM * uncertainty))
         current = float(rates[incumbent]) if incumbent is not None else off
@@ -207,13 +212,16 @@ class BudgetPlanner:
         return Decision(shape, shapes[best], float(seconds[best]) - plain, float(rates[best]) / off, expires, stands)
 
     def _seconds(self, priced: PricedShapes, tokens: Floats, factors: Floats) -> Floats:
-        """[O] a step of each shape, with its share of letting the drafter read the prompts.
+        """[O] a step of each shape without what its prompts add to a plain one, with its share of letting the drafter
+        read prompts.
 
         `tokens` [O] of the requests that speculate, `factors` [O]: what verifying takes over what the profile says.
         """
         corrector = self._corrector
         reading = tokens * self._prompts.ratio * self._profile.catch_up * corrector.draft
-        passes = priced.verify * factors + priced.candidates.draft * corrector.draft
+        prompts = priced.beside * corrector.verify.factor(priced.rows[1])  # with the plain pass
+        prompts -= priced.plain * corrector.verify.factor(priced.rows[0])
+        passes = priced.verify * factors + priced.candidates.draft * corrector.draft - prompts
         return passes + priced.candidates.rest * corrector.rest[True] + reading
 
     def _plain_seconds(self, load: LoadView) -> float:
@@ -245,11 +253,11 @@ class BudgetPlanner:
 
     def _priced(self, load: LoadView) -> PricedShapes:
         """The ladder cut at K_max and at the load's node limit; built once a batch and half octave of context."""
-        key = (load.batch_size, load.plain, half_octave(load.mean_context), load.max_nodes)
+        key = (*_served(load), half_octave(load.mean_context), load.max_nodes)
         if key not in self._priced_shapes:
             if len(self._priced_shapes) >= MOST_CACHED:
                 self._priced_shapes.clear()
-            self._priced_shapes[key] = self._price(load, context_of(key[2]))
+            self._priced_shapes[key] = self._price(load, context_of(key[3]))
         return self._priced_shapes[key]
 
     def _price(self, load: LoadView, context: float) -> PricedShapes:
@@ -260,9 +268,14 @@ class BudgetPlanner:
                 self._candidates.clear()
             self._candidates[key] = self._build_candidates(batch, load.plain, most)
         candidates = self._candidates[key]
-        rows = [decoding, *(decoding + shape.budget for shape in candidates.shapes)]
-        plain, *verify = self._profile.verify_each(decoding, rows, context)
-        return PricedShapes(candidates, plain, np.array(verify), basis(rows[1:]))
+        occupied = decoding + self._prompt_rows(load)
+        rows = [decoding, occupied, *(occupied + shape.budget for shape in candidates.shapes)]
+        plain, beside, *verify = self._profile.verify_each(decoding, rows, context)
+        return PricedShapes(candidates, (decoding, occupied), plain, beside, np.array(verify), basis(rows[2:]))
+
+    def _prompt_rows(self, load: LoadView) -> float:
+        """Verified rows that cost as much as the load's prompt tokens, by the half octave."""
+        return self._profile.prefill_weight * context_of(half_octave(load.prefill_tokens))
 
     def _build_candidates(self, batch: int, refusing: int, most: int) -> CandidateShapes:
         profile, budgets = self._profile, dict[int, float]()
@@ -280,3 +293,8 @@ class BudgetPlanner:
             np.array([profile.overhead_seconds(batch + refusing, s.budget, True) for s in shapes]),
             self._acceptance.yields([(s.nodes, s.depth, s.width) for s in shapes], batch) if shapes else np.empty(0),
         )
+
+
+def _served(load: LoadView) -> tuple[int, int, int]:
+    """Requests that speculate, that refuse to, and half octaves of the prompt tokens beside them."""
+    return load.batch_size, load.plain, half_octave(load.prefill_tokens)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +73,8 @@ class Ppo(CalibratedSelection):
     """A learned policy over ECHO's gates and scheduler. It decides anew every `Policy.repeat` decoding steps.
 
     In between, a rare plain step shows what plain decoding costs by now: a policy that keeps to one size would
-    never learn where the cost profile is wrong.
+    never learn where the cost profile is wrong. A step that also reads prompts never gets more than its K_max
+    (`CostProfile.knee`): nodes past it would delay first tokens and gain nothing.
 
     Where it can't (it raises, or its numbers are not finite) ECHO decides in its stead: counted in
     `fallbacks`, logged the first time. From then on ECHO's planner follows every step, which a sound
@@ -118,7 +119,7 @@ class Ppo(CalibratedSelection):
             if len(self._plans) >= MOST_PLANS:  # actions that are drawn are ever new
                 self._plans.clear()
             self._plans[key] = self.policy.table.plan(self._action, load, self._gates)
-        return self._plans[key]
+        return self._beside_prompts(self._plans[key], load) if load.prefill_tokens else self._plans[key]
 
     def observe(self, report: StepReport) -> None:
         self._plain_probe.observe(report, self._probing)
@@ -128,6 +129,12 @@ class Ppo(CalibratedSelection):
             self._catch_up()
         if self.fallbacks:
             self.echo.observe(report)
+
+    def _beside_prompts(self, plan: SpecPlan, load: LoadView) -> SpecPlan:
+        most = self.echo.planner.knee(load)
+        if plan.budget <= most:
+            return plan
+        return replace(plan, budget=most) if most else AUTOREGRESSIVE
 
     def _decide(self, load: LoadView) -> Action | None:
         try:

@@ -49,6 +49,18 @@ def test_the_budget_stays_under_the_knee(make_profile, make_world, run):
         assert max(budgets) <= profile.knee(batch) == 16 - batch
 
 
+def test_nodes_beside_prompts_are_priced_past_the_prompts_rows(make_profile, make_world, make_load):
+    """Alone, twelve requests have four rows to spare; a step that also reads a prompt has none."""
+    profile = make_profile(per_row=1e-3, level=0.5e-3)
+    world, echo = make_world(profile, hit=0.9), make("echo", profile=profile)
+    loads = [make_load(12), replace(make_load(12), prefill_tokens=64)] * 60
+    reports = [world.step(echo, load) for load in loads][20:]
+    assert not any(report.plan.speculates for report in reports if report.load.prefill_tokens)
+    assert sum(report.plan.budget == 3 for report in reports if not report.load.prefill_tokens) >= 45
+    few = [world.step(echo, replace(make_load(1), prefill_tokens=64)) for _ in range(40)]
+    assert sum(report.plan.speculates for report in few) >= 35, "a token of one request is worth more than its rows"
+
+
 @pytest.mark.parametrize(("free_rows", "per_row", "share"), [(16, 0.5e-3, 0.97), (48, 0.2e-3, 0.84)])
 def test_a_profile_of_another_machine_is_corrected_while_serving(
     make_profile, make_world, run, free_rows, per_row, share

@@ -64,6 +64,14 @@ def change_manifest(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def test_beside_prompts_it_is_held_to_what_still_pays(serve):
+    ppo = serve(constant_policy((3, 2, 0, 0, 0)))  # a node a request
+    reading = LoadView(16, 64, 0, 128.0, 0.1, 64)
+    assert ppo.plan(replace(reading, prefill_tokens=0)).budget == 16
+    assert ppo.plan(reading) == AUTOREGRESSIVE
+    assert ppo.plan(replace(reading, batch_size=2)).budget == 2
+
+
 # --- the folder
 
 
