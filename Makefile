@@ -53,6 +53,7 @@ bench: setup ## every number of the documentation (hours; resumable)
 	$(BIN)/echo-rl ab --a echo --b ppo --on live --workloads closed:1 closed:4 closed:16 bursty:0.5,6,5,5 shift:6,6 \
 		--blocks 8 --seconds 12 --trace benchmarks/results/work/trace/trace.safetensors --out benchmarks/results/work/ab
 	cp benchmarks/results/work/ab/ab.json benchmarks/results/ab_live.json
+	$(BIN)/python -m benchmarks.research.first_token
 	$(BIN)/python -m benchmarks.research.roofline
 	$(BIN)/python -m benchmarks.kernels.cost
 	$(BIN)/python -m benchmarks.server.identity

@@ -30,11 +30,12 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "server": ("server", serving.server),
     "server_identity": ("server_identity", serving.server_identity),
     "server_overhead": ("server_overhead", serving.server_overhead),
+    "first_token": ("first_token", serving.first_token),
     "soak": ("soak", serving.soak),
     "modelled": ("roofline", modelled.modelled),
     "modelled_break_even": ("roofline", modelled.modelled_break_even),
 }
 """Name -> the result it is made of, and how."""
 
-WITHOUT_DRAFTER = ("plain_decoding", "env_rate")
+WITHOUT_DRAFTER = ("plain_decoding", "env_rate", "first_token")
 """Results that no drafter takes part in, or that are of the packaged trace."""

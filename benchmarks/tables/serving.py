@@ -26,6 +26,22 @@ def server(result: Result) -> str:
     return table(heads, rows) + machine(result["environment"])
 
 
+def first_token(result: Result) -> str:
+    """What first tokens wait for, in milliseconds: the 95th percentile, split over the requests near it."""
+    rows = []
+    for cell in result["cells"]:
+        ttft = cell["ttft"]["all"]
+        near = ttft["p95"]
+        length = f"{near['steps']:.1f} × {1e3 * near['ttft'] / near['steps']:.0f}"
+        seconds = (near["begun"], near["admission"] + near["queue"], near["reading"])
+        waits = [f"{1e3 * part:.0f}" for part in seconds]
+        quantiles = [f"{1e3 * each['quantile']:.0f}" for each in (ttft["p50"], near, cell["ttft"]["steady"]["p95"])]
+        rates = [f"{cell['tokens_per_second']:.0f}", f"{1e3 * cell['tpot']:.0f}"]
+        rows.append([cell["load"], f"`{cell['arm']}`", *rates, *quantiles, length, *waits])
+    heads = ["load", "controller", "tokens/s", "per token", "first token", "p95", "p95 later", "steps × length"]
+    return table([*heads, "step under way", "queue", "own prompt"], rows)
+
+
 def server_identity(result: Result) -> str:
     """Answers through HTTP against the engine's own."""
     rows = [

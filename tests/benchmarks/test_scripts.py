@@ -27,7 +27,7 @@ COMMITTED = render.HERE / "results"
 PAGES = "".join(page.read_text() for page in render.PAGES)
 LIVE = (throughput, acceptance, losslessness, plain_decoding)
 REPLAYED = (policies, ceiling, rivals, fidelity)
-TESTED_ELSEWHERE = {"ab_live", "roofline", "server", "server_identity", "server_overhead", "soak"}
+TESTED_ELSEWHERE = {"ab_live", "first_token", "roofline", "server", "server_identity", "server_overhead", "soak"}
 """Results of `echo-rl ab`, and of scripts that have tests of their own."""
 
 
