@@ -207,23 +207,28 @@ class Ops:
         return self._impl.gumbel(seeds, positions, vocab, torch.device(device))
 
     def pack_weight(self, weight: Tensor) -> Tensor | None:
-        """weight [N, K] laid out for `linear`: panels [N / 32, K / 2, 32, 2], element [p, k, c, h] being
-        weight[32 p + c, 2 k + h]. None where torch's own product is the better one: on other
-        devices, dtypes and processors (it takes AVX512-BF16, without AMX), N no multiple of 32, odd K.
+        """weight [N, K] laid out for `linear`: panels [N / 32, K / U, 32, U], element [p, k, c, h] being
+        weight[32 p + c, U k + h].
+
+        U is 2 and the panels are bfloat16 where that holds every weight exactly (float32 weights included: half the
+        bytes to read, the same numbers), else U is 1 and the panels are float32. None where torch's own product is
+        the better one or the only one: on other devices, N no multiple of 32, bfloat16 with odd K, and bfloat16 on
+        processors with AMX.
         """
         need_float("weight", weight, self._dtypes)
         need_matrix("weight", weight)
         return self._impl.pack_weight(weight)
 
     def linear(self, x: Tensor, panels: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [R, K] bfloat16 times a packed matrix, plus bias [N] -> [R, N].
+        """x [R, K] times a packed matrix, plus bias [N] -> [R, N] in x.dtype; the panels are bfloat16 or of x.dtype.
 
         Sums are float32 and rounded once. A row's result does not depend on the other rows.
         """
         need_float("x", x, self._dtypes)
         need_matrix("x", x)
-        need_dtype("panels", panels, x.dtype)
-        _need_panels(panels, x, 2, "pack_weight")
+        if panels.dtype is not torch.bfloat16:
+            need_dtype("panels", panels, x.dtype)
+        _need_panels(panels, x, 2 if panels.dtype is torch.bfloat16 else 1, "pack_weight")
         if bias is not None:
             _need_weight("bias", bias, 32 * panels.shape[0], x)
         return self._impl.linear(x, panels, bias)

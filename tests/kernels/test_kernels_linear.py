@@ -1,4 +1,4 @@
-"""Products with a packed matrix: torch's numbers, and rows that do not know each other; in bf16 and in eight bits."""
+"""Products with a packed matrix: torch's numbers, and rows that do not know each other, in every element type."""
 
 from __future__ import annotations
 
@@ -8,12 +8,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
-@pytest.fixture(scope="module")
-def packs(cpp):
-    """The C++ backend, on processors whose instructions it needs."""
-    if cpp.pack_weight(torch.zeros(32, 2, dtype=torch.bfloat16)) is None:
-        pytest.skip("this processor has no AVX512-BF16 (or has AMX): torch's products are used")
-    return cpp
+class Packs:
+    """The C++ backend with weights of one kind: those that bfloat16 holds exactly, or not."""
+
+    def __init__(self, cpp, dtype: torch.dtype, exact: bool) -> None:
+        self.cpp, self.dtype, self.exact = cpp, dtype, exact
+        self.linear = cpp.linear
+
+    def rows(self, *shape: int, seed: int = 0) -> torch.Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
+
+    def weight(self, *shape: int, seed: int = 0) -> torch.Tensor:
+        weight = self.rows(*shape, seed=seed)
+        return weight.bfloat16().to(self.dtype) if self.exact else weight
+
+    def packed(self, *shape: int, seed: int = 0) -> torch.Tensor:
+        panels = self.cpp.pack_weight(self.weight(*shape, seed=seed))
+        if panels is None:
+            pytest.skip("this processor has AMX: oneDNN's products of bf16 are used")
+        return panels
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(torch.bfloat16, True), (torch.float32, True), (torch.float32, False)],
+    ids=["bf16", "float32-pairs", "float32"],
+)
+def packs(cpp, request):
+    return Packs(cpp, *request.param)
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +51,12 @@ def matrix(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_panels_hold_what_the_layout_says(packs):
-    weight = matrix(96, 10)
-    panels = packs.pack_weight(weight)
-    assert panels.shape == (3, 5, 32, 2)
-    for p, k, c, h in ((0, 0, 0, 0), (1, 4, 31, 1), (2, 3, 7, 0)):
-        assert panels[p, k, c, h] == weight[32 * p + c, 2 * k + h]
+    weight, panels = packs.weight(96, 10), packs.packed(96, 10)
+    unit = 2 if packs.exact else 1
+    assert panels.shape == (3, 10 // unit, 32, unit)
+    assert panels.dtype == (torch.bfloat16 if packs.exact else torch.float32)
+    for p, column, k in ((0, 0, 0), (1, 31, 9), (2, 7, 4)):
+        assert panels[p, k // unit, column, k % unit] == weight[32 * p + column, k]
 
 
 @settings(max_examples=60)
@@ -42,29 +65,27 @@ def test_panels_hold_what_the_layout_says(packs):
     width=st.integers(1, 5),
     depth=st.integers(1, 40),
     biased=st.booleans(),
-    seed=st.integers(0),
+    seed=st.integers(0, 999),
 )
 def test_equals_the_reference(packs, reference, rows, width, depth, biased, seed):
-    x, panels = (
-        matrix(rows, 2 * depth, seed=seed % 1000),
-        packs.pack_weight(matrix(32 * width, 2 * depth, seed=seed % 999)),
-    )
-    bias = matrix(32 * width) if biased else None
+    x, panels = packs.rows(rows, 2 * depth, seed=seed), packs.packed(32 * width, 2 * depth, seed=seed + 1)
+    bias = packs.rows(32 * width) if biased else None
     found, expected = packs.linear(x, panels, bias), reference.linear(x, panels, bias)
-    assert found.shape == (rows, 32 * width) and found.dtype == torch.bfloat16
+    assert found.shape == (rows, 32 * width) and found.dtype == packs.dtype
     # bf16 rounds to 2^-9; sums that cancel keep the absolute error of their terms
-    torch.testing.assert_close(found, expected, rtol=2**-7, atol=2e-5 * depth)
+    rtol, atol = (2**-7, 2e-5) if packs.dtype is torch.bfloat16 else (1e-5, 1e-6)
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol * depth)
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(packs):
-    panels, x = packs.pack_weight(matrix(576, 1536)), matrix(61, 1536, seed=1)
+    panels, x = packs.packed(576, 1536), packs.rows(61, 1536, seed=1)
     whole = packs.linear(x, panels)
     for begin, end in ((0, 1), (3, 5), (7, 14), (0, 15), (11, 45), (60, 61)):
         assert torch.equal(packs.linear(x[begin:end].contiguous(), panels), whole[begin:end])
 
 
 def test_the_number_of_threads_changes_nothing(packs):
-    panels, x = packs.pack_weight(matrix(32 * 7, 64)), matrix(9, 64, seed=1)
+    panels, x = packs.packed(32 * 7, 64), packs.rows(9, 64, seed=1)
     threads = torch.get_num_threads()
     found = []
     for count in (1, 2, 3):
@@ -75,14 +96,21 @@ def test_the_number_of_threads_changes_nothing(packs):
 
 
 def test_nan_and_infinity_stay_in_their_row(packs):
-    panels, x = packs.pack_weight(matrix(64, 8)), matrix(3, 8)
+    panels, x = packs.packed(64, 8), packs.rows(3, 8)
     x[1, 5] = float("nan")
     out = packs.linear(x, panels)
     assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
 
 
+def test_float32_weights_that_bf16_holds_give_the_same_bits_in_half_the_memory(cpp):
+    weight, x = matrix(64, 96).float(), torch.randn(5, 96)
+    pairs, singles = cpp.pack_weight(weight), weight.view(2, 32, 96).transpose(1, 2).unsqueeze(3).contiguous()
+    assert pairs.nbytes * 2 == singles.nbytes
+    assert torch.equal(cpp.linear(x, pairs), cpp.linear(x, singles))
+
+
 def test_matrices_it_does_not_suit_are_left_to_torch(ops):
-    assert ops.pack_weight(torch.zeros(32, 4)) is None
+    assert ops.pack_weight(torch.zeros(33, 4)) is None
     assert ops.pack_weight(torch.zeros(33, 4, dtype=torch.bfloat16)) is None
     assert ops.pack_weight(torch.zeros(32, 5, dtype=torch.bfloat16)) is None
 
@@ -95,6 +123,8 @@ def test_bad_arguments_are_refused(ops):
         ops.linear(x, panels[0])
     with pytest.raises(TypeError, match="panels"):
         ops.linear(x, panels.float())
+    with pytest.raises(ValueError, match="what `pack_weight` returned"):
+        ops.linear(x.float(), panels.float())
     with pytest.raises(ValueError, match="bias"):
         ops.linear(x, panels, torch.zeros(63, dtype=torch.bfloat16))
 

@@ -1,8 +1,8 @@
 """Lays a weight matrix out once for its device's products.
 
 Reading the weights is what a pass of few rows spends its time on, and the layout decides how fast they
-stream. On a CPU in bf16 that is the kernels' panels, else oneDNN's blocks, whichever suits the processor;
-half as many bytes where the caller can bear weights of eight bits.
+stream. On a CPU that is the kernels' panels, or oneDNN's blocks for bf16 on processors with AMX; half as
+many bytes where the caller can bear weights of eight bits.
 """
 
 from __future__ import annotations

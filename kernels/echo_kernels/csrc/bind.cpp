@@ -11,14 +11,11 @@
 namespace py = pybind11;
 using at::Tensor;
 
-void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-  if (n <= grain)
-    body(0, n);
-  else
-    at::parallel_for(0, n, grain, body);
+namespace {
+thread_local int own_threads = 0;  // of this thread's calls; 0: as many as torch's
 }
 
-int thread_count() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+int thread_count() { return at::in_parallel_region() ? 1 : own_threads ? own_threads : at::get_num_threads(); }
 
 namespace {
 
@@ -142,23 +139,36 @@ py::tuple top_tokens_py(const Tensor& logits, int64_t k) {
 // None where torch's product is to be used.
 std::optional<Tensor> pack_weight_py(const Tensor& weight) {
   const int64_t width = weight.size(0), depth = weight.size(1);
-  if (!has_linear() || weight.scalar_type() != at::kBFloat16 || !width || width % PANEL || !depth || depth % 2) return {};
-  Tensor panels = at::empty({width / PANEL, depth / 2, PANEL, 2}, weight.options());
-  pack_panels(data<bf16>(weight), data<bf16>(panels), width, depth);
+  const bool narrow = weight.scalar_type() == at::kBFloat16;
+  if (!width || width % PANEL || !depth || (narrow && (depth % 2 || HAS_BF16_TILES))) return {};
+  const bool pairs = narrow || (depth % 2 == 0 && fits_bf16(data<float>(weight), width * depth));
+  const int64_t unit = pairs ? 2 : 1;
+  Tensor panels = at::empty({width / PANEL, depth / unit, PANEL, unit},
+                            weight.options().dtype(pairs ? at::kBFloat16 : at::kFloat));
+  if (narrow)
+    pack_panels(data<bf16>(weight), data<bf16>(panels), width, depth);
+  else if (pairs)
+    pack_panels(data<float>(weight), data<bf16>(panels), width, depth);
+  else
+    pack_panels(data<float>(weight), data<float>(panels), width, depth);
   return panels;
 }
 
 Tensor linear_py(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias) {
   py::gil_scoped_release unlocked;
   Tensor out = at::empty({x.size(0), panels.size(0) * PANEL}, x.options());
-  linear({data<bf16>(x), data<bf16>(panels), data<bf16>(bias), data<bf16>(out), x.size(0), out.size(1), x.size(1)});
+  by_dtype(x, [&](auto e) {
+    using T = decltype(e);
+    linear(LinearArgs<T>{data<T>(x), panels.data_ptr(), panels.scalar_type() == at::kBFloat16, data<T>(bias),
+                         data<T>(out), x.size(0), out.size(1), x.size(1)});
+  });
   return out;
 }
 
 // (panels, scales), or None where a wider product is to be used.
 py::object pack_int8_py(const Tensor& weight) {
   const int64_t width = weight.size(0), depth = weight.size(1);
-  if (!has_linear_int8() || weight.scalar_type() != at::kBFloat16 || !width || width % PANEL || !depth || depth % 16)
+  if (!HAS_INT8_PRODUCT || weight.scalar_type() != at::kBFloat16 || !width || width % PANEL || !depth || depth % 16)
     return py::none();
   Tensor panels = at::empty({width / PANEL, depth / 4, PANEL, 4}, weight.options().dtype(at::kByte));
   Tensor scales = at::empty({width}, weight.options().dtype(at::kFloat));
@@ -190,5 +200,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("linear", &linear_py);
   m.def("pack_int8", &pack_int8_py);
   m.def("linear_int8", &linear_int8_py);
+  m.def("set_threads", [](int threads) { own_threads = threads; });
+  m.def("threads", [] { return own_threads; });
+  m.def("pool_threads", &pool_threads);
+  m.attr("multiplies") = !HAS_BF16_TILES;
+  m.def("pool_times", [] {
+    const PoolTimes times = pool_times();
+    return py::make_tuple(times.calls, times.working, times.waiting);
+  });
   m.attr("lanes") = LANES;
 }

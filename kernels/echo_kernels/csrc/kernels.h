@@ -5,12 +5,22 @@
 
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 #include "vec.h"
 
-// Runs body(begin, end) over [0, n) in pieces of at least `grain`; serial when n <= grain.
+// Runs body(begin, end) over [0, n) in pieces of at least `grain`; serial when n <= grain. See pool.cpp.
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
-int thread_count();
+int thread_count();  // that a call may use, its own among them
+
+// What parallel_for has met since the process began, in nanoseconds.
+struct PoolTimes {
+  int64_t calls;    // that more than one thread was offered
+  int64_t working;  // the callers' time in them
+  int64_t waiting;  // of that, for pieces that other threads had begun
+};
+PoolTimes pool_times();
+std::vector<int64_t> pool_threads();  // the system's numbers of the threads made so far, the callers not among them
 
 // residual may be null; otherwise residual += x first and the norm is taken of it. x, out [n, width].
 template <class T>
@@ -66,19 +76,42 @@ void best_token(const T* logits, const int64_t* rows, int64_t* tokens, float* be
 template <class T>
 void top_tokens(const T* logits, float* log_probs, int64_t* tokens, int64_t n, int64_t vocab, int64_t k);
 
-// A bf16 matrix [width, depth] as linear reads it: panels [width / PANEL, depth / 2, PANEL, 2]; width a multiple
-// of PANEL, depth even. One buffer; what is fetched past its end is never read.
+// A matrix [width, depth] as linear reads it: panels [width / PANEL, depth / unit, PANEL, unit] of units of four bytes,
+// two bf16 (`pairs`; depth even) or one float; width a multiple of PANEL. One buffer; what is fetched past its end is
+// never read. Sums are float32 and rounded once.
 constexpr int64_t PANEL = 32;
+template <class T>
 struct LinearArgs {
-  const bf16* x;       // [n, depth]
-  const bf16* panels;
-  const bf16* bias;    // [width] or null
-  bf16* out;           // [n, width]
+  const T* x;          // [n, depth]
+  const void* panels;
+  bool pairs;          // always, where T is bf16
+  const T* bias;       // [width] or null
+  T* out;              // [n, width]
   int64_t n, width, depth;
 };
-bool has_linear();  // whether this processor has the instructions
-void linear(const LinearArgs& a);
+template <class T>
+void linear(const LinearArgs<T>& a);
+bool fits_bf16(const float* weight, int64_t count);  // whether a bf16 holds every number exactly
 void pack_panels(const bf16* weight, bf16* panels, int64_t width, int64_t depth);
+void pack_panels(const float* weight, bf16* panels, int64_t width, int64_t depth);
+void pack_panels(const float* weight, float* panels, int64_t width, int64_t depth);
+
+// Which products the processor has instructions for.
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#define HAS_BF16_PRODUCT 1
+#else
+#define HAS_BF16_PRODUCT 0
+#endif
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define HAS_INT8_PRODUCT 1
+#else
+#define HAS_INT8_PRODUCT 0
+#endif
+#if defined(__AMX_BF16__)  // oneDNN's products of bf16 are the faster ones
+#define HAS_BF16_TILES 1
+#else
+#define HAS_BF16_TILES 0
+#endif
 
 // The same with weights of eight bits: panels [width / PANEL, depth / 4, PANEL, 4] of whole numbers from -127 to 127,
 // shifted to be positive; `scales` is what 1 stands for in each column. The rows of x are rounded likewise, each to
@@ -91,6 +124,5 @@ struct Int8Args {
   bf16* out;              // [n, width]
   int64_t n, width, depth;
 };
-bool has_linear_int8();
 void linear_int8(const Int8Args& a);
 void pack_int8_panels(const bf16* weight, uint8_t* panels, float* scales, int64_t width, int64_t depth);

@@ -26,7 +26,8 @@ typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
 typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
 typedef uint8_t vb __attribute__((vector_size(LANES)));
 
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+#define INLINE static INLINE_MEMBER
 
 template <class V, class T>
 INLINE V load_raw(const T* p) {

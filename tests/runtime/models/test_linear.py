@@ -20,9 +20,8 @@ def test_equals_the_plain_product(dtype: torch.dtype, rows: int, biased: bool) -
     assert linear.in_features == 64
     found, expected = linear(x), F.linear(x, weight, bias)
     assert found.dtype == dtype and found.shape == (rows, 96)
-    torch.testing.assert_close(
-        found, expected, rtol=0.02 if dtype == torch.bfloat16 else 0, atol=0.02 if dtype == torch.bfloat16 else 0
-    )
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def bits(linear: Linear) -> int:
@@ -37,7 +36,7 @@ def test_eight_bits_are_near_the_plain_product_and_only_where_they_may_be() -> N
     torch.testing.assert_close(linear(x), F.linear(x, weight), rtol=0.05, atol=0.4)
     assert bits(linear) in (8, 16)
     assert bits(Linear(weight)) == bits(Linear(weight, bias, int8=True)) == 16
-    assert bits(Linear(weight.float(), int8=True)) == 32
+    assert bits(Linear(torch.randn(96, 64), int8=True)) == 32
 
 
 @pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])

@@ -22,6 +22,7 @@ from echo_kernels.device_ops import DTYPES, DeviceOps
 from echo_kernels.ops import Ops
 from echo_rl.config import EngineConfig
 from echo_rl.runtime import kv_cache
+from echo_rl.runtime.models.linear import Linear
 from echo_rl.runtime.step.device import inputs
 from echo_rl.runtime.step.device import step as step_module
 from echo_rl.runtime.step.device.buckets import Bucket
@@ -97,6 +98,11 @@ def on_cuda(value, mode: FakeTensorMode):
     if isinstance(value, torch.Tensor):
         with mode:
             return torch.empty(value.shape, dtype=value.dtype, device=DEVICE)
+    if isinstance(value, Linear):  # laid out anew: the CPU's products are not a GPU's
+        weight, bias = value._operands
+        rows = weight.shape[0] * (weight.shape[2] if weight.dim() == 4 else 1)
+        with mode:
+            return Linear(torch.empty(rows, value.in_features, dtype=value._dtype, device=DEVICE), on_cuda(bias, mode))
     if isinstance(value, (list, tuple)):
         return type(value)(on_cuda(v, mode) for v in value)
     if is_dataclass(value) and not isinstance(value, type):
