@@ -344,6 +344,9 @@ class StepReport:
     """The drafter's probability of its likeliest first token, one a decoding request; empty in a plain step."""
     trees: tuple[RequestTree, ...] = ()
     """The nodes that were verified for each of the B requests, where the backend was asked to show them."""
+    contended: bool = field(default=False, compare=False)
+    """True while other processes keep the serving threads from their processors: its times are not those of an idle
+    machine."""
 
 
 @runtime_checkable

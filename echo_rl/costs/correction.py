@@ -7,6 +7,7 @@ almost what it predicts. So the verify pass is corrected by a curve over its row
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -106,36 +107,69 @@ def _between(values: Floats, low: int, share: float) -> Any:
     return (1.0 - share) * values[low] + share * values[low + 1]
 
 
+class Ratios:
+    """Measured over predicted seconds, phase by phase."""
+
+    def __init__(self) -> None:
+        self.verify = CorrectionCurve()
+        self.draft = 1.0
+        self.rest = {False: 1.0, True: 1.0}
+        """Outside the passes, of plain and of speculative steps."""
+
+
 class CostCorrector:
     """Running ratios of measured to predicted seconds, one a phase. Steps that also prefill are left out.
 
     Verify passes are timed in speculative and plain steps alike, with the rows of requests that refuse speculation.
     Drafting right after plain steps or prompts has a backlog to work off and is not counted. Drafting that gates stop
     early is held against the plan's whole depth: it counts as cheaper drafting, so that the ratio prices the gates in.
+
+    Beside a busy neighbour steps take longer, large passes more than small ones. So contended steps have ratios of
+    their own, which start from the others': what was learnt of the idle machine holds again as soon as it is idle.
     """
 
     def __init__(self, profile: CostProfile) -> None:
         self._profile = profile
         self._behind = False  # the drafter has tokens to catch up on
-        self.verify = CorrectionCurve()
-        self.draft = 1.0
-        self.rest = {False: 1.0, True: 1.0}
+        self._idle = self._ratios = Ratios()
+        self._contended: Ratios | None = None
+
+    @property
+    def verify(self) -> CorrectionCurve:
+        return self._ratios.verify
+
+    @property
+    def draft(self) -> float:
+        return self._ratios.draft
+
+    @property
+    def rest(self) -> dict[bool, float]:
         """Measured over predicted seconds outside the passes, of plain and of speculative steps."""
+        return self._ratios.rest
 
     def observe(self, report: StepReport) -> None:
         load, plan, times, profile = report.load, report.plan, report.times, self._profile
+        ratios = self._ratios = self._ratios_of(report.contended)
         behind, self._behind = self._behind, not plan.speculates or load.prefill_tokens > 0
         if load.prefill_tokens or not load.batch_size:
             return
         rows = load.decoding + report.verified
-        self.verify.follow(rows, times.verify / profile.verify_seconds(load.decoding, rows, load.mean_context))
+        ratios.verify.follow(rows, times.verify / profile.verify_seconds(load.decoding, rows, load.mean_context))
         usual = profile.overhead_seconds(load.decoding, report.verified, plan.speculates)
         if usual > 0.0:
             rest = times.total - times.verify - times.draft
-            self.rest[plan.speculates] = _follow(self.rest[plan.speculates], rest / usual)
+            ratios.rest[plan.speculates] = _follow(ratios.rest[plan.speculates], rest / usual)
         if plan.speculates and not behind:
             drafted = profile.draft_seconds(load.batch_size, plan.width, plan.max_depth)
-            self.draft = _follow(self.draft, times.draft / drafted)
+            ratios.draft = _follow(ratios.draft, times.draft / drafted)
+
+    def _ratios_of(self, contended: bool) -> Ratios:
+        """Those that a step's times belong to."""
+        if not contended:
+            return self._idle
+        if self._contended is None:
+            self._contended = copy.deepcopy(self._idle)
+        return self._contended
 
 
 def _follow(average: float, ratio: float) -> float:

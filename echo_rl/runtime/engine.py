@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from echo_kernels import backend, ops_for
+from echo_kernels.threads import kernel_threads
 from echo_rl.config import EngineConfig
 from echo_rl.contracts import (
     AUTOREGRESSIVE,
@@ -22,6 +23,7 @@ from echo_rl.contracts import (
 )
 from echo_rl.errors import ConfigError, PlanViolation, RequestError
 from echo_rl.runtime.block_manager import BlockManager
+from echo_rl.runtime.contention import Contention, RunDelays
 from echo_rl.runtime.device import resolve
 from echo_rl.runtime.drafters.eagle3 import Drafter
 from echo_rl.runtime.models.locate import pinned, resolve_drafter, resolve_model
@@ -62,6 +64,7 @@ class Engine:
         device = self.runner.device
         if config.step == "device" or (config.step == "auto" and device.type == "cuda" and backend(device) == "triton"):
             self.serving = DeviceStep(self.runner, config, self.serving)
+        self._contention = Contention(RunDelays(device))
         self._sequences: dict[str, Sequence] = {}
         self._arrived: list[str] = []  # request ids since the last step
         self._prepared: Prepared | None = None
@@ -152,12 +155,13 @@ class Engine:
         clock.resume()
         plan = plan if batch.drafting else AUTOREGRESSIVE
         self._reserve(batch, plan)
-        result = _redrawn(batch, self.serving.run(batch, plan, controller, clock))
+        with kernel_threads(self.runner.device):
+            result = _redrawn(batch, self.serving.run(batch, plan, controller, clock))
         del self._arrived[: load.arrived]  # those behind came after `prepare`
         outputs = self._commit(batch, result.verdict)
         clock.lap("commit")
         trees = verified_trees(batch, result) if self.trace_trees else ()
-        report = report_of(load, plan, result, outputs, clock.times(), trees)
+        report = report_of(load, plan, result, outputs, clock.times(), self._contention(), trees)
         controller.observe(report)
         return report
 

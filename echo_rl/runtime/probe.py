@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
+from echo_kernels.threads import kernel_threads
 from echo_rl.contracts import Request, SamplingParams, Selection, SpecPlan
 from echo_rl.errors import ConfigError
 from echo_rl.runtime.engine import Engine
@@ -36,18 +37,21 @@ class Probe:
         with self._sequences(batch, context, int(nodes.max()) + 1) as sequences:
             runner, work = self._engine.runner, Batch(sequences, (), ())
             layout = runner.layout(sequences)
-            begin = time.perf_counter()
-            runner.verify(work, selection, layout)
-            return self._since(begin)
+            with kernel_threads(runner.device):
+                begin = time.perf_counter()
+                runner.verify(work, selection, layout)
+                return self._since(begin)
 
     def draft(self, batch: int, width: int, depth: int, context: int) -> float:
         """Seconds of catching up with two committed tokens a request and growing a tree without gates."""
         plan = SpecPlan(budget=batch * width, max_depth=depth, width=width)
         with self._sequences(batch, context, width * depth + 1) as sequences:
-            layout = self._engine.runner.layout(sequences)
-            begin = time.perf_counter()
-            self._engine.runner.draft(sequences, layout, plan, lambda frontier, plan: frontier.alive)
-            return self._since(begin)
+            runner = self._engine.runner
+            layout = runner.layout(sequences)
+            with kernel_threads(runner.device):
+                begin = time.perf_counter()
+                runner.draft(sequences, layout, plan, lambda frontier, plan: frontier.alive)
+                return self._since(begin)
 
     @contextmanager
     def _sequences(self, batch: int, context: int, extra: int) -> Iterator[tuple[Sequence, ...]]:

@@ -149,3 +149,30 @@ def test_the_curves_of_lanes_are_as_many_curves(measured):
     assert (factors[2] == 1.0).all()
     many.reset(np.array([True, False, False]))
     assert (many.factors(asked[:3])[0] == 1.0).all()
+
+
+def test_what_a_busy_neighbour_costs_is_forgotten_once_it_is_gone():
+    """Large passes lose more beside one: that is not a property of large passes."""
+    profile = hinge_profile()
+    corrector = CostCorrector(profile)
+
+    def observe(verified: int, factor: float, contended: bool) -> None:
+        seconds = factor * profile.verify_seconds(8, 8 + verified, 128.0)
+        report = report_of(verified, times=PhaseTimes(verify=seconds))
+        corrector.observe(replace(report, contended=contended))
+
+    for _ in range(200):
+        observe(0, 1.1, contended=False)
+        observe(56, 1.1, contended=False)
+    before = corrector.verify.factor(64)
+    observe(56, 3.0, contended=True)
+    assert corrector.verify.factor(64) > before  # from the idle machine's on
+    for _ in range(200):
+        observe(0, 1.3, contended=True)
+        observe(56, 3.0, contended=True)
+    assert corrector.verify.factor(64) == pytest.approx(3.0, rel=0.05)
+    assert corrector.verify.factor(8) == pytest.approx(1.3, rel=0.05)
+    observe(0, 1.1, contended=False)
+    assert corrector.verify.factor(64) == pytest.approx(before, rel=0.01)
+    observe(0, 1.3, contended=True)
+    assert corrector.verify.factor(64) == pytest.approx(3.0, rel=0.05)  # nor is it learnt anew

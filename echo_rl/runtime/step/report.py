@@ -13,6 +13,7 @@ def report_of(
     result: StepResult,
     outputs: tuple[RequestOutput, ...],
     times: PhaseTimes,
+    contended: bool,
     trees: tuple[RequestTree, ...],
 ) -> StepReport:
     """The report of a step."""
@@ -36,6 +37,7 @@ def report_of(
         drafting=draft.drafting if draft else (),
         confidence=draft.confidence if draft else (),
         trees=trees,
+        contended=contended,
     )
 
 
