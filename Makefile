@@ -41,6 +41,7 @@ sglang-contract: ## the SGLang plugin against the real wheel, in an environment 
 bench: setup ## every number of the documentation (hours; resumable)
 	$(BIN)/python -m benchmarks.engine.losslessness
 	$(BIN)/python -m benchmarks.engine.plain_decoding
+	$(BIN)/python -m benchmarks.engine.neighbours
 	$(BIN)/python -m benchmarks.engine.acceptance
 	$(BIN)/python -m benchmarks.engine.throughput
 	$(BIN)/python -m benchmarks.engine.throughput --suite held_out

@@ -15,6 +15,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "acceptance": ("acceptance", engine.acceptance),
     "acceptance_held_out": ("acceptance", engine.acceptance_held_out),
     "plain_decoding": ("plain_decoding", engine.plain_decoding),
+    "neighbours": ("neighbours", engine.neighbours),
     "losslessness": ("losslessness", engine.losslessness),
     "fidelity": ("fidelity", learning.fidelity),
     "env_rate": ("env_rate", learning.env_rate),
@@ -37,5 +38,5 @@ TABLES: Mapping[str, tuple[str, Callable[[Result], str]]] = {
 }
 """Name -> the result it is made of, and how."""
 
-WITHOUT_DRAFTER = ("plain_decoding", "env_rate", "first_token")
+WITHOUT_DRAFTER = ("plain_decoding", "neighbours", "env_rate", "first_token")
 """Results that no drafter takes part in, or that are of the packaged trace."""

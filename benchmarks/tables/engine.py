@@ -81,6 +81,24 @@ def plain_decoding(result: Result) -> str:
     return table(["batch", "engine", "tokens/s", "ours over it"], rows) + machine(result["environment"])
 
 
+def neighbours(result: Result) -> str:
+    """Decoding beside busy processes, with all threads and with one."""
+    rows = [
+        [
+            str(entry["concurrency"]),
+            entry["state"],
+            entry["threads"],
+            Interval(**entry["tokens_per_second"]).text(1),
+            "1" if entry["threads"] == "1 thread" else Interval(**entry["over_one_thread"]).text(2, "×"),
+            "1" if entry["state"] == "alone" else Interval(**entry["over_alone"]).text(2, "×"),
+            f"{entry['contended']:.0%}",
+        ]
+        for entry in result["entries"]
+    ]
+    heads = ["in flight", "neighbours", "threads", "tokens/s", "over one thread", "over alone", "contended steps"]
+    return table(heads, rows) + machine(result["environment"])
+
+
 def losslessness(result: Result) -> str:
     """Requests whose tokens differ from plain decoding's, by dtype."""
     rows = [

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import common, render
-from benchmarks.engine import acceptance, losslessness, plain_decoding, throughput
+from benchmarks.engine import acceptance, losslessness, neighbours, plain_decoding, throughput
 from benchmarks.learning import ceiling, env_rate, policies
 from benchmarks.research import fidelity, rivals
 from benchmarks.tables import TABLES
@@ -25,7 +25,7 @@ PROMPTS = [Prompt("gsm8k", str(i), ({"role": "user", "content": "x" * (i + 1)},)
 QUIET = Console(quiet=True)
 COMMITTED = render.HERE / "results"
 PAGES = "".join(page.read_text() for page in render.PAGES)
-LIVE = (throughput, acceptance, losslessness, plain_decoding)
+LIVE = (throughput, acceptance, losslessness, plain_decoding, neighbours)
 REPLAYED = (policies, ceiling, rivals, fidelity)
 TESTED_ELSEWHERE = {"ab_live", "first_token", "roofline", "server", "server_identity", "server_overhead", "soak"}
 """Results of `echo-rl ab`, and of scripts that have tests of their own."""
@@ -110,6 +110,7 @@ def tables_of(name: str) -> str:
         (throughput, "| 8 | `echo` |"),
         (acceptance, "| "),
         (plain_decoding, "| transformers |"),
+        (neighbours, "| 8 | 1 at nice 0 | 1 thread |"),
     ],
     ids=lambda value: getattr(value, "__name__", "").rpartition(".")[2] or None,
 )
