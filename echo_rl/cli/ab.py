@@ -31,7 +31,11 @@ class Ab:
     on: tuple[Literal["replay", "live"], ...] = ("replay",)
     """Simulated time over recorded responses, the live engine, or both."""
     workloads: tuple[str, ...] = ("closed:1", "closed:4", "closed:16", "poisson:2", "bursty:0.5,6,5,5")
-    """The arrivals: closed:N, poisson:RATE, bursty:LOW,HIGH,ON,OFF, ramp:LOW,HIGH,SECONDS or shift:SECONDS,N."""
+    """How requests arrive: closed:N, poisson:RATE, bursty:LOW,HIGH,ON,OFF, ramp:LOW,HIGH,SECONDS, shift:SECONDS,N or
+    trace:FILE,SPEED."""
+    arrivals: tuple[Path, ...] = ()
+    """Traces of arrivals to serve instead: times, prompt and answer lengths, in Mooncake's or Azure's form or as plain
+    CSV or JSON lines. ``--workloads trace:FILE,2`` is such a trace at twice its speed."""
     blocks: int = 6
     """Blocks a workload; intervals come from resampling them."""
     seconds: float | None = 20.0
@@ -78,7 +82,7 @@ class Ab:
         tuned = load_tuned(self.tuned) if self.tuned else {}
         return AbConfig(
             arms=tuple(tuned.get(arm, arm) for arm in (self.a, self.b)),
-            workloads=self.workloads,
+            workloads=tuple(f"trace:{path}" for path in self.arrivals) or self.workloads,
             blocks=self.blocks,
             seconds=self.seconds,
             steps=self.steps,

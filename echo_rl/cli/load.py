@@ -29,7 +29,11 @@ class Load:
     url: tuple[str, ...] = ("http://127.0.0.1:8000",)
     """Servers, with or without ``/v1``."""
     workloads: tuple[str, ...] = ("closed:1", "closed:4", "closed:16")
-    """The arrivals: closed:N, poisson:RATE, bursty:LOW,HIGH,ON,OFF, ramp:LOW,HIGH,SECONDS or shift:SECONDS,N."""
+    """How requests arrive: closed:N, poisson:RATE, bursty:LOW,HIGH,ON,OFF, ramp:LOW,HIGH,SECONDS, shift:SECONDS,N or
+    trace:FILE,SPEED."""
+    arrivals: tuple[Path, ...] = ()
+    """Traces of arrivals to serve instead: times, prompt and answer lengths, in Mooncake's or Azure's form or as plain
+    CSV or JSON lines. ``--workloads trace:FILE,2`` is such a trace at twice its speed."""
     arms: tuple[str, ...] = ()
     """Controllers to switch the server between, the first being the baseline; ``echo-rl serve`` only, whose admin
     key this needs. ``ppo:checkpoint=NAME`` takes a checkpoint of the server. None: whichever is in force."""
@@ -90,7 +94,7 @@ class Load:
 
         return LoadConfig(
             urls=self.url,
-            workloads=self.workloads,
+            workloads=tuple(f"trace:{path}" for path in self.arrivals) or self.workloads,
             models=self.model,
             controllers=self.arms,
             blocks=self.blocks,

@@ -23,6 +23,8 @@ from echo_rl.experiments.report.html import ab_page
 from echo_rl.experiments.run import run_missing
 from echo_rl.experiments.targets.backend import Target
 from echo_rl.utils.result_store import ResultStore, write_json
+from echo_rl.utils.terminal import say
+from echo_rl.workloads.arrivals import facts
 from echo_rl.workloads.records import RunRecord
 from echo_rl.workloads.requests import seed_of
 
@@ -83,6 +85,8 @@ def run_on(
             )
         return record
 
-    environment = {**target.environment, **arms.made_of}
+    if console is not None:
+        say(console, [remark for workload in workloads.values() for remark in target.remarks(workload)])
+    environment = {**target.environment, **arms.made_of, **facts(workloads.values())}
     store: ResultStore[Run, RunRecord] = ResultStore.in_folder(out, config, environment, RunRecord)
     return run_missing(config.runs, store, serve, console)

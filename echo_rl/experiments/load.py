@@ -16,6 +16,8 @@ from echo_rl.experiments.targets.http.record import LoadRecord
 from echo_rl.experiments.targets.http.target import HttpTarget, Keys
 from echo_rl.utils.machine import machine
 from echo_rl.utils.result_store import ResultStore, write_json
+from echo_rl.utils.terminal import say
+from echo_rl.workloads.arrivals import facts as arrival_facts
 from echo_rl.workloads.datasets import Prompt
 
 
@@ -35,6 +37,9 @@ def run_load(
     """
     target = HttpTarget(config, prompts, keys)
     environment = machine(models=", ".join(target.models.values())) | dict(facts or {})
+    environment |= arrival_facts(target.workloads.values())
+    if console is not None:
+        say(console, target.remarks)
     store: ResultStore[Run, LoadRecord] = ResultStore.in_folder(out, config, environment, LoadRecord)
     try:
         done = run_missing(config.runs, store, target.run, console)

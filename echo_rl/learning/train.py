@@ -36,7 +36,7 @@ from echo_rl.learning.sb3_env import Sb3VecEnv
 from echo_rl.replay.machines import another
 from echo_rl.replay.trace import Trace
 from echo_rl.utils.result_store import digest_of
-from echo_rl.workloads.arrivals import parse
+from echo_rl.workloads.arrivals import facts, parse
 from echo_rl.workloads.datasets import refuse_held_out
 
 CLOSED = tuple(f"closed:{c}" for c in (1, 2, 4, 8, 16, 32))
@@ -217,7 +217,8 @@ def make_score(config: TrainConfig, inputs: TrainingInputs, baselines: Mapping[s
 
 def claim(config: TrainConfig, inputs: TrainingInputs) -> dict[str, Any]:
     """Everything that tells this run from others, as JSON."""
-    return {**_provenance(inputs), **bound(inputs.table), **_settings(config)}
+    arrivals = facts(map(parse, (*config.workloads, *config.evaluate_on)))
+    return {**_provenance(inputs), **bound(inputs.table), **_settings(config), **arrivals}
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

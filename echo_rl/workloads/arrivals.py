@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from echo_rl.errors import ConfigError
+from echo_rl.workloads.arrival_trace import ArrivalTrace, read_arrivals
+from echo_rl.workloads.datasets import MIX
 
 FOREVER = math.inf
-SUITES = ("mt_bench", "humaneval", "gsm8k")
-"""The order of a domain shift: chat, code, math."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class Workload:
 
     name: str
     phases: tuple[Phase, ...]
+    trace: ArrivalTrace | None = None
+    """Recorded arrivals that stand for the phases' open ones."""
+    speed: float = 1.0
+    """How many times as fast as they were recorded those come."""
 
     def __post_init__(self) -> None:
         if not any(phase.concurrency or phase.expected for phase in self.phases):
@@ -112,34 +117,69 @@ def shift(suites: Sequence[str], seconds: float, concurrency: int) -> Workload:
     return Workload(f"shift:{seconds:g},{concurrency}", phases)
 
 
-def parse(text: str, suites: Sequence[str] = SUITES) -> Workload:
-    """The workload that a text like ``closed:8`` stands for; `suites` are those that ``shift`` goes through.
+def recorded(path: str, speed: float = 1.0) -> Workload:
+    """The arrivals of a file, so many times as fast as they came. Raises `ConfigError`."""
+    if not 0 < speed < math.inf:
+        raise ConfigError(f"the speed of an arrivals' trace is {speed:g}; give a number above 0")
+    trace = read_arrivals(Path(path))
+    name = f"trace:{path}" if speed == 1.0 else f"trace:{path},{speed:g}"
+    rate = speed * len(trace.arrivals) / trace.period
+    return Workload(name, (Phase(FOREVER, rate=rate),), trace, speed)
+
+
+def facts(workloads: Iterable[Workload]) -> dict[str, str]:
+    """What tells recorded arrivals from others: the content of their files."""
+    return {f"arrivals {each.name}": f"sha256 {each.trace.sha256}" for each in workloads if each.trace is not None}
+
+
+def _recorded(rest: str) -> Workload:
+    """`recorded` of ``FILE`` or ``FILE,SPEED``; a name may hold commas."""
+    path, comma, last = rest.rpartition(",")
+    try:
+        return recorded(path, float(last)) if comma else recorded(rest)
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        return recorded(rest)
+
+
+def parse(text: str, suites: Collection[str] = MIX) -> Workload:
+    """The workload that a text like ``closed:8`` stands for.
+
+    ``shift`` goes through the `suites`: those of the mix first, as chat, code and math, then the others as they come.
 
     Raises `ConfigError` with the form that was expected.
     """
     kind, _, rest = text.partition(":")
+    if kind == "trace" and rest:
+        return _recorded(rest)
     if kind not in _FORMS:
-        raise ConfigError(f"no workload is called {text!r}; give one of {', '.join(f for f, _, _ in _FORMS.values())}")
+        forms = ", ".join((*(form for form, _, _ in _FORMS.values()), "trace:FILE[,SPEED]"))
+        raise ConfigError(f"no workload is called {text!r}; give one of {forms}")
     form, types, make = _FORMS[kind]
     words = rest.split(",")
     try:
         values = [convert(word) for convert, word in zip(types, words, strict=True)]
     except ValueError as error:
         raise ConfigError(f"workload {text!r} is not of the form {form}") from error
-    return make(suites, *values) if kind == "shift" else make(*values)
+    order = sorted(dict.fromkeys(suites), key=lambda suite: MIX.index(suite) if suite in MIX else len(MIX))
+    return make(order, *values) if kind == "shift" else make(*values)
 
 
 class Arrivals:
     """The arrivals of one workload, in order. `now` must not go back from call to call.
 
     Open arrivals are a Poisson process of the phases' rate: unit-exponential steps of its mean count
-    turned into times. They depend on the seed alone, never on when or how often `due` is called.
+    turned into times; or those of a trace, from a place in it that the seed draws. They depend on the seed alone, never
+    on when or how often `due` is called.
     """
 
     def __init__(self, workload: Workload, seed: int) -> None:
         self._steps, self._open_suites, self._closed_suites = (random.Random(f"{seed}/{n}") for n in range(3))
         self._here = _Cursor(workload.phases)
         self._ahead = _Cursor(workload.phases)  # the phase of the next open arrival
+        self._recorded = None if workload.trace is None else workload.trace.order(seed)
+        self._speed = workload.speed
         self._count = 0.0  # mean arrivals from that phase's start to the next one
         self._open = any(phase.expected for phase in workload.phases)
         self._next = self._draw()
@@ -182,6 +222,8 @@ class Arrivals:
 
     def _draw(self) -> float:
         """The time of the next open arrival."""
+        if self._recorded is not None:
+            return next(self._recorded)[0] / self._speed
         if not self._open:
             return FOREVER
         self._count += self._steps.expovariate(1.0)

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from echo_rl.contracts import Backend, Request, SamplingParams
 from echo_rl.errors import ConfigError, RequestError
+from echo_rl.workloads.arrival_trace import ArrivalTrace
 from echo_rl.workloads.datasets import Message, Prompt, PromptSet
 
 
@@ -108,6 +109,30 @@ class Rotation:
             raise ConfigError(f"there are no requests of the suite {suite!r}; choose another workload or other prompts")
         random.Random(f"{self._seed}/{suite}").shuffle(chosen)
         return chosen
+
+
+class TraceRequests:
+    """The request of each arrival of a trace in their order, with the lengths that it had, as far as a context allows.
+
+    A prompt is the last so many tokens of as many prompts as it takes, the seed's next ones; an answer has exactly its
+    tokens. The seed is that of the arrivals, so that both begin at the same place of the trace.
+    """
+
+    def __init__(
+        self, trace: ArrivalTrace, requests: Sequence[Request], context: int, seed: int, tag: str = ""
+    ) -> None:
+        self._order, self._context = trace.order(seed), context
+        self._prompts = Rotation(requests, seed, tag)
+
+    def __call__(self, suite: str) -> Request:
+        """Raises `ConfigError` where there is no prompt to make it of."""
+        arrival = next(self._order)[1].clipped(self._context)
+        last = self._prompts(suite)
+        tokens = last.prompt
+        while len(tokens) < arrival.prompt_tokens:
+            tokens = self._prompts(suite).prompt + tokens
+        params = replace(last.params, max_new_tokens=arrival.output_tokens, ignore_eos=True, stop=())
+        return replace(last, prompt=tokens[-arrival.prompt_tokens :], params=params)
 
 
 def seed_of(*parts: object) -> int:

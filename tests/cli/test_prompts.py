@@ -111,3 +111,23 @@ def test_gates_are_calibrated_on_the_files_prompts_and_say_so(sharegpt, model, t
     assert main(["calibrate", "gates", "--prompts", str(sharegpt), "--out", str(out), *sizes, *model]) == 0
     provenance = json.loads((out / "gates.json").read_text())["body"]["provenance"]
     assert provenance.startswith("10 ShareGPT_split prompts, sha256 ")
+
+
+def test_ab_serves_a_trace_of_arrivals_with_its_lengths_on_the_live_engine_and_its_times_on_a_replay(
+    sharegpt, model, tmp_path, capsys
+):
+    arrivals = tmp_path / "mooncake.jsonl"
+    rows = [{"timestamp": 1, "input_length": 30 + n, "output_length": 4 + n, "hash_ids": [0]} for n in range(4)]
+    rows.append({"timestamp": 2, "input_length": 3_000, "output_length": 5, "hash_ids": []})
+    arrivals.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["--prompts", str(sharegpt), "--limit", "6", "--arrivals", str(arrivals), *model]
+    arms = ["--a", "none", "--b", "chain", "--blocks", "2", "--steps", "12", "--on", "replay", "live"]
+    assert main(["ab", *asked, "--out", str(tmp_path / "ab"), *arms, "--max-context", "256"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"trace:{arrivals} on replay: its times alone" in told
+    assert "1 of 5 requests of the arrivals' trace are longer than the context of 256 tokens and clipped to it" in told
+    lines = (tmp_path / "ab" / "live" / "blocks.jsonl").read_text().splitlines()
+    lengths = {request["prompt_tokens"] for line in lines for request in json.loads(line)["record"]["requests"]}
+    assert lengths <= {30, 31, 32, 33, 251} and len(lengths) > 2
+    settings = json.loads((tmp_path / "ab" / "live" / "config.json").read_text())
+    assert settings["environment"][f"arrivals trace:{arrivals}"].startswith("sha256 ")

@@ -315,3 +315,16 @@ def test_the_reference_is_what_that_plan_would_have_brought(costs):
             np.testing.assert_allclose(less, full + infos["reference"], rtol=1e-4, atol=1e-5)
             if actions is same:
                 np.testing.assert_allclose(less, 0.0, atol=0.2)  # but for reading prompts
+
+
+def test_a_trace_of_arrivals_is_a_workload_like_others(costs, tmp_path):
+    path = tmp_path / "arrivals.csv"
+    path.write_text("time,prompt_tokens,output_tokens\n0,5,3\n0.4,6,2\n0.5,7,4\n")
+    env = vector(costs, 2, workloads=(parse(f"trace:{path},2"),), horizon=20)
+    _, info = env.reset(seed=0)
+    assert set(info["workload"]) == {f"trace:{path},2"}
+    copied = copy.deepcopy(env)
+    for action in actions_of(2, 30):
+        seen, again = env.step(action), copied.step(action)
+        assert_same(seen[:2], again[:2])
+        assert np.isfinite(seen[0]).all() and np.isfinite(seen[1]).all()

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from echo_rl.contracts import Backend, Controller, Request, Restartable
 from echo_rl.replay.trace import Trace
 from echo_rl.workloads import driver
-from echo_rl.workloads.arrivals import SUITES, Arrivals, Workload, parse
+from echo_rl.workloads.arrivals import Arrivals, Workload, parse
 from echo_rl.workloads.records import RunRecord
-from echo_rl.workloads.requests import Rotation
+from echo_rl.workloads.requests import Rotation, TraceRequests
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,13 @@ class Target:
     """The deepest plan that it can serve, None: any. Deeper plans are cut to it."""
     width: int | None = None
     """The widest plan that it can serve, None: any."""
+    context: int | None = None
+    """The most tokens of a prompt and its answer, where it serves any; None: recorded requests alone, whose lengths a
+    trace of arrivals can't change."""
 
     def workload(self, text: str) -> Workload:
         """Raises `ConfigError` on a workload that cannot be read."""
-        own = dict.fromkeys(request.id.split("/")[0] for request in self.requests)
-        return parse(text, [suite for suite in SUITES if suite in own] or list(own))
+        return parse(text, dict.fromkeys(request.id.split("/")[0] for request in self.requests))
 
     def serve(self, controller: Controller, requests: Iterable[Request], concurrency: int, seed: int = 0) -> RunRecord:
         """Requests to the last, so many in flight; the seed decides a replay's noise. Raises as `driver.serve`."""
@@ -55,10 +57,23 @@ class Target:
         `tag` tells its request ids from those of other runs. Raises what `driver.drive` raises.
         """
         self._restart(seed)
-        arrivals, source = Arrivals(workload, seed), Rotation(self.requests, seed, tag)
+        arrivals, source = Arrivals(workload, seed), self._source(workload, seed, tag)
         return driver.drive(
             self.backend, controller, arrivals, source, steps=steps, seconds=seconds, clock=self.clock, idle=self.idle
         )
+
+    def remarks(self, workload: Workload) -> list[str]:
+        """Says where a workload is not served as it was recorded."""
+        if workload.trace is None:
+            return []
+        if self.context is None:
+            return [f"{workload.name} on {self.name}: its times alone, the lengths are those of the recorded responses"]
+        return [f"{workload.name} on {self.name}: {remark}" for remark in workload.trace.remarks(self.context)]
+
+    def _source(self, workload: Workload, seed: int, tag: str) -> Callable[[str], Request]:
+        if workload.trace is None or self.context is None:
+            return Rotation(self.requests, seed, tag)
+        return TraceRequests(workload.trace, self.requests, self.context, seed, tag)
 
     def _restart(self, seed: int) -> None:
         if isinstance(self.backend, Restartable):

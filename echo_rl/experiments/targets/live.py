@@ -19,7 +19,8 @@ def live_target(config: EngineConfig, trace: Trace, console: Console) -> Target:
     with console.status("loading the model"):
         engine, environment = load_engine(config)
     check_recorded_by(config.model, environment, trace.provenance, console)
-    return Target("live", engine, trace.requests(), environment={**environment, **facts(trace)})
+    told = {**environment, **facts(trace)}
+    return Target("live", engine, trace.requests(), environment=told, context=engine.max_context)
 
 
 def check_recorded_by(model: str, environment: Mapping[str, str], provenance: str, console: Console) -> None:

@@ -31,6 +31,8 @@ def chat_body(model: str, messages: tuple[Message, ...], request: Request, extra
         "temperature": params.temperature,
         "seed": params.seed,
     }
+    if params.ignore_eos:
+        body["ignore_eos"] = True
     if not request.speculate:
         body["speculation"] = "off"
     return json.dumps({**body, **extra}).encode()
@@ -76,6 +78,12 @@ class Client:
         """Raises `ConfigError` where the server can't be reached or doesn't say."""
         found = await self._call("GET", "/v1/models")
         return [str(model["id"]) for model in found.get("data", ())]
+
+    async def context(self, model: str | None) -> int | None:
+        """The most tokens of a prompt and its answer, as vLLM, SGLang and ``echo-rl serve`` tell them, or None."""
+        found = (await self._call("GET", "/v1/models")).get("data", ())
+        told = [each.get("max_model_len") for each in found if model in (None, each.get("id"))]
+        return told[0] if told and isinstance(told[0], int) else None
 
     async def controller(self, key: str | None) -> str:
         """The controller in force. Raises `ConfigError`, as where this isn't an ``echo-rl serve``."""

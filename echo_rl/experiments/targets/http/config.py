@@ -11,7 +11,7 @@ from echo_rl.contracts import Request, SamplingParams
 from echo_rl.errors import ConfigError
 from echo_rl.experiments.plan import Run, check_blocks, schedule
 from echo_rl.experiments.targets.http.drive import Ends
-from echo_rl.workloads.arrivals import SUITES, Workload, parse
+from echo_rl.workloads.arrivals import Workload, parse
 from echo_rl.workloads.datasets import Prompt
 from echo_rl.workloads.metrics import SLO
 
@@ -107,5 +107,4 @@ class LoadConfig:
 
     def workload(self, text: str, prompts: Sequence[Prompt]) -> Workload:
         """Raises `ConfigError` on one that can't be read."""
-        own = {prompt.suite for prompt in prompts}
-        return parse(text, [suite for suite in SUITES if suite in own] or sorted(own))
+        return parse(text, dict.fromkeys(prompt.suite for prompt in prompts))

@@ -16,8 +16,9 @@ from echo_rl.experiments.targets.http.config import LoadConfig, ServerArm
 from echo_rl.experiments.targets.http.connection import run_async
 from echo_rl.experiments.targets.http.drive import Ends, drive
 from echo_rl.experiments.targets.http.record import LoadRecord
+from echo_rl.experiments.targets.http.shaped import Counting, ShapedRequests, characters
 from echo_rl.workloads.arrivals import Arrivals, closed
-from echo_rl.workloads.datasets import Prompt
+from echo_rl.workloads.datasets import Message, Prompt
 from echo_rl.workloads.requests import Rotation, seed_of
 
 T = TypeVar("T")
@@ -51,8 +52,16 @@ class HttpTarget:
         """The model that each server (URL) lists first."""
         self.previous: dict[str, str] = {}
         """The controller of each server (URL) to put back."""
+        self._counting: Counting | None = None  # the first server's; all arms are sent the same
+        self._context: int | None = None  # the shortest of all servers, as far as they tell
         for url in config.urls:
             run_async(self._greet(url))
+
+    @property
+    def remarks(self) -> list[str]:
+        """Says where a workload is not sent as it was recorded."""
+        traces = {text: each.trace for text, each in self.workloads.items() if each.trace is not None}
+        return [f"{text}: {remark}" for text, trace in traces.items() for remark in trace.remarks(self._context)]
 
     def run(self, run: Run) -> LoadRecord:
         arm = self._config.servers[run.arm]
@@ -74,6 +83,8 @@ class HttpTarget:
         if not names and not self._config.models:
             raise ConfigError(f"{url} lists no model; name one with --model")
         self.models[url] = names[0] if names else self._config.models[0]
+        told = await self._with(url, lambda client: client.context(self.models[url]))
+        self._context = min((each for each in (self._context, told) if each), default=None)
         if self._config.controllers:
             self.previous[url] = await self._with(url, lambda client: client.controller(self._keys.admin))
 
@@ -92,18 +103,33 @@ class HttpTarget:
         if arm.controller is not None:
             await client.set_controller(arm.controller, self._keys.admin)
 
+        shaped: dict[str, tuple[Message, ...]] = {}
+
         def body(request: Request) -> bytes:
-            messages = self._messages[request.id.rpartition("#")[0]]
+            messages = shaped.pop(request.id, None) or self._messages[request.id.rpartition("#")[0]]
             return chat_body(arm.model or self.models[arm.url], messages, request, config.extra)
 
         few = (replace(request.params, max_new_tokens=WARMUP_TOKENS) for request in self._requests)
         short = [replace(request, params=params) for request, params in zip(self._requests, few, strict=True)]
         warm_up = Rotation(short, config.seed)
-        await drive(client, Arrivals(closed(WARMUP_REQUESTS), 0), warm_up, body, Ends(requests=WARMUP_REQUESTS))
-        seed = seed_of(config.seed, run.workload, run.block)
-        source = Rotation(self._requests, seed, f"{run.block}.")
-        arrivals = Arrivals(self.workloads[run.workload], seed)
+        first = await drive(client, Arrivals(closed(WARMUP_REQUESTS), 0), warm_up, body, Ends(requests=WARMUP_REQUESTS))
+        workload, seed = self.workloads[run.workload], seed_of(config.seed, run.workload, run.block)
+        source: Callable[[str], Request] = Rotation(self._requests, seed, f"{run.block}.")
+        if workload.trace is not None:
+            self._counting = self._counting or self._counted(first)
+            source = made = ShapedRequests(
+                workload.trace, self._requests, self._messages, self._counting, self._context, seed, f"{run.block}."
+            )
+            shaped = made.messages
+        arrivals = Arrivals(workload, seed)
         return await drive(client, arrivals, source, body, config.ends, config.max_concurrency, run.arm)
+
+    def _counted(self, first: LoadRecord) -> Counting:
+        """How the server counts tokens, by its first answers. Raises `ConfigError` where it doesn't say."""
+        told = {one.id.rpartition("#")[0]: one.prompt_tokens for one in first.run.requests if one.prompt_tokens}
+        if not told:
+            raise ConfigError("the server doesn't say how many tokens a prompt has, so none can be made of a length")
+        return Counting.of([len(characters(self._messages[name])) for name in told], list(told.values()))
 
 
 def _most_frequent(record: LoadRecord) -> str:
