@@ -33,6 +33,21 @@ def rates(runs: Sequence[RunRecord], kind: str) -> list[statistics.Rate]:
     return [statistics.Rate(run.output_tokens, RATES[kind](run)) for run in runs]
 
 
+def decoding_rates(runs: Sequence[RunRecord]) -> list[statistics.Rate]:
+    """One rate a run, of the steps that decode the largest batch and read no prompts: how fast a full batch decodes,
+    whatever the prompts' lengths, and however the last requests of a run end. A run without such steps counts whole."""
+    return [_decoding_rate(run) for run in runs]
+
+
+def _decoding_rate(run: RunRecord) -> statistics.Rate:
+    decoding = [step for step in run.steps if step.batch_size and not step.prefill_tokens]
+    if not decoding:
+        return statistics.Rate(run.output_tokens, run.seconds)
+    largest = max(step.batch_size for step in decoding)
+    full = [step for step in decoding if step.batch_size == largest]
+    return statistics.Rate(sum(step.committed for step in full), sum(step.seconds for step in full))
+
+
 def headline(workload: Workload) -> str:
     """The rate to judge a workload by: the clock's where the load is closed, else what users see."""
     closed = all(phase.concurrency is not None for phase in workload.phases)
