@@ -29,6 +29,7 @@ from echo_rl.experiments.targets.replay import replay_target
 from echo_rl.replay.levels import Level
 from echo_rl.replay.trace import Trace
 from echo_rl.utils.result_store import write_json
+from echo_rl.utils.terminal import fitted
 from echo_rl.workloads.arrivals import poisson
 from echo_rl.workloads.metrics import SLO, goodput, mean_accepted_tokens, tokens_per_second, tpot
 from echo_rl.workloads.records import RunRecord, StepRecord, pool
@@ -206,20 +207,24 @@ def lengths(steps: Sequence[StepRecord]) -> dict[str, float]:
     }
 
 
-def table(cells: Sequence[Mapping[str, Any]], part: str) -> Table:
+def table(cells: Sequence[Mapping[str, Any]], part: str, width: int) -> Table:
     """The quantiles with their parts in milliseconds; `part` is "all" or "steady"."""
-    heads = ("load", "arm", "tokens/s", "goodput/s", "MAT", "TPOT", "", "TTFT", *PARTS, "steps", "ms/step")
-    shown = Table(*heads, title=TITLES[part])
-    for each in cells:
-        rates = [f"{each[name]:.2f}" for name in ("tokens_per_second", "goodput", "mat")]
-        first = [each["load"], each["arm"], *rates, f"{1e3 * each['tpot']:.0f}"]
-        for name in NEAR:
-            near = each["ttft"][part][name]
-            milliseconds = [f"{1e3 * near[key]:.0f}" for key in ("quantile", *PARTS)]
-            length = 1e3 * near["ttft"] / near["steps"]
-            shown.add_row(*first, name, *milliseconds, f"{near['steps']:.1f}", f"{length:.0f}")
-            first = [""] * len(first)
-    return shown
+    rows = [
+        ((each["load"], each["arm"], name), _rates(each) | _milliseconds(each["ttft"][part][name]))
+        for each in cells
+        for name in NEAR
+    ]
+    return fitted(TITLES[part], ("load", "arm", ""), rows, width, kept=5 + len(PARTS))
+
+
+def _milliseconds(near: Mapping[str, float]) -> dict[str, str]:
+    parts = {name: f"{1e3 * near[key]:.0f}" for name, key in zip(("TTFT", *PARTS), ("quantile", *PARTS), strict=True)}
+    return parts | {"steps": f"{near['steps']:.1f}", "ms/step": f"{1e3 * near['ttft'] / near['steps']:.0f}"}
+
+
+def _rates(cell: Mapping[str, Any]) -> dict[str, str]:
+    names = {"tokens_per_second": "tokens/s", "goodput": "goodput/s", "mat": "MAT"}
+    return {head: f"{cell[name]:.2f}" for name, head in names.items()} | {"TPOT": f"{1e3 * cell['tpot']:.0f}"}
 
 
 def script() -> None:
@@ -230,7 +235,7 @@ def script() -> None:
     target = live_target(args.engine, trace, CONSOLE) if args.live else replay_target(trace, noise=False)
     cells = study(setting, target)
     write_json(place.result, {"config": asdict(setting), "environment": dict(target.environment), "cells": cells})
-    CONSOLE.print(*(table(cells, part) for part in TITLES))
+    CONSOLE.print(*(table(cells, part, CONSOLE.width) for part in TITLES))
     for each in cells:
         CONSOLE.print(each["load"], each["arm"], {k: round(v, 4) for k, v in each["step"].items()}, highlight=False)
 

@@ -118,7 +118,7 @@ def demo_model(
 
     with console.status("loading the model"):
         engine, environment = load_engine(engine_config)
-    prompts = fitting(engine, chosen, TOKENS[1], BLOCKS[1] * max(REQUESTS.values())).prompts
+    prompts = fitting(engine, chosen, TOKENS[1], (BLOCKS[1] + 1) * max(REQUESTS.values())).prompts
     result = run_demo(engine, prompts, registry.make, seconds, {**environment, **chosen.facts}, console)
     write_json(out / "result.json", result)
     console.print(tables.bench(result, console.width))
