@@ -210,11 +210,11 @@ def lengths(steps: Sequence[StepRecord]) -> dict[str, float]:
 def table(cells: Sequence[Mapping[str, Any]], part: str, width: int) -> Table:
     """The quantiles with their parts in milliseconds; `part` is "all" or "steady"."""
     rows = [
-        ((each["load"], each["arm"], name), _rates(each) | _milliseconds(each["ttft"][part][name]))
+        ((each["load"], each["arm"], name), _milliseconds(each["ttft"][part][name]) | _rates(each))
         for each in cells
         for name in NEAR
     ]
-    return fitted(TITLES[part], ("load", "arm", ""), rows, width, kept=5 + len(PARTS))
+    return fitted(TITLES[part], ("load", "arm", ""), rows, width, kept=1 + len(PARTS))
 
 
 def _milliseconds(near: Mapping[str, float]) -> dict[str, str]:
