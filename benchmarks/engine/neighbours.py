@@ -84,14 +84,18 @@ class Load:
         self._running = 0
 
     def serve(self, seconds: float) -> dict[str, float]:
-        """Tokens and seconds of about so long, and the share of steps whose report says that they were contended."""
-        begin, tokens, contended, steps = time.perf_counter(), 0, 0, 0
-        while (passed := time.perf_counter() - begin) < seconds:
+        """Tokens and seconds of the steps that only decode, for about so long, and the share of these steps whose
+        report says that they were contended."""
+        tokens, contended, steps, passed = 0, 0, 0, 0.0
+        while passed < seconds:
             self._fill()
+            begin = time.perf_counter()
             report = self._engine.step(self._controller)
-            tokens += sum(len(output.tokens) for output in report.outputs)
+            took = time.perf_counter() - begin
             self._running -= sum(output.finish_reason is not None for output in report.outputs)
-            contended, steps = contended + report.contended, steps + 1
+            if not report.load.prefill_tokens:
+                tokens += report.committed
+                contended, steps, passed = contended + report.contended, steps + 1, passed + took
         return {"tokens": tokens, "seconds": passed, "contended": contended / steps}
 
     def drain(self) -> None:
