@@ -87,7 +87,7 @@ const float* widened(const bf16* x, int64_t count) {
   return store_.data();
 }
 
-// For many rows a panel's weights are widened once, into memory that the tiles share.
+// For many tiles a panel's weights are widened once, into memory that all share.
 template <class T>
 void widened_product(const LinearArgs<T>& a, const float* x) {
   parallel_for(a.width / PANEL, 1, [&](int64_t panel, int64_t end) {
@@ -118,7 +118,7 @@ void linear(const LinearArgs<T>& a) {
   const char* panels = static_cast<const char*>(a.panels);
   if (!a.pairs)
     product(FloatProduct<Singles, T>{x, panels, a.bias, a.out, a.n, a.width, a.depth, a.width});
-  else if (a.n <= ROWS_OF_TWO)
+  else if (a.n <= 2 * ROWS_OF_TWO)
     product(FloatProduct<Pairs, T>{x, panels, a.bias, a.out, a.n, a.width, a.depth / 2, a.width});
   else
     widened_product(a, x);
