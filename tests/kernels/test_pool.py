@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import statistics
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -72,3 +77,36 @@ def test_threads_that_never_come_are_not_waited_for(product):
     if child == 0:
         os._exit(0 if torch.equal(product(), expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_beside_a_busy_process_two_threads_keep_up_with_one(product):
+    """They did not where they waited at barriers for one that was put aside: many times as long, as a rule."""
+    with busy_processes(1):
+        ratios = []
+        for _ in range(9):
+            torch.set_num_threads(1)
+            alone = seconds_of(product)
+            torch.set_num_threads(2)
+            ratios.append(seconds_of(product) / alone)
+    assert statistics.median(ratios) < 3.0
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    for _ in range(40):
+        call()
+    return time.perf_counter() - begin
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    command = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    made = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
+    try:
+        for process in made:
+            process.stdout.readline()
+        yield
+    finally:
+        for process in made:
+            process.kill()
+            process.wait()
