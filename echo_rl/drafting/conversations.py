@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -19,7 +20,10 @@ from torch import Tensor
 
 from echo_rl.errors import ConfigError
 from echo_rl.utils.files import replacing
-from echo_rl.utils.result_store import digest_of
+from echo_rl.utils.result_store import digest_of, read_json
+
+SYNTHESIS = "synthesis.json"
+"""The file, beside conversations, of the settings by which they were made."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,14 @@ def shards(folder: str | Path) -> list[Path]:
     found = sorted(Path(folder).glob("*.npz"))
     if not found:
         raise ConfigError(f"no conversation shards (*.npz) in {folder}; run the synthesis first")
+    return found
+
+
+def synthesis(folder: str | Path) -> dict[str, Any] | None:
+    """The settings by which a folder's conversations were made, prompts' files by their sha256; None where it doesn't
+    say. Raises `ConfigError` where the file is damaged."""
+    path = Path(folder) / SYNTHESIS
+    found: dict[str, Any] | None = read_json(path) if path.is_file() else None
     return found
 
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from rich.progress import Progress
 
-from echo_rl.drafting.conversations import Conversations
+from echo_rl.drafting.conversations import SYNTHESIS, Conversations
 from echo_rl.errors import ConfigError
 from echo_rl.utils.result_store import claim
 
@@ -181,7 +181,7 @@ def write_shards(
     """
     out = Path(config.out)
     settings = {name: value for name, value in asdict(config).items() if name not in ("out", "shards")}
-    claim(out / "synthesis.json", {**settings, **(facts or {})}, "conversations", out.glob("shard_*.npz"))
+    claim(out / SYNTHESIS, {**settings, **(facts or {})}, "conversations", out.glob("shard_*.npz"))
     paths = [out / f"shard_{number:04d}.npz" for number in range(count)]
     with Progress() as progress:
         task = progress.add_task("conversations", total=count * config.per_shard)

@@ -24,7 +24,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from echo_rl.drafting.batches import Batch, Document, collate, documents, plan_epoch
 from echo_rl.drafting.continued import continue_from
-from echo_rl.drafting.conversations import Conversations, check_conversations, choose_vocabulary, shards, token_counts
+from echo_rl.drafting.conversations import (
+    Conversations,
+    check_conversations,
+    choose_vocabulary,
+    shards,
+    synthesis,
+    token_counts,
+)
 from echo_rl.drafting.evaluate import Acceptance, measure
 from echo_rl.drafting.features import FeatureShard, features_claim, open_features
 from echo_rl.drafting.loss import Columns, soft_cross_entropy, soft_labels
@@ -250,7 +257,7 @@ def write_manifest(run: TrainingRun, best: dict[str, Any]) -> None:
         "data": {
             "conversations": len(training), "tokens": sum(item.length for item in training),
             "rows": sum(item.rows for item in training), "validation_conversations": len(run.corpus.validation),
-            "vocabulary_coverage": round(run.corpus.coverage, 4),
+            "vocabulary_coverage": round(run.corpus.coverage, 4), "synthesis": synthesis(run.config.data),
         },
         "started_from": run.started_from,
         "torch": torch.__version__, "seconds": round(run.seconds), "best": best, "curve": run.curve,

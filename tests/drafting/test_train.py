@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from echo_rl.drafting.conversations import Conversations
+from echo_rl.drafting.conversations import SYNTHESIS, Conversations
 from echo_rl.drafting.features import CLAIM, cache_features
 from echo_rl.drafting.train import STATE_FILE, TrainingRun, check, train
 from echo_rl.drafting.train_config import TrainConfig
@@ -105,11 +105,13 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(
 
 
 def test_output_folder(world: TrainConfig, parts: TargetParts) -> None:
+    (Path(world.data) / SYNTHESIS).write_text('{"seed": 0, "prompts asked": "sha256 57"}')
     run = train(world, parts)
     config, tensors = load_drafter(world.out)
     config.check_target(hidden=16, vocab=40, layers=6)
     assert tensors["lm_head.weight"].dtype == torch.bfloat16
     manifest = json.loads((Path(world.out) / "manifest.json").read_text())
+    assert manifest["data"]["synthesis"] == {"seed": 0, "prompts asked": "sha256 57"}
     assert manifest["config"]["updates"] == 6 and "out" not in manifest["config"]
     assert manifest["best"]["chain_mat"] == max(point["chain_mat"] for point in run.curve)
     assert manifest["data"]["conversations"] == len(run.corpus.training)

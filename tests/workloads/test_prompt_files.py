@@ -143,6 +143,8 @@ def test_a_suite_and_a_file_together_are_refused(tmp_path):
         PromptOptions((written(tmp_path / "a.jsonl", {"prompt": "x"}),), suite="gsm8k").load()
     with pytest.raises(ConfigError, match="at least 1"):
         FileOptions(limit=0)
+    with pytest.raises(ConfigError, match="--prompts 60 names no file; --limit 60"):
+        FileOptions((Path("60"),)).load_files()
 
 
 def test_bad_rows_are_named_by_their_lines_the_others_counted(tmp_path):
@@ -161,6 +163,7 @@ def test_bad_rows_are_named_by_their_lines_the_others_counted(tmp_path):
         prompts(path)
     text = str(caught.value)
     assert text.startswith(f"{path}: 5 of 6 rows cannot be read: line 3 is no JSON (Expecting property name")
+    assert " enclosed in double quotes at column 2); line 4" in text
     assert "; line 4 has a number as messages[0].content, expected a text; " in text
     assert "line 5 has the fields 'text'; expected {\"messages\"" in text and "; and 2 more. " in text
     assert "\n" not in text and "line 6" not in text

@@ -48,6 +48,8 @@ class FileOptions:
         """The files by the names of their suites. Raises `DatasetError`."""
         found: dict[str, PromptFile] = {}
         for path in self.prompts:
+            if path.name.isdecimal() and not path.exists():
+                raise ConfigError(f"--prompts {path} names no file; --limit {path} takes so many prompts")
             read = PromptFile.read(path)
             found[read.suite({*SUITES, *GROUPS, *found})] = read
         return found

@@ -70,6 +70,8 @@ def parsed(text: str) -> Any:
     """The JSON value of a text, or what is wrong with it."""
     try:
         return json.loads(text)
+    except json.JSONDecodeError as error:
+        return Malformed(f"is no JSON ({error.msg} at column {error.colno})")
     except (ValueError, RecursionError) as error:
         said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         return Malformed(f"is no JSON ({said})")

@@ -15,6 +15,8 @@ from echo_rl.workloads.arrival_trace import ArrivalTrace
 from echo_rl.workloads.datasets import Message
 from echo_rl.workloads.requests import Rotation
 
+SPARE = 16
+"""The part of a context, one in so many, that is left free, since a text has about as many tokens as it should."""
 Messages = Mapping[str, Sequence[Message]]
 """The messages of each prompt, by the id of its request up to the last number sign."""
 
@@ -57,7 +59,8 @@ class ShapedRequests:
         seed: int,
         tag: str,
     ) -> None:
-        self._order, self._context, self._counting, self._said = trace.order(seed), context, counting, said
+        self._order, self._counting, self._said = trace.order(seed), counting, said
+        self._context = context and context - context // SPARE
         self._prompts = Rotation(requests, seed, tag)
         self.messages: dict[str, tuple[Message, ...]] = {}
 
