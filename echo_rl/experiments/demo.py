@@ -33,11 +33,12 @@ from echo_rl.workloads.records import RunRecord
 from echo_rl.workloads.requests import BenchEngine, fitting
 
 ARMS = ("none", "eagle3", "echo")
-REQUESTS = {1: 3, 16: 16}
-"""Requests of a block by how many of them are in flight."""
+SHAPES = {1: (3, 2), 16: (16, 1)}
+"""By how many requests are in flight: those of a block, and how many times the tokens of `Fit` each of them has. A lone
+request is cheap, and few of its steps say little."""
 TRIAL_TOKENS = 6
 TOKENS = (8, 48)
-"""The fewest and the most tokens of a request."""
+"""The fewest and the most tokens of a request in the largest batch."""
 BLOCKS = (3, 10)
 """The fewest and the most blocks; of fewer an interval says nothing."""
 WIDE = 0.15
@@ -63,7 +64,7 @@ class Fit:
 
     @property
     def config(self) -> BenchConfig:
-        loads = tuple(Load(each, requests, self.tokens, self.blocks) for each, requests in REQUESTS.items())
+        loads = tuple(Load(each, count, times * self.tokens, self.blocks) for each, (count, times) in SHAPES.items())
         return BenchConfig(ARMS, loads, ignore_eos=True)
 
 
@@ -118,7 +119,9 @@ def demo_model(
 
     with console.status("loading the model"):
         engine, environment = load_engine(engine_config)
-    prompts = fitting(engine, chosen, TOKENS[1], (BLOCKS[1] + 1) * max(REQUESTS.values())).prompts
+    loads = Fit(TOKENS[1], BLOCKS[1] + 1).config.loads  # and the trial's block
+    longest, most = max(load.max_new_tokens for load in loads), max(load.requests * load.blocks for load in loads)
+    prompts = fitting(engine, chosen, longest, most).prompts
     result = run_demo(engine, prompts, registry.make, seconds, {**environment, **chosen.facts}, console)
     write_json(out / "result.json", result)
     console.print(tables.bench(result, console.width))
@@ -132,10 +135,11 @@ def demo_model(
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
     """What the numbers are of, and which intervals are wide."""
-    load = result["config"]["loads"][0]
+    loads = result["config"]["loads"]
+    tokens = ", ".join(f"{load['max_new_tokens']} at {load['concurrency']} in flight" for load in loads)
     lines = [
-        f"{load['blocks']} blocks of {load['max_new_tokens']} tokens a request, the same prompts for each controller; "
-        "rates are of steps that decode all requests in flight, without the reading of prompts."
+        f"{loads[0]['blocks']} blocks, the same prompts for each controller; tokens a request: {tokens}. "
+        "Rates are of steps that decode all requests in flight, without the reading of prompts."
     ]
     if wide := [f"{cell['arm']} at {cell['concurrency']}" for cell in result["cells"] if _is_wide(cell)]:
         lines.append(

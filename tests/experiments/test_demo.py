@@ -10,7 +10,7 @@ import pytest
 
 from echo_rl.contracts import Request, SamplingParams
 from echo_rl.errors import ConfigError
-from echo_rl.experiments.demo import ARMS, BLOCKS, REQUESTS, TOKENS, TRIAL_TOKENS, WIDE, Fit, remarks, run_demo
+from echo_rl.experiments.demo import ARMS, BLOCKS, SHAPES, TOKENS, TRIAL_TOKENS, WIDE, Fit, remarks, run_demo
 from echo_rl.experiments.report.measures import decoding_rates
 from echo_rl.workloads.datasets import Prompt
 from echo_rl.workloads.driver import serve
@@ -50,8 +50,8 @@ def cell(result, arm: str, concurrency: int = 16):
 
 
 def work(result) -> tuple[int, int]:
-    """Tokens of a request, and blocks."""
-    load = result["config"]["loads"][0]
+    """Tokens of a request in the largest batch, and blocks."""
+    load = result["config"]["loads"][-1]
     return load["max_new_tokens"], load["blocks"]
 
 
@@ -62,7 +62,7 @@ def test_it_ends_in_time_on_machines_of_any_speed(step_seconds):
     tokens, blocks = work(result)
     assert TOKENS[0] <= tokens <= TOKENS[1] and BLOCKS[0] <= blocks <= BLOCKS[1]
     assert all(c["throughput"]["blocks"] == blocks for c in result["cells"])
-    assert len(result["cells"]) == len(ARMS) * len(REQUESTS)
+    assert len(result["cells"]) == len(ARMS) * len(SHAPES)
 
 
 def test_a_slower_machine_gets_less_work_and_a_fast_one_the_most():
@@ -81,8 +81,9 @@ def test_a_machine_that_slows_down_serves_whole_blocks_and_fewer_of_them():
     result, took = demo(Tiring(0.05))
     tokens, blocks = work(result)
     assert BLOCKS[0] <= blocks < BLOCKS[1] and took <= 1.2 * SECONDS
-    assert {c["requests"] for c in result["cells"]} == {blocks * REQUESTS[1], blocks * REQUESTS[16]}
-    assert all(c["output_tokens"] == c["requests"] * tokens for c in result["cells"])
+    for c in result["cells"]:
+        count, times = SHAPES[c["concurrency"]]
+        assert (c["requests"], c["output_tokens"]) == (blocks * count, blocks * count * times * tokens)
 
 
 def test_a_machine_on_which_nothing_fits_serves_the_fewest_blocks_and_says_so():
@@ -100,7 +101,7 @@ def test_arms_serve_the_same_prompts_to_the_same_length_in_every_block():
     assert names == dict.fromkeys(ARMS, names["none"])
     turns = [arm for arm, _ in groupby(arm for arm, _ in machine.served)]
     assert turns[-2:] != turns[-4:-2] and max(Counter(turns).values()) - min(Counter(turns).values()) <= blocks // 2
-    assert len(names["none"]) == (blocks + 1) * sum(REQUESTS.values())  # and once in the trial
+    assert len(names["none"]) == (blocks + 1) * sum(count for count, _ in SHAPES.values())  # and once in the trial
     assert all(c["outputs"]["differing"] == 0 for c in result["cells"])
 
 
@@ -136,8 +137,7 @@ def test_intervals_are_narrow_and_hold_the_truth_on_a_noisy_machine():
 def test_a_fit_is_by_what_reading_and_decoding_took():
     """One step of 1 s to read and five of 1 s to decode: a block of n tokens takes n seconds."""
     machine = Machine(1.0)
-    (load, _) = Fit(TRIAL_TOKENS, 1).config.loads
-    requests = [Request("r", (1,), SamplingParams(max_new_tokens=load.max_new_tokens))]
+    requests = [Request("r", (1,), SamplingParams(max_new_tokens=TRIAL_TOKENS))]
     trial = serve(machine, make("none"), requests, 1, clock=machine.clock)
     assert Fit.of([trial], 300.0) == Fit(30, 10)
     assert Fit.of([trial], 40.0) == Fit(TOKENS[0], 5)
