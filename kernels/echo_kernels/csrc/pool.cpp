@@ -1,7 +1,7 @@
 // The threads behind parallel_for, made for processors that are shared with others.
 //
-// A call is cut into more pieces than there are threads, and whoever is free takes the next one, the caller
-// included. A thread that the system has put aside holds up nothing but the piece it had begun; one that never
+// A call is cut into more pieces than there are threads, large ones first, and whoever is free takes the next one,
+// the caller included. A thread that the system has put aside holds up nothing but the piece it had begun; one that never
 // came is not waited for at all. Nobody spins for long: a waiting caller soon sleeps, which leaves its processor
 // to the very thread it waits for, and idle threads sleep when the next call does not follow soon.
 //
@@ -29,7 +29,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Body = std::function<void(int64_t, int64_t)>;
 
-constexpr int64_t PIECES = 8;                               // of a thread
 constexpr auto IDLE_SPIN = std::chrono::microseconds(100);  // a helper, for the next call of the same pass
 constexpr auto WAIT_SPIN = std::chrono::microseconds(100);  // a caller, for pieces that others have begun
 
@@ -74,10 +73,9 @@ class Pool {
     for (; helpers_ < threads - 1; helpers_++) std::thread([this] { help(); }).detach();
     const auto begin = Clock::now();
     body_ = &body;
-    n_ = n;
-    const int64_t pieces = std::min((n + grain - 1) / grain, threads * PIECES);
+    const uint32_t pieces = cut(n, grain, threads);
     error_ = nullptr;
-    left_.store(static_cast<uint32_t>(pieces), std::memory_order_relaxed);
+    left_.store(pieces, std::memory_order_relaxed);
     ticket_.store(static_cast<uint64_t>(pieces) << 32, std::memory_order_release);
     bell_.fetch_add(1, std::memory_order_release);
     bell_.notify_all();
@@ -111,6 +109,17 @@ class Pool {
     }
   }
 
+  // One piece a thread, together half of what is left; then of the rest likewise. Threads that keep pace end
+  // together, and the last pieces are small. Returns how many.
+  uint32_t cut(int64_t n, int64_t grain, int threads) {
+    bounds_.assign(1, 0);
+    while (bounds_.back() < n) {
+      const int64_t size = std::max(grain, (n - bounds_.back() + 2 * threads - 1) / (2 * threads));
+      for (int t = 0; t < threads && bounds_.back() < n; t++) bounds_.push_back(std::min(n, bounds_.back() + size));
+    }
+    return static_cast<uint32_t>(bounds_.size() - 1);
+  }
+
   void take_pieces() {
     inside = true;
     for (;;) {
@@ -118,7 +127,7 @@ class Pool {
       const int64_t piece = ticket & 0xffffffffu, pieces = ticket >> 32;
       if (piece >= pieces) break;
       try {
-        (*body_)(n_ * piece / pieces, n_ * (piece + 1) / pieces);
+        (*body_)(bounds_[piece], bounds_[piece + 1]);
       } catch (...) {
         const std::lock_guard<std::mutex> lock(error_lock_);
         error_ = std::current_exception();
@@ -132,7 +141,7 @@ class Pool {
   std::vector<int64_t> names_;  // of the helpers
   int helpers_ = 0;  // made so far; they live as long as the process
   const Body* body_ = nullptr;
-  int64_t n_ = 0;
+  std::vector<int64_t> bounds_;  // of the open call's pieces
   std::exception_ptr error_;
   alignas(64) std::atomic<uint64_t> ticket_{0};  // pieces of the open call << 32 | pieces taken, or more
   alignas(64) std::atomic<uint32_t> bell_{0};    // calls made
