@@ -13,7 +13,7 @@ from echo_rl.config import EngineConfig
 class Demo:
     """Plain decoding, EAGLE-3 and ECHO on the same real prompts; exits with 1 if float32 outputs differ."""
 
-    seconds: float = 120.0
+    seconds: float = 150.0
     """Seconds that measuring may take; the work is fitted to the machine."""
     out: Path = Path("results/demo")
     """The folder of the result and the plots; those of an earlier demo are replaced."""

@@ -41,6 +41,10 @@ TOKENS = (8, 48)
 """The fewest and the most tokens of a request in the largest batch."""
 BLOCKS = (3, 10)
 """The fewest and the most blocks; of fewer an interval says nothing."""
+AIM = 6
+"""Blocks for which requests are made as long as the time allows: fewer make wide intervals, more short requests."""
+PROMPT_TOKENS = 128
+"""The longest prompt: reading prompts takes time, and the rates are of decoding."""
 WIDE = 0.15
 """The part of an estimate beyond which an interval is called wide."""
 
@@ -58,7 +62,7 @@ class Fit:
         steps = [step for run in trial for step in run.steps]
         reading = sum(step.seconds for step in steps if step.prefill_tokens)
         token = (sum(run.busy_seconds for run in trial) - reading) / (TRIAL_TOKENS - 1)  # the first comes from reading
-        tokens = _within(TOKENS, 1 + (seconds / BLOCKS[1] - reading) / token) if token else TOKENS[1]
+        tokens = _within(TOKENS, 1 + (seconds / AIM - reading) / token) if token else TOKENS[1]
         block = reading + (tokens - 1) * token
         return cls(tokens, _within(BLOCKS, seconds / block) if block else BLOCKS[1])
 
@@ -121,7 +125,8 @@ def demo_model(
         engine, environment = load_engine(engine_config)
     loads = Fit(TOKENS[1], BLOCKS[1] + 1).config.loads  # and the trial's block
     longest, most = max(load.max_new_tokens for load in loads), max(load.requests * load.blocks for load in loads)
-    prompts = fitting(engine, chosen, longest, most).prompts
+    short = [p for p in chosen.prompts if len(engine.tokenizer.chat(list(p.messages))) <= PROMPT_TOKENS]
+    prompts = fitting(engine, replace(chosen, prompts=short), longest, most).prompts
     result = run_demo(engine, prompts, registry.make, seconds, {**environment, **chosen.facts}, console)
     write_json(out / "result.json", result)
     console.print(tables.bench(result, console.width))
@@ -139,7 +144,8 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     tokens = ", ".join(f"{load['max_new_tokens']} at {load['concurrency']} in flight" for load in loads)
     lines = [
         f"{loads[0]['blocks']} blocks, the same prompts for each controller; tokens a request: {tokens}. "
-        "Rates are of steps that decode all requests in flight, without the reading of prompts."
+        f"Rates are of steps that decode all requests in flight, without the reading of prompts (the mix's, of at most "
+        f"{PROMPT_TOKENS} tokens)."
     ]
     if wide := [f"{cell['arm']} at {cell['concurrency']}" for cell in result["cells"] if _is_wide(cell)]:
         lines.append(
