@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
+
+from benchmarks.engine.neighbours import neighbours
 
 ROWS, WIDTH = 200, 512  # more than one thread's share
 
@@ -81,7 +80,7 @@ def test_threads_that_never_come_are_not_waited_for(product):
 
 def test_beside_a_busy_process_two_threads_keep_up_with_one(product):
     """They did not where they waited at barriers for one that was put aside: many times as long, as a rule."""
-    with busy_processes(1):
+    with neighbours([0]):
         ratios = []
         for _ in range(9):
             torch.set_num_threads(1)
@@ -96,17 +95,3 @@ def seconds_of(call: Callable[[], object]) -> float:
     for _ in range(40):
         call()
     return time.perf_counter() - begin
-
-
-@contextmanager
-def busy_processes(count: int) -> Iterator[None]:
-    command = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
-    made = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
-    try:
-        for process in made:
-            process.stdout.readline()
-        yield
-    finally:
-        for process in made:
-            process.kill()
-            process.wait()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from benchmarks.engine.neighbours import neighbours
 from echo_kernels import backend
 from echo_kernels.threads import kernel_threads, pool
 from echo_rl.runtime.contention import Contention, RunDelays
@@ -71,17 +70,13 @@ def test_waiting_for_a_processor_is_counted():
     """On one processor with a busy process, a busy thread is put aside now and then."""
     processors = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(processors)})
-    neighbour = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
     try:
-        assert neighbour.stdout is not None
-        neighbour.stdout.readline()
-        delays = RunDelays(torch.device("cpu"))
-        before = delays()
-        while delays() == before:  # ends as soon as the neighbour has run once
-            pass
+        with neighbours([0]):
+            delays = RunDelays(torch.device("cpu"))
+            before = delays()
+            while delays() == before:  # ends as soon as the neighbour has run once
+                pass
     finally:
-        neighbour.kill()
-        neighbour.wait()
         os.sched_setaffinity(0, processors)
 
 
@@ -115,9 +110,6 @@ def test_in_a_step_the_kernels_have_the_threads_and_torch_has_one(engine, two_th
     seen = []
 
     class Spy(Plain):
-        def plan(self, load):
-            return super().plan(load)
-
         def observe(self, report):
             seen.append((torch.get_num_threads(), pool().threads()))
 
