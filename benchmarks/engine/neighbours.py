@@ -1,4 +1,4 @@
-"""What does a busy neighbour cost? Decoding beside other processes that come and go, with all threads and with one.
+"""Measures what a busy neighbour costs: decoding beside processes that come and go, with all threads and with one.
 
 A neighbour is a process that computes without a pause. Those of a state start, serving is measured from that moment on,
 with all threads and with one in turn, a few times; then they go and the next state's come. An engine whose threads wait
@@ -48,9 +48,9 @@ class Args:
     controller: str = "none"
     blocks: int = 8
     seconds: float = 1.0
-    """How long serving is timed at once."""
+    """The seconds for which serving is timed at once."""
     turns: int = 2
-    """How often both numbers of threads are timed in a state."""
+    """The times that both numbers of threads are timed in a state."""
     seed: int = 0
     engine: EngineOptions = field(default_factory=EngineConfig)
 
@@ -122,7 +122,7 @@ class Measurement:
         self.threads = {f"{most} threads": most, "1 thread": 1}
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """What `Load.serve` counted, by load, block, state and number of threads."""
+        """Yields the counts of `Load.serve` by load, block, state and number of threads."""
         for concurrency in self.args.concurrency:
             load = Load(self.engine, self.prompts, concurrency, self.args.controller)
             for block in range(self.args.blocks):
